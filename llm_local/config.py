@@ -1,0 +1,215 @@
+"""What a run is: frozen dataclasses filled from a YAML file and flags, with transformers' and run_clm's names.
+
+    python scripts/pretrain.py configs/quickstart.yaml --max_steps 20 --num_stages 2
+
+A flag wins over the file, the file over the default. What is wrong with the values is said in problems.py; what
+needs the model or the data is checked in preflight.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+METHODS = ("backprop", "greedy", "chunked", "overlapping")
+HEADS = ("linear", "decoder", "shared")
+WIRE_DTYPES = ("auto", "fp32", "bf16", "fp16")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+REPORTERS = ("none", "tensorboard", "csv")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a run's configuration, one line a problem."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
+        super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {line}" for line in self.problems))
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    model_name_or_path: str | None = _option(None, "Directory of a pretrained model to go on from.")
+    config_name: str | None = _option(None, "JSON file (or directory) with the config of a new model.")
+    config_overrides: str | None = _option(None, "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'.")
+    tokenizer_name: str | None = _option(
+        None, "Directory of the tokenizer; default: the model's, else one trained on the built-in corpus."
+    )
+    attn_implementation: str | None = _option(None, "Attention kernel: sdpa, eager or flash_attention_2.")
+    trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    dataset_name: str | None = _option(
+        None, "Hub name, a folder from save_to_disk, or 'builtin' (the running Python's library sources)."
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
+    train_file: str | None = _option(None, "Training text: .txt, .jsonl with a text column, or .parquet.")
+    validation_file: str | None = _option(None, "Validation text, as train_file.")
+    validation_split_percentage: int = _option(
+        5, "Percent of the training documents used for validation where there are none."
+    )
+    text_column_name: str = _option("text", "Column that holds the text.")
+    streaming: bool = _option(False, "Read the dataset as a stream.")
+    seq_length: int = _option(512, "Tokens of a training sequence.")
+    preprocessing_num_workers: int = _option(1, "Processes that tokenise.")
+    cache_dir: str | None = _option(None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.")
+
+
+@dataclass(frozen=True)
+class LocalArguments:
+    num_stages: int = _option(1, "Pipeline stages; ranks / num_stages is the data-parallel degree.")
+    method: str = _option("chunked", "backprop, greedy (each layer a block), chunked or overlapping.")
+    layers_per_block: int | None = _option(None, "Layers of a block (chunked); default: one block a stage.")
+    stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: balanced by cost.")
+    head: str = _option("linear", "What turns a block's output into a loss: linear, decoder or shared.")
+    head_layers: int = _option(0, "Private layers of a head (decoder, shared).")
+    head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
+    wire_dtype: str = _option("auto", "Hidden states on a link: fp32, bf16, fp16; auto: that of the model.")
+    max_packets_in_flight: int = _option(4, "Micro-batches a stage may be ahead of the next one's receives.")
+    link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    output_dir: str = _option("runs/pretrain", "Folder of the run.")
+    overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
+    max_steps: int = _option(1000, "Optimizer steps.")
+    per_device_train_batch_size: int = _option(8, "Sequences of a micro-batch on each replica.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches of a step.")
+    learning_rate: float = _option(5e-4, "Peak learning rate.")
+    weight_decay: float = _option(0.0, "AdamW weight decay; biases and norms are spared.")
+    adam_beta1: float = _option(0.9, "AdamW beta1.")
+    adam_beta2: float = _option(0.999, "AdamW beta2.")
+    adam_epsilon: float = _option(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = _option(1.0, "Clip the gradient norm of each block; 0 turns it off.")
+    warmup_steps: int = _option(0, "Steps of linear warm-up.")
+    lr_scheduler_type: str = _option("linear", f"One of {', '.join(SCHEDULERS)}.")
+    seed: int = _option(42, "Seed of weights, data order and dropout.")
+    bf16: bool = _option(False, "Train in bfloat16.")
+    fp16: bool = _option(False, "Train in float16, where the accelerator can.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass (non-reentrant).")
+    deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.")
+    logging_steps: int = _option(10, "Steps between metric records.")
+    eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.")
+    eval_batches: int = _option(8, "Micro-batches of one evaluation on each replica; 0: never evaluate.")
+    save_steps: int = _option(0, "Steps between checkpoints; 0: none.")
+    save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
+    resume_from_checkpoint: str | None = _option(None, "Checkpoint or run folder; 'true': newest in output_dir.")
+    report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
+    ddp_timeout: int = _option(1800, "Longest wait for start-up and data preparation, in seconds.")
+    sample_prompt: str | None = _option(None, "Print what the exported model writes after this text.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole configuration; sections keep the flag names, which are unique across them."""
+
+    model: ModelArguments = field(default_factory=ModelArguments)
+    data: DataArguments = field(default_factory=DataArguments)
+    local: LocalArguments = field(default_factory=LocalArguments)
+    train: TrainArguments = field(default_factory=TrainArguments)
+
+    def flat(self) -> dict[str, Any]:
+        """All flags by name, in order: what run.yaml holds and what a YAML file may set."""
+        return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.train.output_dir)
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.train.bf16 else "fp16" if self.train.fp16 else "fp32"
+
+    @property
+    def wire_dtype(self) -> str:
+        return self.precision if self.local.wire_dtype == "auto" else self.local.wire_dtype
+
+    @property
+    def cache_dir(self) -> Path:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(home) / "llm_local"
+
+
+SECTIONS = (ModelArguments, DataArguments, LocalArguments, TrainArguments)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # argparse would print usage for ninety flags and exit from every rank
+        raise ConfigError([f"{message} (see --help)"])
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
+    parser = _Parser(SECTIONS, allow_abbrev=False, prog="pretrain.py")  # pyright: ignore[reportArgumentType]
+    parser.add_argument("config_file", nargs="?", help="YAML file with any of the flags below.")
+    # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher; not used.")
+    path = parser.parse_known_args(list(arguments))[0].config_file
+    if path is not None:
+        parser.set_defaults(**_read_yaml(Path(path)))
+    sections = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    return RunConfig(*sections[: len(SECTIONS)])
+
+
+def from_flat(values: dict[str, Any]) -> RunConfig:
+    """The inverse of RunConfig.flat. Raises ConfigError for unknown names."""
+    names = [{f.name for f in dataclasses.fields(section)} for section in SECTIONS]
+    unknown = sorted(set(values).difference(*names))
+    if unknown:
+        raise ConfigError([f"unknown setting {name!r}; see pretrain.py --help" for name in unknown])
+    return RunConfig(*(s(**{k: v for k, v in values.items() if k in n}) for s, n in zip(SECTIONS, names, strict=True)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError([f"cannot read the configuration file {path}: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path} holds {type(values).__name__}, not 'name: value' lines"])
+    types = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
+    problems, typed = [], {}
+    for name, value in values.items():
+        if name not in types:
+            problems.append(f"{path}: unknown setting {name!r}; see pretrain.py --help")
+            continue
+        typed[name], problem = _typed(value, types[name])
+        if problem:
+            problems.append(f"{path}: {name}: {value!r} is not {problem}")
+    if problems:
+        raise ConfigError(problems)
+    return typed
+
+
+def _typed(value: Any, hint: Any) -> tuple[Any, str]:
+    """A YAML value as the field's type, and what it should have been if it is not ('' when it is)."""
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None, ""
+    if bool in kinds:
+        return value, "" if isinstance(value, bool) else "true or false"
+    if str in kinds:
+        # stage_layers: 4 and resume_from_checkpoint: true are natural YAML for a text flag
+        return str(value).lower() if isinstance(value, bool) else str(value), ""
+    wanted, name = (int, "a whole number") if int in kinds else (float, "a number")
+    try:  # YAML reads 5e-4 as text
+        number = None if isinstance(value, bool) else wanted(value)
+    except (TypeError, ValueError):
+        number = None
+    return number, "" if number is not None and float(number) == float(value) else name

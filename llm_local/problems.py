@@ -1,0 +1,126 @@
+"""What is wrong with a run's values, seen without the model, the data or the disk. Pure functions; preflight.py asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_local.config import HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
+
+POSITIVE = (
+    "num_stages",
+    "layers_per_block",
+    "seq_length",
+    "preprocessing_num_workers",
+    "max_packets_in_flight",
+    "link_timeout_seconds",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "logging_steps",
+    "ddp_timeout",
+    "save_total_limit",
+    "head_refresh_steps",
+    "adam_epsilon",
+)
+NOT_NEGATIVE = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "seed",
+    "eval_steps",
+    "eval_batches",
+    "save_steps",
+    "head_layers",
+)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> list[str]:
+    return [] if value in allowed else [f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"]
+
+
+def parse_stage_layers(text: str) -> list[int] | None:
+    """'4,4' → [4, 4]; None if the text is no such list."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
+
+
+def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:
+    """Every problem that the values show without looking at the model, the data or the disk."""
+    return (
+        _choice_problems(config)
+        + _number_problems(config)
+        + _layout_problems(config, world_size)
+        + (_precision_problems(config, fp16_supported, bf16_supported))
+    )
+
+
+def _choice_problems(config: RunConfig) -> list[str]:
+    local, train = config.local, config.train
+    problems = _one_of("method", local.method, METHODS) + _one_of("head", local.head, HEADS)
+    problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
+    problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
+    problems += _one_of("report_to", train.report_to, REPORTERS)
+    if local.method == "overlapping":
+        problems.append("method='overlapping' is not built yet; use chunked with layers_per_block, greedy or backprop")
+    if local.head in HEADS[1:]:
+        problems.append(f"head={local.head!r} is not built yet; use head=linear")
+    sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]
+    if len(sources) > 1:
+        problems.append("both dataset_name and train_file are given; keep one")
+    if config.data.validation_file and not config.data.train_file:
+        problems.append("validation_file needs train_file")
+    if config.model.model_name_or_path and config.model.config_name:
+        problems.append("both model_name_or_path and config_name are given; keep one")
+    if not config.model.model_name_or_path and not config.model.config_name:
+        problems.append("no model: give config_name (a new model) or model_name_or_path (a pretrained one)")
+    return problems
+
+
+def _number_problems(config: RunConfig) -> list[str]:
+    flat = config.flat()
+    problems = [f"{n}={flat[n]} must be greater than 0" for n in POSITIVE if flat[n] is not None and not flat[n] > 0]
+    problems += [f"{n}={flat[n]} must not be negative" for n in NOT_NEGATIVE if not flat[n] >= 0]
+    problems += [f"{n}={flat[n]} must lie in [0, 1)" for n in ("adam_beta1", "adam_beta2") if not 0 <= flat[n] < 1]
+    if config.data.seq_length == 1:
+        problems.append("seq_length=1 leaves nothing to predict; use 2 or more")
+    percentage = config.data.validation_split_percentage
+    if not 0 < percentage < 100:
+        problems.append(f"validation_split_percentage={percentage} must lie between 1 and 99")
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    local = config.local
+    problems = []
+    if local.num_stages > 0 and world_size % local.num_stages:
+        problems.append(
+            f"{world_size} ranks cannot be divided into num_stages={local.num_stages} stages of equal size; "
+            f"start a multiple of {local.num_stages} ranks or change num_stages"
+        )
+    if local.stage_layers is not None:
+        layers = parse_stage_layers(local.stage_layers)
+        if layers is None:
+            problems.append(f"stage_layers={local.stage_layers!r} is not a list such as 4,4")
+        elif len(layers) != local.num_stages:
+            problems.append(
+                f"stage_layers={local.stage_layers!r} names {len(layers)} stages, num_stages is {local.num_stages}"
+            )
+        elif 0 in layers:
+            problems.append(f"stage_layers={local.stage_layers!r} leaves stage {layers.index(0)} without a layer")
+    if local.method in ("greedy", "backprop") and local.layers_per_block not in (None, 1):
+        problems.append(f"layers_per_block={local.layers_per_block} is for method=chunked, not {local.method}")
+    if local.method == "backprop" and local.num_stages == 1:
+        problems.append("method=backprop runs DeepSpeed's pipeline, which needs num_stages of 2 or more")
+    return problems
+
+
+def _precision_problems(config: RunConfig, fp16_supported: bool, bf16_supported: bool) -> list[str]:
+    problems = []
+    if config.train.bf16 and config.train.fp16:
+        problems.append("both bf16 and fp16 are set; keep one")
+    if config.train.fp16 and not fp16_supported:
+        problems.append("fp16 is not supported on this device; use bf16, or neither for fp32")
+    if config.train.bf16 and not bf16_supported:
+        problems.append("bf16 is not supported on this device; use fp16, or neither for fp32")
+    return problems
