@@ -58,9 +58,7 @@ class DataArguments:
     dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
     train_file: str | None = _option(None, "Training text: .txt, .jsonl with a text column, or .parquet.")
     validation_file: str | None = _option(None, "Validation text, as train_file.")
-    validation_split_percentage: int = _option(
-        5, "Percent of the training documents used for validation where there are none."
-    )
+    validation_split_percentage: int = _option(5, "Percent of the training documents held out for validation.")
     text_column_name: str = _option("text", "Column that holds the text.")
     streaming: bool = _option(False, "Read the dataset as a stream.")
     seq_length: int = _option(512, "Tokens of a training sequence.")
@@ -149,19 +147,22 @@ SECTIONS = (ModelArguments, DataArguments, LocalArguments, TrainArguments)
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):  # argparse would print usage for ninety flags and exit from every rank
-        raise ConfigError([f"{message} (see --help)"])
+        raise ConfigError([f"{message}; see pretrain.py --help"])
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
     """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
-    parser = _Parser(SECTIONS, allow_abbrev=False, prog="pretrain.py")  # pyright: ignore[reportArgumentType]
-    parser.add_argument("config_file", nargs="?", help="YAML file with any of the flags below.")
+    parser = _Parser(
+        SECTIONS, allow_abbrev=False, prog="pretrain.py", usage="%(prog)s [CONFIG.yaml] [--name value ...]"
+    )
     # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
     parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher; not used.")
-    path = parser.parse_known_args(list(arguments))[0].config_file
-    if path is not None:
-        parser.set_defaults(**_read_yaml(Path(path)))
-    sections = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    flags = [a for a in arguments if not a.startswith("--local_rank=")]
+    if flags and not flags[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(Path(flags.pop(0))))
+    sections = parser.parse_args_into_dataclasses(flags, look_for_args_file=False, return_remaining_strings=True)
+    if sections[-1]:
+        raise ConfigError([f"unknown argument {text!r}; see pretrain.py --help" for text in sections[-1]])
     return RunConfig(*sections[: len(SECTIONS)])
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a run's values, seen without the model, the data or the disk. Pure functions; preflight.py asks."""
+"""What is wrong with a run's values, seen without the model, the data or the disk: pure functions."""
 
 from __future__ import annotations
 
