@@ -1,0 +1,90 @@
+"""The device of a rank, through DeepSpeed's accelerator: the one place that knows a CPU from a GPU."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _accelerator() -> Any:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The rank's device, made current. More ranks than GPUs share them in turn."""
+    accelerator = _accelerator()
+    name = accelerator.device_name()
+    if name == "cpu":
+        return torch.device("cpu")
+    index = local_rank % accelerator.device_count()
+    accelerator.set_device(index)
+    return torch.device(name, index)
+
+
+def device_identity(device: torch.device) -> str:
+    """Names the device across hosts; equal for two ranks that share one."""
+    return f"{socket.gethostname()}/{device}"
+
+
+def collective_backend(device: torch.device) -> str:
+    return "gloo" if device.type == "cpu" else _accelerator().communication_backend_name()
+
+
+def supports(precision: str) -> bool:
+    """Whether DeepSpeed trains in fp32, bf16 or fp16 on this machine's accelerator."""
+    return DTYPES[precision] in _accelerator().supported_dtypes()
+
+
+def prepare_cpu(device: torch.device, local_world_size: int) -> None:
+    """Shares the cores among the host's ranks and spares the start the build of DeepSpeed's shared-memory helper.
+
+    deepspeed.init_distributed compiles `deepspeed_shm_comm` on a CPU (42-180 s, needs g++, and a stale lock file hangs
+    every later start). Only tensor-parallel inference calls it; training's collectives are gloo's.
+    """
+    if device.type != "cpu":
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size))
+    import deepspeed.ops
+
+    # A fresh dict, not DeepSpeed's own: making that one runs a compiler check for every operator.
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the device on a GPU, resident on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _accelerator().max_memory_allocated(device.index)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        _accelerator().synchronize(device.index)
+
+
+def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Random states of the process as uint8 tensors: 'cpu', and 'device' on a GPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = _accelerator().get_rng_state(device.index)
+    return states
+
+
+def restore_rng_states(device: torch.device, states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        _accelerator().set_rng_state(states["device"], device.index)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)  # seeds every device's generator as well

@@ -1,0 +1,253 @@
+"""One-way links: replica i of a stage sends its micro-batches forward to replica i of the next stage.
+
+A link is a two-member process group of its own. Its control half is gloo on every machine: a fixed-size header says
+what follows (a gloo receive of the wrong size aborts the process or fills half the buffer), then come the integer
+tensors. Hidden states take the same way on a CPU, and NCCL between two GPUs. Nothing is ever sent backward.
+
+A send returns at once; its completion means that the receiver asked for it, so bounding the pending sends bounds how
+far a stage runs ahead. The receiver keeps one packet ready ahead of its use.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from queue import Queue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_local.device import DTYPES
+from llm_local.watchdog import Peer
+from llm_local.world import World
+
+TRAIN, EVAL, CHECK, END = range(4)
+KINDS = ("train", "eval", "check", "end")
+INTEGER_PARTS = ("input_ids", "attention_mask", "position_ids", "labels")
+_MAGIC = 0x10CA1
+_HEADER_INTS = 10
+_WIRE_CODES = ("fp32", "bf16", "fp16")
+_SENDER, _RECEIVER = 0, 1
+
+
+class LinkError(RuntimeError):
+    """A link's peer is lost, silent for too long, or talks about something else."""
+
+
+@dataclass(frozen=True)
+class Packet:
+    """One micro-batch on its way through the stages.
+
+    hidden: (B, T, D), or None where only token ids exist yet. input_ids, attention_mask, position_ids, labels:
+    (B, T) int64 on the CPU, the last three only where the data has them. index: the micro-batch within its step.
+    """
+
+    kind: int
+    step: int
+    index: int
+    input_ids: torch.Tensor
+    hidden: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{KINDS[self.kind]} micro-batch {self.index} of step {self.step}"
+
+
+class _Gloo:
+    """Tensors through host memory."""
+
+    def __init__(self, store: Any, side: int, timeout: timedelta):
+        self._group = dist.ProcessGroupGloo(store, side, 2, timeout)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def send(self, tensor: torch.Tensor) -> Any:
+        return self._group.send([tensor.cpu().contiguous().view(torch.uint8)], _RECEIVER, 0)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        self._group.recv([tensor.view(torch.uint8)], _SENDER, 0).wait()
+        return tensor
+
+    def finish(self, work: Any) -> None:
+        work.wait()
+
+
+class _Nccl:
+    """Tensors from GPU to GPU. Completion is polled, so that no compute stream waits for a peer."""
+
+    def __init__(self, store: Any, side: int, timeout: timedelta, device: torch.device):
+        options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options._timeout = timeout
+        self._group = dist.ProcessGroupNCCL(store, side, 2, options)  # pyright: ignore[reportAttributeAccessIssue]
+        self._group.eager_connect_single_device(device)
+        self._device = device
+        self._seconds = timeout.total_seconds()
+
+    def send(self, tensor: torch.Tensor) -> Any:
+        return self._group.send([tensor.contiguous()], _RECEIVER, 0)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        self.finish(self._group.recv([tensor], _SENDER, 0))
+        return tensor
+
+    def finish(self, work: Any) -> None:
+        end = time.monotonic() + self._seconds
+        while not work.is_completed():
+            if time.monotonic() > end:
+                raise RuntimeError(f"Timed out waiting {self._seconds * 1000:.0f}ms")
+            time.sleep(0.0002)
+
+
+def transport(device: torch.device, mine: str, theirs: str) -> str:
+    """How hidden states travel: 'nccl' between two different GPUs, else 'gloo'. NCCL refuses a GPU twice."""
+    return "nccl" if device.type == "cuda" and mine != theirs else "gloo"
+
+
+class _End:
+    """What both ends of a link share: its peer, its transports, its counts, its errors."""
+
+    def __init__(self, world: World, upstream: int, side: int):
+        place = world.place
+        other = upstream + (1 if side == _SENDER else 0)
+        rank = other * place.num_replicas + place.replica
+        self.peer: Peer = world.peers[rank]
+        self.name = f"link {upstream}→{upstream + 1}, replica {place.replica}"
+        self.bytes = 0
+        self.wait_seconds = 0.0
+        self._seconds = world.timeout_seconds
+        timeout = timedelta(seconds=world.timeout_seconds)
+        prefix = dist.PrefixStore(f"link/{upstream}/{place.replica}", world.store)
+        try:
+            self.control = _Gloo(dist.PrefixStore("control", prefix), side, timeout)
+            kind = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
+            nccl = kind == "nccl"
+            self.payload = (
+                _Nccl(dist.PrefixStore("payload", prefix), side, timeout, world.device) if nccl else self.control
+            )
+        except RuntimeError as error:
+            raise self.error(error) from error
+
+    def error(self, cause: BaseException) -> LinkError:
+        """Tells a silent peer from a lost one."""
+        text = str(cause).splitlines()[0]
+        if "timed out" in text.lower() or "timeout" in text.lower():
+            return LinkError(
+                f"{self.name}: waited {self._seconds:g} s for {self.peer} (--link_timeout_seconds {self._seconds:g})"
+            )
+        return LinkError(f"{self.name}: lost {self.peer}")
+
+
+class Sender(_End):
+    """The upstream end. `send` blocks only while `max_in_flight` packets have not been asked for."""
+
+    def __init__(self, world: World, wire_dtype: str, max_in_flight: int):
+        super().__init__(world, world.place.stage, _SENDER)
+        self._wire = wire_dtype
+        self._max_in_flight = max_in_flight
+        self._pending: deque[list[tuple[Any, Any]]] = deque()
+
+    def send(self, packet: Packet) -> None:
+        """Hands the packet over. Raises LinkError if the peer is lost or does not ask for packets in time."""
+        self._bound(self._max_in_flight - 1)
+        try:
+            self._pending.append(self._post(packet))
+        except RuntimeError as error:
+            raise self.error(error) from error
+
+    def close(self, step: int) -> None:
+        """Says that nothing follows, and waits until the peer has asked for all of it."""
+        self.send(Packet(END, step, 0, torch.empty(0, 0, dtype=torch.int64)))
+        self._bound(0)
+
+    def _post(self, packet: Packet) -> list[tuple[Any, Any]]:
+        parts = [t for t in (getattr(packet, name) for name in INTEGER_PARTS) if t is not None]
+        mask = sum(1 << i for i, name in enumerate(INTEGER_PARTS) if getattr(packet, name) is not None)
+        rows, tokens = packet.input_ids.shape
+        width = 0 if packet.hidden is None else packet.hidden.shape[-1]
+        code = _WIRE_CODES.index(self._wire)
+        header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
+        tensors = [(self.control, header)]
+        if packet.kind != END:
+            tensors += [(self.control, part) for part in parts]
+        if packet.hidden is not None:
+            tensors.append((self.payload, packet.hidden.to(DTYPES[self._wire])))
+        self.bytes += sum(t.numel() * t.element_size() for _, t in tensors)
+        # The work does not own the tensor: both stay in the list until the peer has it.
+        return [(way, (way.send(tensor), tensor)) for way, tensor in tensors]
+
+    def _bound(self, allowed: int) -> None:
+        start = time.perf_counter()
+        while len(self._pending) > allowed:
+            for way, (work, _) in self._pending[0]:
+                try:
+                    way.finish(work)
+                except RuntimeError as error:
+                    raise self.error(error) from error
+            self._pending.popleft()
+        self.wait_seconds += time.perf_counter() - start
+
+
+class Receiver(_End):
+    """The downstream end. A thread receives one packet ahead of its use."""
+
+    def __init__(self, world: World):
+        super().__init__(world, world.place.stage - 1, _RECEIVER)
+        self._ready: Queue[Packet | BaseException] = Queue()
+        self._room = threading.Semaphore(1)
+        threading.Thread(target=self._receive_all, name="receiver", daemon=True).start()
+
+    def receive(self, kind: int, step: int, index: int) -> Packet:
+        """The next packet, which must be the one named.
+
+        Raises LinkError if the peer is lost, silent for link_timeout_seconds, or sends something else.
+        """
+        start = time.perf_counter()
+        packet = self._ready.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(packet, LinkError):
+            raise packet
+        if isinstance(packet, BaseException):
+            raise self.error(packet) from packet
+        self._room.release()
+        if (packet.kind, packet.step, packet.index) != (kind, step, index):
+            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
+            raise LinkError(f"{self.name}: {self.peer} sent {packet.title}, expected was {expected}")
+        return packet
+
+    def close(self, step: int) -> None:
+        """Takes the goodbye that Sender.close sends."""
+        self.receive(END, step, 0)
+
+    def _receive_all(self) -> None:
+        while True:
+            self._room.acquire()
+            try:
+                packet = self._receive_one()
+            except BaseException as error:
+                self._ready.put(error)
+                return
+            self._ready.put(packet)
+            if packet.kind == END:
+                return
+
+    def _receive_one(self) -> Packet:
+        header = self.control.receive((_HEADER_INTS,), torch.int64).tolist()
+        magic, kind, step, index, rows, tokens, width, code, mask, _ = header
+        if magic != _MAGIC:
+            raise LinkError(f"{self.name}: {self.peer} sent no packet header; do both run the same version?")
+        if kind == END:
+            return Packet(END, step, index, torch.empty(0, 0, dtype=torch.int64))
+        names = [name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1]
+        parts = {name: self.control.receive((rows, tokens), torch.int64) for name in names}
+        wire = DTYPES[_WIRE_CODES[code]]
+        hidden = self.payload.receive((rows, tokens, width), wire) if width else None
+        self.bytes += 8 * _HEADER_INTS + 8 * rows * tokens * len(parts)
+        self.bytes += hidden.numel() * hidden.element_size() if hidden is not None else 0
+        return Packet(kind, step, index, hidden=hidden, **parts)

@@ -1,0 +1,269 @@
+"""A run of layers as a Hugging Face model of its own, exact and without code per architecture.
+
+The model class's own forward runs from end to end. Layers of other stages are stand-ins: the one before the slice
+returns the hidden states that were received, the one after it keeps those to be sent. What runs before the layers
+(masks, rotary angles, dropout) works as its authors wrote it, on zeros that the stand-in throws away.
+
+The list of layers keeps its full length, because models look at layer numbers and at config.layer_types[i].
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions, no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llm_local.anatomy import Anatomy, SliceError
+from llm_local.config import ConfigError
+from llm_local.partition import Span
+
+
+@dataclass
+class Border:
+    """The hidden states that enter and leave a slice during one forward pass, (B, T, D) each."""
+
+    entering: torch.Tensor | None = None
+    leaving: torch.Tensor | None = None
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a module that another stage owns; holds no parameters."""
+
+    def __init__(self, original: nn.Module, border: Border):
+        super().__init__()
+        self.__dict__["border"] = border
+        # models ask their layers and embeddings for plain facts (layer_type, padding_idx, ...)
+        for name, value in original.__dict__.items():
+            if not name.startswith("_") and name != "training" and isinstance(value, (str, int, float, type(None))):
+                self.__dict__.setdefault(name, value)
+
+    def zeros(self) -> torch.Tensor:
+        # a fresh tensor each time: some models scale it in place
+        return torch.zeros_like(self.__dict__["border"].entering)
+
+
+class AbsentLayer(_StandIn):
+    """A layer of another slice: passes its input on, except at the two borders of this one."""
+
+    def __init__(self, original: nn.Module, border: Border, anatomy: Anatomy, enters: bool, leaves: bool):
+        super().__init__(original, border)
+        self.__dict__["anatomy"] = anatomy
+        self.enters = enters
+        self.leaves = leaves
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        border, anatomy = self.__dict__["border"], self.__dict__["anatomy"]
+        where = anatomy.argument
+        hidden = args[where] if isinstance(where, int) else kwargs[where]
+        if self.enters:
+            hidden = border.entering
+        if self.leaves:
+            border.leaving = hidden
+        return hidden if anatomy.output_length is None else (hidden,) + (None,) * (anatomy.output_length - 1)
+
+
+class AbsentEmbedding(_StandIn):
+    """The token embedding of a slice that does not start the model."""
+
+    @property
+    def weight(self) -> torch.Tensor:  # asked for its dtype and device
+        entering = self.__dict__["border"].entering
+        return torch.empty(0) if entering is None else entering.new_empty(0, entering.shape[-1])
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self.zeros()
+
+
+class AbsentModule(_StandIn):
+    """Another trained module of the preamble: learned positions, embedding norm, projection."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self.zeros()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers `span` of a model, with the model's own head behind them. `model` has its parameters under their
+    original names; those of other stages do not exist."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    span: Span
+    border: Border = field(compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.span.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.span.stop == self.anatomy.num_layers
+
+    def base(self) -> PreTrainedModel:
+        """The model below the output matrix: from ids to normed hidden states."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    def __call__(self, hidden: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D) received hidden states (None at the start of the model) and ids →
+        the slice's own output (B, T, D) and its normed output, which the head reads."""
+        self.border.entering, self.border.leaving = hidden, None
+        normed = self.base()(use_cache=False, **inputs)[0]
+        leaving = normed if self.is_last else self.border.leaving
+        assert leaving is not None, "the layer behind the slice was not called"
+        self.border.entering = self.border.leaving = None
+        return leaving, normed
+
+
+def new_slice(config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int, **model_args: Any) -> Slice:
+    """A slice with fresh weights, drawn layer by layer under seeds of their own: slices together equal the whole.
+
+    Raises SliceError where the model class leaves a weight unset.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
+    border = _prune(model, anatomy, span)
+    _materialise(model)
+    is_last = span.stop == anatomy.num_layers
+    # every local head has a seed of its own; the last one keeps the plain name, so that it is the whole model's
+    head_suffix = "" if is_last else f"@{span.stop}"
+    with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
+        for name, module, owner in _groups(model, anatomy):
+            suffix = head_suffix if name in anatomy.after else ""
+            digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            if name.startswith(f"{anatomy.layers}."):
+                module.apply(owner._initialize_weights)
+            else:
+                owner._initialize_weights(module)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
+    if unset:
+        raise SliceError(
+            f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more weights unset in a new model; "
+            "start from a pretrained one (--model_name_or_path)"
+        )
+    return Slice(model, anatomy, span, border)
+
+
+def load_slice(path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, **model_args: Any) -> Slice:
+    """The slice of a pretrained model; only its own tensors are read. Its head starts as the model's.
+
+    Raises ConfigError naming the directory and the tensors that are missing.
+    """
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    borders: list[Border] = []
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        borders.append(_prune(self, anatomy, span))
+
+    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < span.stop)
+    elsewhere = [rf"^{re.escape(anatomy.layers)}\.({others})\."] if others else []
+    renamed: dict[str, str] = {}
+    if span.start > 0:
+        elsewhere += [rf"^{re.escape(name)}\." for name in anatomy.before]
+        with torch.device("meta"), no_init_weights():
+            tied = whole(copy.deepcopy(config)).all_tied_weights_keys or {}
+        renamed = {f"^{re.escape(source)}$": target for target, source in tied.items()}
+    ignored = [*(whole._keys_to_ignore_on_load_unexpected or []), *elsewhere]
+    members = {"__init__": __init__, "__module__": whole.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    sliced: Any = type(whole.__name__, (whole,), members)
+    if renamed:
+        model_args["key_mapping"] = renamed
+    try:
+        model, info = sliced.from_pretrained(
+            path, config=copy.deepcopy(config), dtype=torch.float32, output_loading_info=True, **model_args
+        )
+    except OSError as error:
+        raise ConfigError([f"model_name_or_path={path}: {str(error).splitlines()[0]}"]) from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise ConfigError([f"model_name_or_path={path} lacks {absent[0]} and {len(absent) - 1} more tensors"])
+    if renamed and getattr(model, "_weight_conversions", None):
+        # transformers keeps the renaming and would turn it round when saving
+        model._weight_conversions = [
+            c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
+        ]
+    return Slice(model, anatomy, span, borders[-1])
+
+
+def _as_list(patterns: Any) -> list[str]:
+    return patterns if isinstance(patterns, list) else [patterns]
+
+
+def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> Border:
+    """Puts stand-ins where other slices' modules were, in place."""
+    border = Border()
+    layers = model.get_submodule(anatomy.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index in range(anatomy.num_layers):
+        if not span.start <= index < span.stop:
+            layers[index] = AbsentLayer(
+                layers[index], border, anatomy, enters=index == span.start - 1, leaves=index == span.stop
+            )
+    if span.start == 0:
+        return border
+    for name in anatomy.before:
+        if any(name.startswith(f"{other}.") for other in anatomy.before):
+            continue
+        original = model.get_submodule(name)
+        if name == anatomy.embedding:
+            model.set_submodule(name, AbsentEmbedding(original, border))
+        elif any(p.requires_grad for p in original.parameters()):  # frozen ones (sinusoids) are kept: they cost nothing
+            model.set_submodule(name, AbsentModule(original, border))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
+            module.all_tied_weights_keys = {}
+            module._tied_weights_keys = None
+    return border
+
+
+def _materialise(model: PreTrainedModel) -> None:
+    """Gives every parameter and buffer memory, filled with NaN so that what nobody initialises shows."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:  # tied weights stay tied
+                    made[id(parameter)] = nn.Parameter(_filled(parameter), parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _filled(buffer)
+
+
+def _filled(like: torch.Tensor) -> torch.Tensor:
+    return torch.full(like.shape, float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
+
+
+def _groups(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """What is initialised under a seed of its own: each layer as a whole, every other module by itself.
+
+    Yields (dotted name, module, the model class whose rules apply), children before parents as transformers does.
+    """
+    layers = model.get_submodule(anatomy.layers)
+
+    def descend(module: nn.Module, name: str, owner: PreTrainedModel):
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if isinstance(child, _StandIn):
+                continue
+            if module is layers:
+                yield full, child, owner
+            else:
+                yield from descend(child, full, owner)
+        if module is not layers:
+            yield name, module, owner
+
+    yield from descend(model, "", model)

@@ -1,0 +1,221 @@
+"""Where a rank lives, and how the ranks of a run meet.
+
+A stage is an ordinary DeepSpeed job: its replicas form the default process group of their processes, and no group
+spans two stages (backprop's stock pipeline is the exception and takes all ranks as one world). Everything else that
+ranks tell each other goes through the store of the launcher's rendezvous.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from llm_local.config import ConfigError
+from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
+from llm_local.watchdog import Peer, Watchdog, decode, encode
+
+LAUNCHERS = (
+    "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    restart: int
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str]) -> Launch:
+        """Reads the variables of deepspeed, torchrun and accelerate; without any, the process is a world of one.
+
+        Raises ConfigError for `accelerate launch --cpu`, which starts one process and gives it no rank.
+        """
+        if "RANK" not in environ:
+            if any(name.startswith("ACCELERATE_") for name in environ):
+                raise ConfigError(
+                    [f"accelerate launch --cpu starts one process without a rank; use instead {LAUNCHERS}cpu.yaml"]
+                )
+            return Launch(0, 1, 0, 1, 0)
+        missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environ]
+        if missing:
+            raise ConfigError([f"RANK is set but not {', '.join(missing)}; start with {LAUNCHERS}*.yaml"])
+        world_size = int(environ["WORLD_SIZE"])
+        local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world_size
+        restart = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return Launch(int(environ["RANK"]), world_size, int(environ["LOCAL_RANK"]), int(local), restart)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's stage and replica: ranks count through the replicas of stage 0 first."""
+
+    rank: int
+    num_stages: int
+    num_replicas: int
+
+    @staticmethod
+    def of(rank: int, world_size: int, num_stages: int) -> Place:
+        assert world_size % num_stages == 0, "checked in problems.py"
+        return Place(rank, num_stages, world_size // num_stages)
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.num_replicas
+
+    @property
+    def replica(self) -> int:
+        return self.rank % self.num_replicas
+
+    @property
+    def world_size(self) -> int:
+        return self.num_stages * self.num_replicas
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+    @property
+    def is_recorder(self) -> bool:
+        """Replica 0 speaks for its stage."""
+        return self.replica == 0
+
+
+class World:
+    """The ranks of this run: the store between all of them, the process group of this stage."""
+
+    def __init__(self, place: Place, device: torch.device, store: Any, watchdog: Watchdog, timeout_seconds: float):
+        self.place = place
+        self.device = device
+        self.store = store
+        self.watchdog = watchdog
+        self.timeout_seconds = timeout_seconds
+        self.peers: list[Peer] = []
+        self.device_ids: list[str] = []
+
+    def publish(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+
+    def fetch(self, key: str, seconds: float, what: str) -> str:
+        """The value of a key once somebody publishes it. Raises RuntimeError naming what was awaited."""
+        start = time.monotonic()
+        try:
+            self.store.wait([key], timedelta(seconds=seconds))
+            return bytes(self.store.get(key)).decode()
+        except RuntimeError as error:  # DistStoreError is one
+            waited = time.monotonic() - start
+            raise RuntimeError(f"waited {waited:.0f} s for {what}") from error
+
+    def peek(self, key: str) -> str | None:
+        """The value of a key if it is there, without waiting."""
+        return bytes(self.store.get(key)).decode() if self.store.check([key]) else None
+
+    def count(self, key: str) -> int:
+        """Counts the callers of this key; the one that gets world_size is the last."""
+        return self.store.add(key, 1)
+
+    def mean_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise mean of each replica's values of this stage; every replica must call."""
+        if self.place.num_replicas > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+            values = values / self.place.num_replicas
+        return values
+
+    def stage_barrier(self) -> None:
+        """Waits for the other replicas of this stage only."""
+        if self.place.num_replicas > 1:
+            dist.barrier()
+
+    def finish(self) -> None:
+        """Says goodbye; rank 0, which may serve the store, leaves last."""
+        self.watchdog.done()
+        if self.place.rank == 0:
+            for peer in self.peers:
+                self.fetch(f"done/{peer.rank}", self.timeout_seconds, f"{peer} to finish")
+        dist.destroy_process_group()
+
+
+def open_store(launch: Launch, run: str, seconds: float) -> Any:
+    """The rendezvous that every launcher provides; rank 0 serves it unless torchrun's agent does.
+
+    Keys outlive a torchrun restart, so they carry the restart's number.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RuntimeError(f"no rendezvous with rank 0 at {address} within {seconds:.0f} s: {error}") from error
+    return dist.PrefixStore(f"{run}/{launch.restart}", store)
+
+
+def connect(
+    launch: Launch, place: Place, store: Any, watchdog: Watchdog, startup_seconds: float, link_seconds: float
+) -> World:
+    """Makes the stage's process group and learns who the peers are. Every rank must call.
+
+    startup_seconds bounds the wait for slow starters, link_seconds every later wait inside the stage.
+    """
+    device = local_device(launch.local_rank)
+    prepare_cpu(device, launch.local_world_size)
+    world = World(place, device, store, watchdog, link_seconds)
+    me = Peer.me(place.rank, place.stage, place.replica, place.num_stages)
+    world.publish(f"peer/{place.rank}", encode(me))
+    world.publish(f"device/{place.rank}", device_identity(device))
+    for rank in range(place.world_size):
+        world.peers.append(decode(world.fetch(f"peer/{rank}", startup_seconds, f"rank {rank} to start")))
+        world.device_ids.append(world.fetch(f"device/{rank}", startup_seconds, f"rank {rank} to start"))
+    watchdog.watch(me, world.peers, store.clone())
+    return world
+
+
+def join_stage(world: World, one_world: bool) -> None:
+    """Makes the default process group: this stage's replicas, or all ranks for the stock pipeline."""
+    place = world.place
+    name, rank, size = f"stage{place.stage}", place.replica, place.num_replicas
+    if one_world:
+        name, rank, size = "all", place.rank, place.world_size
+    dist.init_process_group(
+        collective_backend(world.device),
+        store=dist.PrefixStore(name, world.store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=world.timeout_seconds),
+    )
+    import deepspeed
+
+    deepspeed.init_distributed(collective_backend(world.device), verbose=False)
+
+
+def from_rank_0(world: World, key: str, make: Callable[[], str], seconds: float, what: str) -> str:
+    """What rank 0 makes, on every rank."""
+    if world.place.rank == 0:
+        world.publish(key, make())
+    return world.fetch(key, seconds, what)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
