@@ -180,7 +180,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ConfigError([f"cannot read the configuration file {path}: {error.strerror}"]) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path} holds {type(values).__name__}, not 'name: value' lines"])
@@ -211,6 +211,6 @@ def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     wanted, name = (int, "a whole number") if int in kinds else (float, "a number")
     try:  # YAML reads 5e-4 as text
         number = None if isinstance(value, bool) else wanted(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # int(inf) overflows
         number = None
     return number, "" if number is not None and float(number) == float(value) else name

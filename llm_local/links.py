@@ -55,6 +55,11 @@ class Packet:
     position_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
 
+    def integer_parts(self) -> dict[str, torch.Tensor]:
+        """The tensors beside the hidden states that this packet has, by the names the models use."""
+        parts = {name: getattr(self, name) for name in INTEGER_PARTS}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
     @property
     def title(self) -> str:
         return f"{KINDS[self.kind]} micro-batch {self.index} of step {self.step}"
@@ -167,15 +172,15 @@ class Sender(_End):
         self._bound(0)
 
     def _post(self, packet: Packet) -> list[tuple[Any, Any]]:
-        parts = [t for t in (getattr(packet, name) for name in INTEGER_PARTS) if t is not None]
-        mask = sum(1 << i for i, name in enumerate(INTEGER_PARTS) if getattr(packet, name) is not None)
+        parts = packet.integer_parts()
+        mask = sum(1 << INTEGER_PARTS.index(name) for name in parts)
         rows, tokens = packet.input_ids.shape
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
         code = _WIRE_CODES.index(self._wire)
         header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
         tensors = [(self.control, header)]
         if packet.kind != END:
-            tensors += [(self.control, part) for part in parts]
+            tensors += [(self.control, part) for part in parts.values()]
         if packet.hidden is not None:
             tensors.append((self.payload, packet.hidden.to(DTYPES[self._wire])))
         self.bytes += sum(t.numel() * t.element_size() for _, t in tensors)

@@ -42,7 +42,7 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> list[str]:
 def parse_stage_layers(text: str) -> list[int] | None:
     """'4,4' → [4, 4]; None if the text is no such list."""
     parts = [part.strip() for part in text.split(",")]
-    return [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
 
 
 def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:

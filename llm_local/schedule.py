@@ -1,13 +1,15 @@
 """What a stage does with the micro-batches of a step, as DeepSpeed's own pipeline instructions.
 
-Local learning on two stages, four micro-batches; 1F1B on the same stages for comparison (F forward, B backward,
-O optimizer step; simulate.py draws both):
+Two stages, four micro-batches, two optimizer steps (F forward, B backward, O optimizer step; drawn by simulate.py).
+Local learning, LocalSchedule:
 
-    local   stage 0 | FBFBFBFBO
-            stage 1 |  FBFBFBFBO
+    stage 0 | FBFBFBFBOFBFBFBFBO
+    stage 1 |  FBFBFBFBOFBFBFBFBO
 
-    1F1B    stage 0 | FF BFBFB BO
-            stage 1 |  FBFBFBFB O
+Backpropagation, DeepSpeed's TrainSchedule (1F1B):
+
+    stage 0 | FF BFBFB BOFF BFBFB BO
+    stage 1 |  FBFBFBFBO  FBFBFBFBO
 
 A local stage never waits for a later one, so it starts the next step at once and the pipe stays full.
 """

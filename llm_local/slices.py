@@ -90,6 +90,13 @@ class AbsentModule(_StandIn):
         return self.zeros()
 
 
+class PassedBy(nn.Module):
+    """A head module that a slice without a loss does not have."""
+
+    def forward(self, hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return hidden
+
+
 @dataclass(frozen=True)
 class Slice:
     """Layers `span` of a model, with the model's own head behind them. `model` has its parameters under their
@@ -148,7 +155,7 @@ def new_slice(config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int,
     unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
     if unset:
         raise SliceError(
-            f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more weights unset in a new model; "
+            f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more unset in a new model; "
             "start from a pretrained one (--model_name_or_path)"
         )
     return Slice(model, anatomy, span, border)
@@ -194,6 +201,12 @@ def load_slice(path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span
             c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
         ]
     return Slice(model, anatomy, span, borders[-1])
+
+
+def drop_head(part: Slice) -> None:
+    """Takes the head's parameters out of a slice that only passes hidden states on."""
+    for name in part.anatomy.after:
+        part.model.set_submodule(name, PassedBy())
 
 
 def _as_list(patterns: Any) -> list[str]:

@@ -106,11 +106,15 @@ class Watchdog:
         os.set_blocking(self._wake_write, False)
 
     def start(self) -> None:
-        """Takes over SIGTERM and SIGINT; call it from the main thread."""
+        """Watches the launcher. Signals end the process silently for now: rank 0 says what is wrong at the start."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def take_signals(self) -> None:
+        """From here on SIGTERM and Ctrl-C are explained; call it from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the work is done by the thread, through the descriptor
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def watch(self, me: Peer, peers: list[Peer], store: Any) -> None:
         """From here on peers are watched too. `store` must be this thread's own client."""
@@ -127,6 +131,8 @@ class Watchdog:
 
     def report(self, text: str) -> str:
         """Writes this rank's obituary unless an earlier one explains more; returns the one that stands."""
+        if self._store is None:
+            return text
         try:
             with self._lock:
                 return bytes(self._store.compare_set(OBITUARY, "", text)).decode()
@@ -141,6 +147,14 @@ class Watchdog:
             if cause or time.monotonic() > end:
                 return cause
             time.sleep(0.1)
+
+    def fail(self, reason: str, by_a_peer: bool) -> None:
+        """Ends this rank for a reason that its main thread met, unless an earlier one explains it."""
+        if by_a_peer:
+            self._end(self.report(self.explain() or reason), 1)
+        else:
+            self.report(f"{self._name} stopped: {reason}")
+            self._end(reason, 1)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -168,9 +182,10 @@ class Watchdog:
         return None
 
     def _end(self, cause: str, code: int) -> None:
-        if not self._stopped.is_set():
-            print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
-            leave(code)
+        if self._stopped.is_set():
+            return
+        print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
+        leave(code)
 
     def _obituary(self) -> str | None:
         if self._store is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -109,6 +109,7 @@ class World:
         self.timeout_seconds = timeout_seconds
         self.peers: list[Peer] = []
         self.device_ids: list[str] = []
+        self.replicas: Any = None  # this stage's group where it is not the default one
 
     def publish(self, key: str, value: str) -> None:
         self.store.set(key, value)
@@ -135,14 +136,20 @@ class World:
         """Element-wise mean of each replica's values of this stage; every replica must call."""
         if self.place.num_replicas > 1:
             values = values.to(self.device)
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.replicas)
             values = values / self.place.num_replicas
         return values
+
+    def everybody(self, key: str, seconds: float, what: str) -> None:
+        """Waits until every rank has come here. Raises RuntimeError naming what was awaited."""
+        if self.count(f"{key}/arrived") == self.place.world_size:
+            self.publish(f"{key}/all", "1")
+        self.fetch(f"{key}/all", seconds, what)
 
     def stage_barrier(self) -> None:
         """Waits for the other replicas of this stage only."""
         if self.place.num_replicas > 1:
-            dist.barrier()
+            dist.barrier(group=self.replicas)
 
     def finish(self) -> None:
         """Says goodbye; rank 0, which may serve the store, leaves last."""
@@ -203,16 +210,13 @@ def join_stage(world: World, one_world: bool) -> None:
         world_size=size,
         timeout=timedelta(seconds=world.timeout_seconds),
     )
+    if one_world:
+        stages = [range(k * place.num_replicas, (k + 1) * place.num_replicas) for k in range(place.num_stages)]
+        groups = [dist.new_group(list(ranks)) for ranks in stages]
+        world.replicas = groups[place.stage]
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)
-
-
-def from_rank_0(world: World, key: str, make: Callable[[], str], seconds: float, what: str) -> str:
-    """What rank 0 makes, on every rank."""
-    if world.place.rank == 0:
-        world.publish(key, make())
-    return world.fetch(key, seconds, what)
 
 
 def _free_port() -> int:

@@ -1,0 +1,115 @@
+"""The baseline: stock DeepSpeed PipelineEngine (1F1B) over the same slices of the same model.
+
+All ranks are one world here, gradients cross every boundary, and the last stage alone has a head and a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
+from transformers import PretrainedConfig
+
+from llm_local.anatomy import Anatomy
+from llm_local.config import RunConfig
+from llm_local.engine import NonFiniteLoss, StepResult, engine_arguments, restore_buffers, undo_dummy_step
+from llm_local.heads import head_logits, head_loss
+from llm_local.links import CHECK, EVAL, TRAIN, Packet
+from llm_local.partition import Partition, Span
+from llm_local.slices import drop_head
+from llm_local.stage import build_slice
+
+
+class PipeSlice(nn.Module):
+    """A slice as a layer of a PipelineModule: token ids travel along with the hidden states."""
+
+    def __init__(self, config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, span: Span):
+        super().__init__()
+        self.part = build_slice(config, model_config, anatomy, span)
+        if not self.part.is_last:
+            drop_head(self.part)
+        self.model = self.part.model
+        self.return_logits = False
+
+    def forward(self, inputs: Any) -> Any:
+        """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end."""
+        hidden, ids = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
+        leaving, normed = self.part(hidden, input_ids=ids)
+        if not self.part.is_last:
+            return leaving, ids
+        return head_logits(self.model, normed, ids) if self.return_logits else head_loss(self.part, normed, ids, None)
+
+
+class BackpropEngine:
+    """The stock pipeline behind LocalEngine's interface. Every rank calls every method."""
+
+    def __init__(self, engine: PipelineEngine, load: Callable[[int, int, int], Packet] | None):
+        self.engines = [engine]
+        self._engine = engine
+        self._load = load
+
+    @property
+    def lr(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    @property
+    def part(self) -> PipeSlice:
+        """This stage's slice."""
+        return next(m for m in self._engine.module.modules() if isinstance(m, PipeSlice))
+
+    def train_batch(self, step: int) -> StepResult:
+        """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""
+        loss = self._engine.train_batch(data_iter=self._micro_batches(TRAIN, step))
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(loss.reshape(1).float(), (float("nan") if norm is None else float(norm),))
+
+    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor:
+        """(1,) the mean validation loss of the whole model."""
+        data = self._micro_batches(EVAL, step)
+        loss: Any = self._engine.eval_batch(data, num_micro_batches=micro_batches)
+        return loss.reshape(1).float()
+
+    def check_logits(self) -> torch.Tensor | None:
+        """As LocalEngine.check_logits; None off the last stage."""
+        self.part.return_logits = True
+        self._engine.reset_activation_shape()
+        options: dict[str, Any] = {"reduce_output": None, "bcast_loss": False, "num_micro_batches": 1}
+        outputs: Any = self._engine.eval_batch(self._micro_batches(CHECK, 0), compute_loss=False, **options)
+        self.part.return_logits = False
+        self._engine.reset_activation_shape()
+        return outputs[0] if self.part.part.is_last else None
+
+    def _micro_batches(self, kind: int, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """DeepSpeed asks the first stage for inputs and the last one for labels, which travel with the inputs here."""
+        index = 0
+        nothing = torch.empty(0)
+        while True:
+            yield (nothing if self._load is None else self._load(kind, step, index).input_ids), nothing
+            index += 1
+
+
+def make_backprop_engine(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    partition: Partition,
+    settings: dict[str, Any],
+    load: Callable[[int, int, int], Packet] | None,
+) -> BackpropEngine:
+    """Every rank must call; only this stage's slice is built."""
+    specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span) for span in partition.blocks]
+    module = PipelineModule(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    arguments = engine_arguments(config, module, settings)
+    mpu: Any = module.mpu()
+    engine = PipelineEngine(config_class=DeepSpeedConfig(settings, mpu), mpu=mpu, **arguments)
+    restore_buffers(module, buffers)
+    undo_dummy_step(engine)
+    return BackpropEngine(engine, load)

@@ -1,0 +1,43 @@
+"""The micro-batches of stage 0: each replica's share of the global batch, whatever the layout."""
+
+from __future__ import annotations
+
+import torch
+
+from llm_local.links import EVAL, TRAIN, Packet
+from llm_local.sequences import Sequences
+from llm_local.world import Place
+
+CHECK_TOKENS = 64
+
+
+class Feed:
+    """load(kind, step, index) for an engine of stage 0.
+
+    A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
+    """
+
+    def __init__(
+        self, train: Sequences, validation: Sequences, place: Place, rows: int, micro_batches: int, eval_batches: int
+    ):
+        self._sources = {TRAIN: (train, micro_batches), EVAL: (validation, eval_batches)}
+        self._place = place
+        self._rows = rows
+        self._held: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def __call__(self, kind: int, step: int, index: int) -> Packet:
+        """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
+        if kind in self._sources:
+            ids = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
+        else:
+            ids = self._sources[EVAL][0].batch(0, 1)[:, :CHECK_TOKENS]
+        return Packet(kind, step, index, input_ids=ids)
+
+    def _share(self, kind: int, step: int) -> torch.Tensor:
+        """This replica's rows of the step, (rows · micro-batches, T); an evaluation always has the same ones."""
+        if self._held is None or self._held[0] != (kind, step):
+            source, micro_batches = self._sources[kind]
+            replicas = self._place.num_replicas
+            batch = source.batch(step - 1 if kind == TRAIN else 0, self._rows * micro_batches * replicas)
+            self._held = ((kind, step), batch[self._place.replica :: replicas].contiguous())
+        return self._held[1]

@@ -1,0 +1,70 @@
+"""Metrics of a stage: one JSON record a logged step, in OUTPUT/metrics/stage-00.jsonl.
+
+Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
+tokens, sent_bytes and received_bytes are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
+the step was blocked on links, inside step_seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    step: int
+    split: str
+    stage: int
+    loss: float
+    block_losses: list[float]
+    tokens: int
+    lr: float | None = None
+    grad_norm: float | None = None
+    step_seconds: float | None = None
+    wait_seconds: float | None = None
+    sent_bytes: int | None = None
+    received_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+
+
+def total_norm(norms: tuple[float, ...]) -> float | None:
+    """Norm over all blocks of the stage; None where DeepSpeed computes none."""
+    total = math.sqrt(sum(norm * norm for norm in norms))
+    return total if math.isfinite(total) else None
+
+
+class MetricsFile:
+    """Appends records; each is on disk before the next step."""
+
+    def __init__(self, output_dir: Path, stage: int, monitor: Any, resumed_step: int):
+        self.path = output_dir / "metrics" / f"stage-{stage:02d}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._monitor = monitor
+        kept = [r for r in read_records(self.path) if r["step"] <= resumed_step] if resumed_step else []
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, record: Record) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+        if self._monitor is not None and self._monitor.enabled:
+            names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds")
+            values = [(name, getattr(record, name)) for name in names]
+            events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
+            self._monitor.write_events(events)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of one stage; a last line that a killed run left half written is not one."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,183 @@
+"""Everything that can be wrong with a run, found by rank 0 before the ranks meet and before a file is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.checkpoint import find_checkpoint, layout_of, layout_problems, read_step
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data import data_problems
+from llm_local.device import supports
+from llm_local.ds_config import deepspeed_problems
+from llm_local.partition import Partition, Span, estimate_costs, make_partition
+from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.tokenizer import load_tokenizer
+
+OURS = ("run.yaml", "metrics", "checkpoints", "export", "tensorboard", "csv")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 decides for all: how the model is made, how it is cut, and where the run goes on from."""
+
+    anatomy: Anatomy
+    partition: Partition
+    checkpoint: str | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        values = json.loads(text)
+        spans = {k: tuple(Span(**span) for span in v) for k, v in values["partition"].items()}
+        anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
+        return Plan(anatomy, Partition(**spans), values["checkpoint"])
+
+
+def preflight(config: RunConfig, world_size: int) -> Plan:
+    """Checks the whole run. Raises ConfigError with every problem that was found."""
+    problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
+    problems += deepspeed_problems(config) + data_problems(config) + _folder_problems(config)
+    found = _Model()
+    if config.model.config_name or config.model.model_name_or_path:
+        problems += found.look(config, world_size)
+    if not problems:
+        assert found.anatomy is not None
+        assert found.partition is not None
+        assert found.config is not None
+        checkpoint, more = _resume(config, found.config, found.partition, world_size)
+        problems += more
+        if not problems:
+            return Plan(found.anatomy, found.partition, checkpoint)
+    raise ConfigError(problems)
+
+
+class _Model:
+    """What is learned of the model while looking for problems."""
+
+    def __init__(self) -> None:
+        self.config: PretrainedConfig | None = None
+        self.anatomy: Anatomy | None = None
+        self.partition: Partition | None = None
+
+    def look(self, config: RunConfig, world_size: int) -> list[str]:
+        try:
+            self.config = load_model_config(config.model)
+            self.anatomy = probe(self.config, config.model)
+        except ConfigError as error:
+            return error.problems
+        except SliceError as error:
+            return [str(error)]
+        problems = _size_problems(config, self.config) + _support_problems(config, self.config)
+        if config.local.num_stages > 0:
+            try:
+                self.partition = plan_partition(config, self.config, self.anatomy)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+
+def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> Partition:
+    """The cut that the flags ask for. Raises ValueError where it leaves a stage without a layer."""
+    local = config.local
+    costs = estimate_costs(
+        anatomy.layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
+    )
+    by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
+    return make_partition(
+        num_layers=anatomy.num_layers,
+        num_stages=local.num_stages,
+        costs=costs,
+        layers_per_block=1 if local.method == "greedy" else local.layers_per_block,
+        stage_layers=by_hand,
+        local_heads=local.method != "backprop",
+    )
+
+
+def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+    text = text_config(model_config)
+    problems = []
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and config.data.seq_length > positions:
+        problems.append(
+            f"seq_length={config.data.seq_length} is longer than the model's {positions} positions; shorten it, or set "
+            f"max_position_embeddings={config.data.seq_length} in config_overrides"
+        )
+    try:
+        tokens = len(load_tokenizer(config))
+    except ConfigError as error:
+        return problems + error.problems
+    if text.vocab_size < tokens:
+        problems.append(
+            f"the model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {tokens}; "
+            f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
+        )
+    return problems
+
+
+def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+    text = text_config(model_config)
+    problems = []
+    if getattr(text, "layerdrop", 0) or getattr(text, "decoder_layerdrop", 0):
+        problems.append("the model's config has layerdrop, which would skip a stage's border; set layerdrop=0.0")
+    if getattr(text, "output_router_logits", False):
+        problems.append("output_router_logits=true: the router loss is not built yet; set it to false")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if config.train.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
+        problems.append(f"model type {model_config.model_type!r} does not support gradient_checkpointing; leave it off")
+    return problems
+
+
+def _folder_problems(config: RunConfig) -> list[str]:
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir={folder} is a file; name a folder"]
+    if config.train.overwrite_output_dir or config.train.resume_from_checkpoint or not (folder / "run.yaml").exists():
+        return []
+    return [
+        f"output_dir={folder} holds another run; go on with it (--resume_from_checkpoint true), "
+        "replace it (--overwrite_output_dir), or choose another folder"
+    ]
+
+
+def _resume(
+    config: RunConfig, model_config: PretrainedConfig, partition: Partition, world_size: int
+) -> tuple[str | None, list[str]]:
+    try:
+        checkpoint = find_checkpoint(config)
+    except ConfigError as error:
+        return None, error.problems
+    if checkpoint is None:
+        return None, []
+    layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
+    problems = layout_problems(checkpoint, layout)
+    if read_step(checkpoint) > config.train.max_steps:
+        problems.append(f"{checkpoint} is beyond max_steps={config.train.max_steps}; raise max_steps")
+    return str(checkpoint), problems
+
+
+def open_output(config: RunConfig, plan: Plan) -> None:
+    """Makes OUTPUT and writes run.yaml; a run that is replaced goes first, and nothing else in the folder does."""
+    folder = config.output_dir
+    if config.train.overwrite_output_dir and plan.checkpoint is None:
+        for name in OURS:
+            _remove(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
+    (folder / "run.yaml").write_text(f"# {plan.partition.describe()}\n{text}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Runs a function on every rank of a small world: real processes, gloo on loopback, a time limit.
+
+The fork server imports torch, DeepSpeed and the project once, so that a world starts in seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+    "llm_local.train",
+    "ranks",
+]
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(pipe: Connection, function: Callable[..., Any], environ: dict[str, str], args: tuple) -> None:
+    os.environ.update(environ)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    os._exit(0)  # process groups of a failed peer must not hold the exit up
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+    """The results of function(*args) on each rank, by rank; raises the first rank's traceback that arrives."""
+    context, port = _context(), free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        environ = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, function, environ, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, time.monotonic() + seconds, seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Any], end: float, seconds: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(open_pipes, timeout=max(0.0, end - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {[r for r in range(len(pipes)) if r not in results]} not done in {seconds} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "the process is gone"
+            if not good:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]

@@ -1,0 +1,328 @@
+"""Flags, YAML and defaults become one RunConfig; all that is wrong with it is said at once, with the repair."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+
+from llm_local.config import SECTIONS, ConfigError, RunConfig, from_flat, parse
+from llm_local.problems import NOT_NEGATIVE, POSITIVE, parse_stage_layers, static_problems
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(text) → the name of a YAML file that holds it."""
+
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def refusal(arguments: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(arguments)
+    return error.value.problems
+
+
+class TestParse:
+    def test_nothing_gives_the_defaults(self, write):
+        assert parse([]) == RunConfig()
+        assert parse([write("")]) == RunConfig()
+
+    def test_flags(self):
+        config = parse(["--config_name", "m.json", "--num_stages", "2", "--learning_rate=3e-4", "--bf16"])
+        assert config.model.config_name == "m.json"
+        assert config.local.num_stages == 2
+        assert config.train.learning_rate == 3e-4
+        assert config.train.bf16 is True
+
+    def test_a_flag_wins_over_the_file_and_the_file_over_the_default(self, write):
+        config = parse([write("max_steps: 20\nseed: 7\nbf16: true\n"), "--max_steps", "30", "--bf16", "false"])
+        assert (config.train.max_steps, config.train.seed, config.train.bf16) == (30, 7, False)
+        assert config.train.eval_batches == RunConfig().train.eval_batches
+
+    def test_flag_names_are_unique_across_the_sections(self):
+        names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+        assert len(names) == len(set(names))
+        assert list(RunConfig().flat()) == names
+
+    @pytest.mark.parametrize("launcher", [["--local_rank=3"], ["--local_rank=0"]])
+    def test_the_launchers_rank_may_stand_before_the_file(self, write, launcher):
+        assert parse([*launcher, write("seed: 7"), "--max_steps", "3"]).train.seed == 7
+
+    def test_the_launchers_rank_as_two_words(self):
+        assert parse(["--local_rank", "1", "--seed", "7"]).train.seed == 7
+
+    def test_help_shows_every_flag(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            parse(["--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(f"--{name}" in shown for name in RunConfig().flat())
+
+    @pytest.mark.parametrize(
+        ("line", "value"),
+        [
+            ("learning_rate: 3e-4", 3e-4),
+            ("learning_rate: 1", 1.0),
+            ("learning_rate: '0.5'", 0.5),
+            ("max_steps: 12", 12),
+            ("max_steps: 12.0", 12),
+            ("max_steps: '12'", 12),
+            ("max_steps: 1_000", 1000),
+            ("streaming: yes", True),
+            ("streaming: false", False),
+            ("stage_layers: 4", "4"),
+            ("stage_layers: 4,4", "4,4"),
+            ("resume_from_checkpoint: true", "true"),
+            ("sample_prompt: 'yes'", "yes"),
+            ("layers_per_block: null", None),
+            ("train_file:", None),
+        ],
+    )
+    def test_yaml_types(self, write, line, value):
+        got = parse([write(line)]).flat()[line.split(":")[0]]
+        assert got == value
+        assert type(got) is type(value)
+
+    @pytest.mark.parametrize(
+        ("line", "what"),
+        [
+            ("max_steps: 12.5", "12.5 is not a whole number"),
+            ("max_steps: many", "'many' is not a whole number"),
+            ("max_steps: true", "True is not a whole number"),
+            ("max_steps: .inf", "inf is not a whole number"),
+            ("max_steps: [1]", "[1] is not a whole number"),
+            ("max_steps: null", "None is not a whole number"),
+            ("learning_rate: fast", "'fast' is not a number"),
+            ("learning_rate: .nan", "nan is not a number"),
+            ("learning_rate: false", "False is not a number"),
+            ("bf16: 1", "1 is not true or false"),
+            ("bf16: null", "None is not true or false"),
+        ],
+    )
+    def test_a_value_of_another_type(self, write, line, what):
+        path = write(line)
+        assert refusal([path]) == [f"{path}: {line.split(':')[0]}: {what}"]
+
+    def test_all_problems_of_a_file_at_once(self, write):
+        path = write("max_step: 3\nmax_steps: x\n7: 8\n")
+        assert refusal([path]) == [
+            f"{path}: unknown setting 'max_step'; see pretrain.py --help",
+            f"{path}: max_steps: 'x' is not a whole number",
+            f"{path}: unknown setting 7; see pretrain.py --help",
+        ]
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        path = tmp_path / "none.yaml"
+        assert refusal([str(path)]) == [f"cannot read the configuration file {path}: No such file or directory"]
+
+    @pytest.mark.parametrize("text", ["a: b: c", "a: [", b"a: \xff"])
+    def test_a_file_that_is_not_yaml(self, write, text):
+        path = write(text)
+        (problem,) = refusal([path])
+        assert problem.startswith(f"{path} is not YAML: ")
+        assert "\n" not in problem
+
+    @pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("seed", "str"), ("3", "int")])
+    def test_a_file_without_names(self, write, text, kind):
+        path = write(text)
+        assert refusal([path]) == [f"{path} holds {kind}, not 'name: value' lines"]
+
+    def test_unknown_flags(self):
+        assert refusal(["--max_step", "3"]) == [  # no abbreviations: max_step could as well be a slip
+            "unknown argument '--max_step'; see pretrain.py --help",
+            "unknown argument '3'; see pretrain.py --help",
+        ]
+
+    @pytest.mark.parametrize(
+        ("arguments", "what"),
+        [
+            (["--seed", "x"], "invalid int value: 'x'"),
+            (["--seed"], "expected one argument"),
+            (["--learning_rate", "x"], "invalid float value: 'x'"),
+            (["--bf16", "maybe"], "got maybe"),
+        ],
+    )
+    def test_a_flag_of_another_type_is_an_error_and_no_exit(self, arguments, what):
+        (problem,) = refusal(arguments)
+        assert arguments[0] in problem
+        assert what in problem
+        assert "see pretrain.py --help" in problem
+
+    def test_the_error_counts_and_lists(self):
+        assert str(ConfigError(["a is bad"])) == "the configuration has 1 problem:\n  - a is bad"
+        assert str(ConfigError(["a", "b"])) == "the configuration has 2 problems:\n  - a\n  - b"
+
+
+CHANGES = {
+    "config_name": "m.json",
+    "train_file": "t.txt",
+    "stage_layers": "1,2",
+    "adam_epsilon": 1e-12,
+    "sample_prompt": "true: #1\n",
+    "bf16": True,
+    "save_total_limit": 2,
+}
+
+
+class TestRunConfig:
+    def test_from_flat_inverts_flat(self):
+        config = from_flat(CHANGES)
+        assert config != RunConfig()
+        assert from_flat(config.flat()) == config
+
+    def test_the_resolved_configuration_is_a_configuration_file(self, write):
+        config = from_flat(CHANGES)
+        assert parse([write(yaml.safe_dump(config.flat(), sort_keys=False))]) == config
+
+    def test_from_flat_names_every_unknown_setting(self):
+        with pytest.raises(ConfigError) as error:
+            from_flat({"seed": 1, "sead": 2, "max_step": 3})
+        assert error.value.problems == [
+            "unknown setting 'max_step'; see pretrain.py --help",
+            "unknown setting 'sead'; see pretrain.py --help",
+        ]
+
+    @pytest.mark.parametrize("flag", ["bf16", "fp16", "neither"])
+    def test_the_wire_has_the_models_precision_unless_told(self, flag):
+        config = from_flat({flag: True} if flag != "neither" else {})
+        assert config.precision == (flag if flag != "neither" else "fp32")
+        assert config.wire_dtype == config.precision
+        assert from_flat({**config.flat(), "wire_dtype": "fp16"}).wire_dtype == "fp16"
+
+    def test_folders(self, monkeypatch):
+        assert from_flat({"output_dir": "a/b"}).output_dir == Path("a/b")
+        assert from_flat({"cache_dir": "c"}).cache_dir == Path("c")
+        monkeypatch.setenv("XDG_CACHE_HOME", "x")
+        assert RunConfig().cache_dir == Path("x/llm_local")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert RunConfig().cache_dir == Path.home() / ".cache/llm_local"
+
+
+def problems_of(fp16_supported: bool = True, bf16_supported: bool = True, **changes) -> list[str]:
+    """The problems on four ranks of a configuration that has none but for `changes`."""
+    return static_problems(from_flat({"config_name": "m.json", **changes}), 4, fp16_supported, bf16_supported)
+
+
+class TestStaticProblems:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"num_stages": 4, "stage_layers": "1, 2,3,4"},
+            {"num_stages": 2, "method": "greedy", "layers_per_block": 1, "bf16": True},
+            {"num_stages": 2, "method": "backprop", "fp16": True},
+            {"num_stages": 2, "layers_per_block": 3},
+            {"config_name": None, "model_name_or_path": "m"},
+            {"train_file": "t.txt", "validation_file": "v.txt"},
+            {"max_grad_norm": 0, "eval_batches": 0, "adam_beta1": 0, "warmup_steps": 0},
+        ],
+    )
+    def test_none(self, changes):
+        assert problems_of(**changes) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "line"),
+        [
+            ({"method": "x"}, "method='x' is unknown; choose one of backprop, greedy, chunked, overlapping"),
+            ({"head": "x"}, "head='x' is unknown; choose one of linear, decoder, shared"),
+            ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16"),
+            (
+                {"lr_scheduler_type": "x"},
+                "lr_scheduler_type='x' is unknown; choose one of linear, cosine, constant, constant_with_warmup, "
+                "polynomial, inverse_sqrt",
+            ),
+            ({"report_to": "x"}, "report_to='x' is unknown; choose one of none, tensorboard, csv"),
+            (
+                {"method": "overlapping"},
+                "method='overlapping' is not built yet; use chunked with layers_per_block, greedy or backprop",
+            ),
+            ({"head": "decoder"}, "head='decoder' is not built yet; use head=linear"),
+            ({"head": "shared"}, "head='shared' is not built yet; use head=linear"),
+            ({"dataset_name": "d", "train_file": "t"}, "both dataset_name and train_file are given; keep one"),
+            ({"validation_file": "v"}, "validation_file needs train_file"),
+            ({"model_name_or_path": "m"}, "both model_name_or_path and config_name are given; keep one"),
+            (
+                {"config_name": None},
+                "no model: give config_name (a new model) or model_name_or_path (a pretrained one)",
+            ),
+            ({"adam_beta1": 1}, "adam_beta1=1 must lie in [0, 1)"),
+            ({"adam_beta2": -0.1}, "adam_beta2=-0.1 must lie in [0, 1)"),
+            ({"seq_length": 1}, "seq_length=1 leaves nothing to predict; use 2 or more"),
+            ({"validation_split_percentage": 0}, "validation_split_percentage=0 must lie between 1 and 99"),
+            ({"validation_split_percentage": 100}, "validation_split_percentage=100 must lie between 1 and 99"),
+            (
+                {"num_stages": 3},
+                "4 ranks cannot be divided into num_stages=3 stages of equal size; start a multiple of 3 ranks or "
+                "change num_stages",
+            ),
+            (
+                {"num_stages": 8},
+                "4 ranks cannot be divided into num_stages=8 stages of equal size; start a multiple of 8 ranks or "
+                "change num_stages",
+            ),
+            ({"stage_layers": "4;4"}, "stage_layers='4;4' is not a list such as 4,4"),
+            ({"stage_layers": "4,-4"}, "stage_layers='4,-4' is not a list such as 4,4"),
+            ({"num_stages": 2, "stage_layers": "4"}, "stage_layers='4' names 1 stages, num_stages is 2"),
+            ({"num_stages": 2, "stage_layers": "4,0"}, "stage_layers='4,0' leaves stage 1 without a layer"),
+            (
+                {"method": "greedy", "layers_per_block": 2},
+                "layers_per_block=2 is for method=chunked, not greedy",
+            ),
+            (
+                {"method": "backprop", "num_stages": 2, "layers_per_block": 2},
+                "layers_per_block=2 is for method=chunked, not backprop",
+            ),
+            (
+                {"method": "backprop"},
+                "method=backprop runs DeepSpeed's pipeline, which needs num_stages of 2 or more",
+            ),
+            ({"bf16": True, "fp16": True}, "both bf16 and fp16 are set; keep one"),
+        ],
+    )
+    def test_each(self, changes, line):
+        assert problems_of(**changes) == [line]
+
+    def test_every_number_has_a_bound(self):
+        hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
+        numbers = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+        ranges = ("adam_beta1", "adam_beta2", "validation_split_percentage")
+        assert sorted(numbers) == sorted([*POSITIVE, *NOT_NEGATIVE, *ranges])
+
+    @pytest.mark.parametrize("name", POSITIVE)
+    def test_positive(self, name):
+        for value in (0, -1):
+            assert f"{name}={value} must be greater than 0" in problems_of(**{name: value})
+
+    @pytest.mark.parametrize("name", NOT_NEGATIVE)
+    def test_not_negative(self, name):
+        assert problems_of(**{name: -1}) == [f"{name}=-1 must not be negative"]
+        assert problems_of(**{name: 0}) == []
+
+    def test_not_a_number_is_no_rate(self):
+        assert problems_of(learning_rate=float("nan")) == ["learning_rate=nan must be greater than 0"]
+
+    def test_precisions_that_the_device_has_not(self):
+        assert problems_of(fp16_supported=False, bf16_supported=False) == []
+        fp16 = "fp16 is not supported on this device; use bf16, or neither for fp32"
+        assert problems_of(fp16_supported=False, fp16=True) == [fp16]
+        bf16 = "bf16 is not supported on this device; use fp16, or neither for fp32"
+        assert problems_of(bf16_supported=False, bf16=True) == [bf16]
+
+    def test_all_at_once(self):
+        got = problems_of(method="x", max_steps=0, num_stages=3, bf16=True, fp16=True)
+        assert [line.split()[0] for line in got] == ["method='x'", "max_steps=0", "4", "both"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("4,4", [4, 4]), (" 1 , 2,3", [1, 2, 3]), ("7", [7]), ("", None), ("4,", None), ("a", None), ("²,3", None)],
+)
+def test_parse_stage_layers(text, layers):
+    assert parse_stage_layers(text) == layers

@@ -1,0 +1,240 @@
+"""From text to sequences: nothing lost, nothing twice, the same order for everybody, and plain words when it fails."""
+
+import json
+import os
+
+import pytest
+import torch
+from datasets import Dataset, are_progress_bars_disabled
+from transformers import AutoTokenizer
+
+from llm_local.config import ConfigError, from_flat
+from llm_local.data import prepare, tokenizer_key
+from llm_local.sources import load_documents
+from llm_local.tokenizer import builtin_tokenizer_dir
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(16):
+        (folder / f"module_{number:02}.py").write_text(f"def {WORDS[number % 10]}(x):\n    return x\n" * 60)
+    return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(folder / "cache", folder, vocab_size=300))
+
+
+@pytest.fixture
+def texts():
+    """Documents of different lengths, each with its own number in it."""
+    return [f"document {n}: " + " ".join(WORDS[: n % 10 + 1]) for n in range(60)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def make(**flags):
+        return from_flat({"cache_dir": str(tmp_path / "cache"), "seq_length": 16, **flags})
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path, texts):
+    return write_jsonl(tmp_path / "train.jsonl", texts)
+
+
+def write_jsonl(path, texts, column="text"):
+    path.write_text("".join(json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)))
+    return str(path)
+
+
+def in_file_order(config, which):
+    """Documents that one of the two sets holds, read back from its documents' text."""
+    documents = load_documents(config)[which]
+    return [row[documents.column] for row in documents.rows]
+
+
+def decoded(sequences, tokenizer):
+    """The text of one pass over stored sequences in their order, with EOS spelled out."""
+    rows = [sequences.batch(number, 1)[0] for number in range(sequences.num_sequences)]
+    return tokenizer.decode(torch.cat(rows).tolist())
+
+
+# --- what a sequence holds
+
+
+def test_validation_is_the_text_with_eos_behind_each_document(settings, tokenizer, tmp_path, jsonl):
+    held = ["  one\n\ttwo ", "", "three 😀", "four " * 20]
+    config = settings(train_file=jsonl, validation_file=write_jsonl(tmp_path / "held.jsonl", held))
+    _, validation = prepare(config, tokenizer)
+    whole = "".join(text + tokenizer.eos_token for text in held if text)
+    text = decoded(validation, tokenizer)
+    assert whole.startswith(text), "only the tail that fills no sequence is missing"
+    assert len(tokenizer.encode(whole)) - validation.num_sequences * 16 < 16
+
+
+def test_batches_are_int64_rows_of_seq_length(settings, tokenizer, jsonl):
+    for sequences in prepare(settings(train_file=jsonl), tokenizer):
+        batch = sequences.batch(0, 3)
+        assert batch.shape == (3, 16)
+        assert batch.dtype == torch.int64
+
+
+def test_a_txt_file_is_one_text_with_its_newlines(settings, tokenizer, tmp_path):
+    lines = [f"line {n}\n" if n % 7 else "\n" for n in range(900)]
+    (tmp_path / "train.txt").write_text("".join(lines))
+    config = settings(train_file=str(tmp_path / "train.txt"), validation_split_percentage=10)
+    train, validation = prepare(config, tokenizer)
+    rows = torch.cat([train.batch(n, 1) for n in range(train.num_sequences)])
+    assert (rows == tokenizer.eos_token_id).sum() <= 1, "EOS is at the end alone"
+    assert tokenizer.eos_token not in "".join(lines)
+    assert "".join(lines[810:]).startswith(decoded(validation, tokenizer)), "the last lines are the validation"
+    kept = "".join(lines[:810])
+    assert all(tokenizer.decode(row.tolist()).removesuffix(tokenizer.eos_token) in kept for row in rows)
+
+
+def test_training_follows_the_seed_of_the_run(settings, tokenizer, jsonl):
+    first, again, other = (prepare(settings(train_file=jsonl, seed=s), tokenizer)[0].batch(0, 8) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# --- cache
+
+
+def test_tokens_are_made_once_and_again_when_the_file_changes(settings, tokenizer, tmp_path, texts):
+    path = tmp_path / "train.jsonl"
+    config = settings(train_file=write_jsonl(path, texts))
+    folder = config.cache_dir / "tokens"
+    prepare(config, tokenizer)
+    made = sorted(os.listdir(folder))
+    assert len(made) == 2
+    prepare(config, tokenizer)
+    assert sorted(os.listdir(folder)) == made
+    write_jsonl(path, [*texts, "one more document"])
+    train, _ = prepare(config, tokenizer)
+    assert len(os.listdir(folder)) == 4
+    assert "one more" in decoded(train, tokenizer) or "one more" in decoded(prepare(config, tokenizer)[1], tokenizer)
+
+
+def test_a_saved_folder_is_only_read(settings, tokenizer, tmp_path, texts):
+    Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    before = sorted(os.listdir(tmp_path / "saved"))
+    prepare(settings(dataset_name=str(tmp_path / "saved")), tokenizer)
+    assert sorted(os.listdir(tmp_path / "saved")) == before
+
+
+def test_the_key_of_a_tokenizer_is_what_it_does(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    key = tokenizer_key(tokenizer)
+    copy(["short", "a longer one"], padding=False, truncation=True, max_length=2)
+    assert tokenizer_key(copy) == key
+    copy.add_tokens(["<|new|>"])
+    assert tokenizer_key(copy) != key
+
+
+def test_the_key_of_a_tokenizer_without_a_backend_is_its_content():
+    assert tokenizer_key({"a": 1}) == tokenizer_key({"a": 1}) != tokenizer_key({"a": 2})
+
+
+def test_progress_bars_are_left_as_they_were(settings, tokenizer, jsonl, tmp_path, capfd):
+    before = are_progress_bars_disabled()
+    prepare(settings(train_file=jsonl), tokenizer)
+    assert "tokenising" not in capfd.readouterr().err
+    prepare(settings(train_file=jsonl, cache_dir=str(tmp_path / "other")), tokenizer, progress=True)
+    assert "tokenising" in capfd.readouterr().err
+    assert are_progress_bars_disabled() == before
+
+
+# --- streams
+
+
+@pytest.fixture
+def stream(settings, tokenizer, jsonl):
+    def start(**flags):
+        return prepare(settings(train_file=jsonl, streaming=True, **flags), tokenizer)[0]
+
+    return start
+
+
+def test_a_stream_is_the_same_at_each_start_and_however_it_is_sliced(stream):
+    whole = torch.cat([stream().batch(0, 48)])
+    parts, resumed = stream(), stream()
+    assert torch.equal(torch.cat([parts.batch(index, 6) for index in range(8)]), whole)
+    assert torch.equal(resumed.batch(5, 8), whole[40:]), "a later batch is reached by reading up to it"
+    assert torch.equal(resumed.batch(1, 8), whole[8:16]), "an earlier one by starting again"
+    assert resumed.num_sequences is None
+
+
+def test_a_stream_s_epochs_hold_the_same_documents_in_another_order(stream, tokenizer, settings, jsonl):
+    documents = in_file_order(settings(train_file=jsonl, streaming=True), 0)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in documents)
+    length = tokens // 16
+    rows = stream().batch(0, 2 * length)
+    first, second = (
+        tokenizer.decode(part.flatten().tolist()).split(tokenizer.eos_token) for part in (rows[:length], rows[length:])
+    )
+    assert set(first[:-1]) <= set(documents)
+    assert set(second[:-1]) <= set(documents)
+    assert len(set(first)) == len(first) >= len(documents) - 2, "no document twice, none missing but in the tail"
+    assert first != second
+
+
+def test_a_stream_follows_the_seed_of_the_run(stream):
+    assert not torch.equal(stream(seed=1).batch(0, 8), stream(seed=2).batch(0, 8))
+
+
+def test_a_streamed_txt_keeps_its_order(settings, tokenizer, tmp_path):
+    lines = [f"line {n}\n" for n in range(1000)]
+    (tmp_path / "train.txt").write_text("".join(lines))
+    config = settings(train_file=str(tmp_path / "train.txt"), streaming=True, validation_split_percentage=10)
+    train, validation = prepare(config, tokenizer)
+    assert "".join(lines[:100]).startswith(decoded(validation, tokenizer))
+    text = tokenizer.decode(train.batch(0, 20).flatten().tolist())
+    assert "".join(lines[100:]).startswith(text)
+
+
+def test_a_stream_without_one_sequence_is_an_error_and_no_endless_loop(settings, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "short.jsonl", ["a", "b", "c"])
+    train, _ = prepare(settings(train_file=path, streaming=True, eval_batches=0), tokenizer)
+    with pytest.raises(ValueError, match=r"short\.jsonl: the whole stream holds fewer than the 16 tokens"):
+        train.batch(0, 1)
+
+
+# --- too little, or without EOS
+
+
+def test_too_little_text_names_the_file_and_both_numbers(settings, tokenizer, tmp_path):
+    short = write_jsonl(tmp_path / "short.jsonl", ["a", "b", "c"])
+    long = write_jsonl(tmp_path / "long.jsonl", ["words " * 50])
+    with pytest.raises(
+        ConfigError, match=r"train_file=.*short\.jsonl holds 6 tokens, one sequence needs 16; give more"
+    ):
+        prepare(settings(train_file=short, validation_file=long), tokenizer)
+    with pytest.raises(ConfigError, match=r"validation_file=.*short\.jsonl \(validation\) holds 6 tokens"):
+        prepare(settings(train_file=long, validation_file=short), tokenizer)
+
+
+def test_a_run_that_never_evaluates_needs_no_validation_text(settings, tokenizer, tmp_path):
+    short = write_jsonl(tmp_path / "short.jsonl", ["a", "b", "c"])
+    long = write_jsonl(tmp_path / "long.jsonl", ["words " * 50])
+    config = settings(train_file=long, validation_file=short, eval_batches=0)
+    train, validation = prepare(config, tokenizer)
+    assert train.num_sequences
+    assert validation.num_sequences == 0
+    with pytest.raises(ValueError, match="no sequence to read: 6 tokens are less than 16"):
+        validation.batch(0, 1)
+
+
+def test_a_tokenizer_without_eos_is_named(settings, tokenizer, tmp_path, jsonl):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    without = AutoTokenizer.from_pretrained(tmp_path / "tokenizer", eos_token=None)
+    without.eos_token = None
+    with pytest.raises(ConfigError, match=r"tokenizer .*tokenizer has no EOS token to end a document; set eos_token"):
+        prepare(settings(train_file=jsonl), without)
+
+
+def test_prepare_says_what_the_check_says(settings, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.txt does not exist"):
+        prepare(settings(train_file=str(tmp_path / "missing.txt")), tokenizer)

@@ -1,0 +1,147 @@
+"""Layers, blocks and stages: every cut covers the model in order, and none is cheaper than the one chosen."""
+
+from itertools import combinations, pairwise
+
+import pytest
+
+from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
+
+LAYER_ONLY = Costs(layer=1.0, head=0.0)
+
+
+def sizes(partition: Partition) -> list[int]:
+    return [len(partition.layers_of(stage)) for stage in range(partition.num_stages)]
+
+
+def stage_costs(partition: Partition, costs: Costs, local_heads: bool) -> list[float]:
+    """What each stage computes, by the definition: its layers, and a head a block or one at the model's end."""
+    layers = [size * costs.layer for size in sizes(partition)]
+    if local_heads:
+        return [cost + costs.head * len(partition.blocks_of(k)) for k, cost in enumerate(layers)]
+    return [*layers[:-1], layers[-1] + costs.head]
+
+
+def every_cut(num_blocks: int, num_stages: int):
+    for cuts in combinations(range(1, num_blocks), num_stages - 1):
+        yield tuple(Span(a, b) for a, b in pairwise([0, *cuts, num_blocks]))
+
+
+def every_partition(num_layers: int, num_stages: int, layers_per_block: int | None):
+    unit = layers_per_block or 1
+    blocks = tuple(Span(a, min(a + unit, num_layers)) for a in range(0, num_layers, unit))
+    for stages in every_cut(len(blocks), num_stages):
+        if layers_per_block is None:  # a stage is one block
+            yield Partition(stages, tuple(Span(k, k + 1) for k in range(num_stages)))
+        else:
+            yield Partition(blocks, stages)
+
+
+@pytest.mark.parametrize("local_heads", [True, False])
+@pytest.mark.parametrize("layers_per_block", [None, 1, 2, 3, 20])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 5, 8, 13])
+def test_blocks_and_stages_cover_the_model_in_order(num_layers, layers_per_block, local_heads):
+    num_blocks = -(-num_layers // (layers_per_block or 1))
+    for num_stages in range(1, num_blocks + 1):
+        partition = make_partition(num_layers, num_stages, Costs(1, 2.5), layers_per_block, None, local_heads)
+        assert partition.num_layers == num_layers
+        assert partition.num_stages == num_stages
+        assert [i for block in partition.blocks for i in range(block.start, block.stop)] == list(range(num_layers))
+        blocks = [block for stage in range(num_stages) for block in partition.blocks_of(stage)]
+        assert blocks == list(partition.blocks)
+        assert min(sizes(partition)) > 0
+        for stage in range(num_stages):
+            layers, first, last = partition.layers_of(stage), blocks[0], partition.blocks_of(stage)[-1]
+            assert (layers.start, layers.stop) == (first.start, last.stop)
+            blocks = blocks[len(partition.blocks_of(stage)) :]
+
+
+@pytest.mark.parametrize("local_heads", [True, False])
+@pytest.mark.parametrize("layers_per_block", [None, 1, 2, 3])
+@pytest.mark.parametrize("head", [0, 1, 4, 9])
+def test_no_cut_has_a_cheaper_costliest_stage(head, layers_per_block, local_heads):
+    costs = Costs(layer=2, head=head)
+    for num_layers in range(1, 9):
+        for num_stages in range(1, -(-num_layers // (layers_per_block or 1)) + 1):
+            chosen = make_partition(num_layers, num_stages, costs, layers_per_block, None, local_heads)
+            best = min(
+                max(stage_costs(partition, costs, local_heads))
+                for partition in every_partition(num_layers, num_stages, layers_per_block)
+            )
+            assert max(stage_costs(chosen, costs, local_heads)) == best
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(8, 1), (8, 2), (8, 4), (8, 8), (12, 3)])
+def test_equal_stages_where_the_layers_divide(num_layers, num_stages):
+    for head in (0, 3):
+        partition = make_partition(num_layers, num_stages, Costs(1, head))
+        assert sizes(partition) == [num_layers // num_stages] * num_stages
+
+
+def test_of_equal_cuts_the_one_with_the_smaller_last_stage():
+    assert sizes(make_partition(5, 2, LAYER_ONLY)) == [3, 2]
+    assert sizes(make_partition(5, 4, LAYER_ONLY)) == [2, 1, 1, 1]
+
+
+def test_without_layers_per_block_a_stage_is_one_block():
+    partition = make_partition(6, 3, LAYER_ONLY)
+    assert partition.blocks == (Span(0, 2), Span(2, 4), Span(4, 6))
+    assert partition.stages == (Span(0, 1), Span(1, 2), Span(2, 3))
+
+
+def test_the_blocks_do_not_depend_on_the_stages():
+    layouts = [make_partition(7, num_stages, Costs(1, 5), layers_per_block=2) for num_stages in (1, 2, 4)]
+    assert {layout.blocks for layout in layouts} == {(Span(0, 2), Span(2, 4), Span(4, 6), Span(6, 7))}
+
+
+@pytest.mark.parametrize("layers_per_block", [None, 1, 2, 3, 4])
+def test_local_heads_move_no_cut(layers_per_block):
+    # All blocks are alike but for a shorter last one, so a head for each of them makes no other cut better.
+    for num_layers in range(1, 14):
+        for num_stages in range(1, -(-num_layers // (layers_per_block or 1)) + 1):
+            free = make_partition(num_layers, num_stages, Costs(1, 0), layers_per_block)
+            assert make_partition(num_layers, num_stages, Costs(1, 1000), layers_per_block) == free
+
+
+def test_one_head_at_the_end_is_paid_by_the_last_stage_alone():
+    costs = Costs(layer=1, head=2)
+    assert sizes(make_partition(6, 2, costs, local_heads=False)) == [4, 2]
+    assert sizes(make_partition(6, 2, costs, local_heads=True)) == [3, 3]
+    assert sizes(make_partition(6, 2, costs, layers_per_block=1, local_heads=False)) == [4, 2]
+
+
+def test_stages_by_hand():
+    assert sizes(make_partition(6, 2, LAYER_ONLY, stage_layers=[1, 5])) == [1, 5]
+    partition = make_partition(7, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[4, 3])
+    assert partition.stages == (Span(0, 2), Span(2, 4))
+    assert sizes(partition) == [4, 3]
+
+
+def test_describe_shows_a_range_for_each_block():
+    assert make_partition(8, 2, LAYER_ONLY).describe() == "stage 0: layers 0-3 | stage 1: layers 4-7"
+    by_two = make_partition(5, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[2, 3])
+    assert by_two.describe() == "stage 0: layers 0-1 | stage 1: layers 2-3, 4"
+
+
+def test_costs_follow_the_formula():
+    costs = estimate_costs(layer_parameters=1000, head_parameters=50, hidden_size=8, seq_length=32)
+    assert costs == Costs(layer=6 * 1000 + 12 * 32 * 8, head=300)
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(ValueError, match=r"num_stages=5 is more than the model's 4 layers.*use at most 4 stages"):
+        make_partition(4, 5, LAYER_ONLY)
+
+
+def test_more_stages_than_blocks():
+    with pytest.raises(ValueError, match=r"num_stages=3 is more than the model's 2 blocks of 2 layers.*at most 2"):
+        make_partition(4, 3, LAYER_ONLY, layers_per_block=2)
+
+
+def test_stage_layers_that_are_not_the_model():
+    with pytest.raises(ValueError, match="stage_layers=4,3 adds up to 7 layers, the model has 8"):
+        make_partition(8, 2, LAYER_ONLY, stage_layers=[4, 3])
+
+
+def test_stage_layers_that_cut_a_block():
+    with pytest.raises(ValueError, match="cut before layer 3, inside a block; cut at a multiple"):
+        make_partition(8, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[3, 5])

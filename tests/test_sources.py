@@ -1,0 +1,181 @@
+"""Every source gives its documents, and training and validation share none."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import AutoTokenizer
+
+from llm_local import corpus
+from llm_local.config import ConfigError, from_flat
+from llm_local.data import data_problems, prepare
+from llm_local.sources import from_splits, load_documents
+from llm_local.tokenizer import builtin_tokenizer_dir
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(16):
+        (folder / f"module_{number:02}.py").write_text(f"def {WORDS[number % 10]}(x):\n    return x\n" * 60)
+    return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(folder / "cache", folder, vocab_size=300))
+
+
+@pytest.fixture
+def texts():
+    """Documents of different lengths, each with its own number in it."""
+    return [f"document {n}: " + " ".join(WORDS[: n % 10 + 1]) for n in range(60)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def make(**flags):
+        return from_flat({"cache_dir": str(tmp_path / "cache"), "seq_length": 16, **flags})
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path, texts):
+    return write_jsonl(tmp_path / "train.jsonl", texts)
+
+
+def write_jsonl(path, texts, column="text"):
+    path.write_text("".join(json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)))
+    return str(path)
+
+
+def in_file_order(config, which):
+    """Documents that one of the two sets holds, read back from its documents' text."""
+    documents = load_documents(config)[which]
+    return [row[documents.column] for row in documents.rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_documents_and_training_are_disjoint_and_complete(settings, jsonl, texts, streaming):
+    config = settings(train_file=jsonl, validation_split_percentage=10, streaming=streaming)
+    train, validation = (in_file_order(config, which) for which in (0, 1))
+    assert len(validation) == 6
+    assert sorted(train + validation) == sorted(texts)
+    assert validation == sorted(validation, key=texts.index)
+
+
+def test_the_run_s_seed_does_not_change_what_is_held_out(settings, jsonl):
+    one, other = (in_file_order(settings(train_file=jsonl, seed=seed), 1) for seed in (1, 2))
+    assert one == other
+
+
+def test_validation_file_leaves_training_whole(settings, jsonl, texts, tmp_path):
+    config = settings(train_file=jsonl, validation_file=write_jsonl(tmp_path / "held.jsonl", ["held out"]))
+    assert in_file_order(config, 0) == texts
+    assert in_file_order(config, 1) == ["held out"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_validation_split_of_a_saved_folder_is_used(settings, tmp_path, texts, streaming):
+    splits = {"train": texts[:50], "validation": texts[50:55], "test": texts[55:]}
+    saved = DatasetDict({name: Dataset.from_dict({"text": part, "n": part}) for name, part in splits.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    config = settings(dataset_name=str(tmp_path / "saved"), streaming=streaming)
+    assert in_file_order(config, 0) == texts[:50]
+    assert in_file_order(config, 1) == texts[50:55]
+
+
+def test_one_document_cannot_be_divided(settings, tokenizer, tmp_path):
+    for streaming in (False, True):
+        config = settings(train_file=write_jsonl(tmp_path / "one.jsonl", ["text " * 99]), streaming=streaming)
+        with pytest.raises(ConfigError, match=r"one\.jsonl holds 1 document, which cannot be divided; add validation"):
+            prepare(config, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_kind_of_source_gives_its_documents(settings, tokenizer, tmp_path, texts, kind, streaming):
+    place = tmp_path / f"data[1] {kind}.{kind}"  # brackets are no pattern here
+    table = Dataset.from_dict({"body": texts, "id": range(60)})
+    if kind == "folder":
+        table.save_to_disk(str(place))
+    elif kind == "parquet":
+        table.to_parquet(str(place))
+    else:
+        write_jsonl(place, texts, column="body")
+    source = {"dataset_name" if kind == "folder" else "train_file": str(place)}
+    config = settings(**source, text_column_name="body", streaming=streaming)
+    assert data_problems(config) == []
+    found = in_file_order(config, 0) + in_file_order(config, 1)
+    assert sorted(found) == sorted(texts)
+    train, validation = prepare(config, tokenizer)
+    assert train.batch(0, 2).shape == validation.batch(0, 2).shape == (2, 16)
+
+
+def test_the_builtin_corpus_is_the_default(settings, tmp_path):
+    config = settings(seq_length=128)
+    real = AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
+    train, validation = prepare(config, real)
+    assert train.num_sequences > 10 * validation.num_sequences > 1000
+    text = real.decode(train.batch(0, 16).flatten().tolist())
+    assert "    " in text
+    assert "def " in text
+    again, _ = prepare(settings(seq_length=128, dataset_name="builtin"), real)
+    assert torch.equal(again.batch(5, 4), train.batch(5, 4))
+
+
+def test_the_corpus_is_sorted_and_skips_packages_and_undecodable_files(tmp_path):
+    sources = {"b.py": b"b", "a/z.py": b"az", "a.py": b"a", "empty.py": b"", "latin.py": b"\xe9", "a/note.txt": b"n"}
+    sources |= {"site-packages/p.py": b"p", "a/__pycache__/c.py": b"c"}
+    for name, content in sources.items():
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_bytes(content)
+    rows = corpus.builtin_corpus(tmp_path / "cache", tmp_path / "lib")
+    assert rows["text"][:] == ["a", "az", "b"]
+    (tmp_path / "lib" / "b.py").write_text("changed")
+    assert corpus.builtin_corpus(tmp_path / "cache", tmp_path / "lib")["text"][:] == ["a", "az", "changed"]
+
+
+def test_preprocessing_workers_change_nothing(settings, tokenizer, jsonl, tmp_path):
+    one, two = (
+        prepare(
+            settings(train_file=jsonl, preprocessing_num_workers=n, cache_dir=str(tmp_path / f"cache-{n}")), tokenizer
+        )[0]
+        for n in (1, 2)
+    )
+    assert torch.equal(one.batch(0, one.num_sequences), two.batch(0, one.num_sequences))
+
+
+def unknown_columns(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_splits_without_train_are_named():
+    with pytest.raises(ConfigError, match=r"dataset_name=x has no split 'train', only 'test', 'dev'; rename"):
+        from_splits({"test": None, "dev": None}, "text", "dataset_name=x")
+
+
+def test_splits_without_the_column_are_named():
+    rows = Dataset.from_dict({"body": ["a"], "id": [1]})
+    with pytest.raises(ConfigError, match=r"split 'train': no column 'text', only 'body', 'id'; set text_column_name"):
+        from_splits(DatasetDict(train=rows), "text", "dataset_name=x")
+    with pytest.raises(ConfigError, match=r"column 'id' holds int64, not text; set text_column_name"):
+        from_splits(DatasetDict(train=rows), "id", "dataset_name=x")
+
+
+def test_a_stream_s_validation_split_is_read_at_once():
+    rows = [{"text": f"t{n}", "other": n} for n in range(5)]
+    splits = IterableDatasetDict(train=unknown_columns(rows), validation=unknown_columns(rows[:2]))
+    train, validation = from_splits(splits, "text", "dataset_name=x")
+    assert isinstance(train.rows, IterableDataset)
+    assert validation.rows["text"][:] == ["t0", "t1"]
+
+
+def test_a_stream_whose_rows_lack_the_column_is_named():
+    splits = IterableDatasetDict(train=unknown_columns([]), validation=unknown_columns([{"body": "a"}]))
+    with pytest.raises(ConfigError, match="dataset_name=x: no column 'text', only 'body'"):
+        from_splits(splits, "text", "dataset_name=x")
+
+
+def test_a_name_that_the_hub_cannot_have_is_named(settings, tokenizer):
+    with pytest.raises(ConfigError, match=r"dataset_name=bad name! cannot be loaded \(.*\); check the name"):
+        prepare(settings(dataset_name="bad name!"), tokenizer)
