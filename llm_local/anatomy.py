@@ -53,8 +53,9 @@ class Anatomy:
 
     @staticmethod
     def from_json(text: str) -> Anatomy:
-        values = json.loads(text)
-        return Anatomy(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = json.loads(text)
+        lists = {name: tuple(values.pop(name)) for name in ("before", "after")}
+        return Anatomy(**lists, **values)
 
 
 def load_model_config(model: ModelArguments) -> PretrainedConfig:

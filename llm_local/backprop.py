@@ -60,7 +60,8 @@ class BackpropEngine:
     @property
     def part(self) -> PipeSlice:
         """This stage's slice."""
-        return next(m for m in self._engine.module.modules() if isinstance(m, PipeSlice))
+        module: Any = self._engine.module
+        return next(m for m in module.modules() if isinstance(m, PipeSlice))
 
     def train_batch(self, step: int) -> StepResult:
         """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""

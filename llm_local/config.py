@@ -142,7 +142,7 @@ class RunConfig:
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(home) / "llm_local"
 
 
-SECTIONS = (ModelArguments, DataArguments, LocalArguments, TrainArguments)
+SECTIONS: tuple[Any, ...] = (ModelArguments, DataArguments, LocalArguments, TrainArguments)
 
 
 class _Parser(HfArgumentParser):
@@ -160,7 +160,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     flags = [a for a in arguments if not a.startswith("--local_rank=")]
     if flags and not flags[0].startswith("-"):
         parser.set_defaults(**_read_yaml(Path(flags.pop(0))))
-    sections = parser.parse_args_into_dataclasses(flags, look_for_args_file=False, return_remaining_strings=True)
+    sections: Any = parser.parse_args_into_dataclasses(flags, look_for_args_file=False, return_remaining_strings=True)
     if sections[-1]:
         raise ConfigError([f"unknown argument {text!r}; see pretrain.py --help" for text in sections[-1]])
     return RunConfig(*sections[: len(SECTIONS)])
@@ -201,8 +201,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     """A YAML value as the field's type, and what it should have been if it is not ('' when it is)."""
     kinds = get_args(hint) or (hint,)
-    if value is None and type(None) in kinds:
-        return None, ""
+    if value is None:
+        return None, "" if type(None) in kinds else "a value"
+    if isinstance(value, list) and str in kinds:
+        value = ",".join(map(str, value))  # stage_layers: [4, 4]
+    if isinstance(value, (list, dict)):
+        return None, "a single value"
     if bool in kinds:
         return value, "" if isinstance(value, bool) else "true or false"
     if str in kinds:

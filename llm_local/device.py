@@ -57,7 +57,8 @@ def prepare_cpu(device: torch.device, local_world_size: int) -> None:
     import deepspeed.ops
 
     # A fresh dict, not DeepSpeed's own: making that one runs a compiler check for every operator.
-    deepspeed.ops.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
+    operators: Any = deepspeed.ops
+    operators.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

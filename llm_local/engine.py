@@ -34,7 +34,8 @@ class BlockEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization()):
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            module: Any = self.module
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
             self._global_grad_norm = torch.nn.utils.get_total_norm(grads)
         super()._take_model_step(lr_kwargs)
 
@@ -217,8 +218,9 @@ class LocalEngine:
         assert self._packet is not None
         device = self.engines[0].device
         inputs = {name: tensor.to(device) for name, tensor in self._packet.integer_parts().items()}
-        self._loss, self._hidden = self.engines[block](hidden=self._hidden, **inputs)
-        self._sums[block] += self._loss.detach()
+        loss, self._hidden = self.engines[block](hidden=self._hidden, **inputs)
+        self._loss = loss
+        self._sums[block] += loss.detach()
 
     def _exec_send(self, buffer_id: int) -> None:
         assert self._sender is not None

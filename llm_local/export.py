@@ -161,7 +161,8 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
     free = psutil.virtual_memory().available
     if free < 1.5 * size:
         return f"{folder}: not checked, {size >> 20} MiB of weights and {free >> 20} MiB of free memory"
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise RuntimeError(f"export {folder}: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")

@@ -30,7 +30,7 @@ class Feed:
         if kind in self._sources:
             ids = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
         else:
-            ids = self._sources[EVAL][0].batch(0, 1)[:, :CHECK_TOKENS]
+            ids = (self._share(TRAIN, 1) if self._held is None else self._held[1])[:1, :CHECK_TOKENS].contiguous()
         return Packet(kind, step, index, input_ids=ids)
 
     def _share(self, kind: int, step: int) -> torch.Tensor:

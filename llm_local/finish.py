@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -68,7 +68,7 @@ def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Fe
         model_config = load_model_config(config.model)
         model_config.dtype = DTYPES[config.precision]
         assert feed is not None, "rank 0 reads the data"
-        save_file({"input_ids": feed(CHECK, 0, 0).input_ids.contiguous()}, export / CHECK_FILE)
+        save_file({"input_ids": feed(CHECK, 0, 0).input_ids}, export / CHECK_FILE)
         compose(export, plan.partition, model_config, type(parts[0].model).__name__, tokenizer, exits=local)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
@@ -107,8 +107,7 @@ def _report(config: RunConfig, world: World, progress: Progress, seconds: float,
     (export / CHECK_FILE).unlink()
     if config.train.eval_batches:
         for stage in range(place.num_stages):
-            key = f"loss/eval/{stage}"
-            loss = float(world.fetch(key, seconds, f"stage {stage} to evaluate").split()[1])
+            loss = float(world.fetch(f"eval/{config.train.max_steps}/{stage}", seconds, f"stage {stage} to evaluate"))
             progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
@@ -117,7 +116,8 @@ def _report(config: RunConfig, world: World, progress: Progress, seconds: float,
 def _sample(config: RunConfig, prompt: str) -> str:
     """The prompt and what the exported model writes after it, by seeded sampling."""
     export = config.output_dir / "export"
-    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=config.model.trust_remote_code).float()
+    loader: Any = AutoModelForCausalLM
+    model = loader.from_pretrained(export, trust_remote_code=config.model.trust_remote_code).float()
     tokenizer = load_tokenizer(config)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(config.train.seed)
@@ -131,4 +131,4 @@ def _sample(config: RunConfig, prompt: str) -> str:
         top_k=50,
         pad_token_id=eos,
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -121,7 +121,7 @@ def fit_head(part: Slice) -> None:
     if not torch.equal(head_logits(model, normed, ids), logits):
         kind = model.config.model_type
         raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
-    output = model.get_output_embeddings()
+    output: Any = model.get_output_embeddings()
     chunked = hasattr(F, "linear_cross_entropy") and type(output) is nn.Linear
     if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
         model.set_output_embeddings(LossLinear.of(output))

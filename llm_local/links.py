@@ -69,7 +69,7 @@ class _Gloo:
     """Tensors through host memory."""
 
     def __init__(self, store: Any, side: int, timeout: timedelta):
-        self._group = dist.ProcessGroupGloo(store, side, 2, timeout)  # pyright: ignore[reportAttributeAccessIssue]
+        self._group: Any = dist.ProcessGroupGloo(store, side, 2, timeout)
 
     def send(self, tensor: torch.Tensor) -> Any:
         return self._group.send([tensor.cpu().contiguous().view(torch.uint8)], _RECEIVER, 0)
@@ -87,9 +87,9 @@ class _Nccl:
     """Tensors from GPU to GPU. Completion is polled, so that no compute stream waits for a peer."""
 
     def __init__(self, store: Any, side: int, timeout: timedelta, device: torch.device):
-        options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        self._group = dist.ProcessGroupNCCL(store, side, 2, options)  # pyright: ignore[reportAttributeAccessIssue]
+        self._group: Any = dist.ProcessGroupNCCL(store, side, 2, options)
         self._group.eager_connect_single_device(device)
         self._device = device
         self._seconds = timeout.total_seconds()
@@ -178,7 +178,7 @@ class Sender(_End):
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
         code = _WIRE_CODES.index(self._wire)
         header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
-        tensors = [(self.control, header)]
+        tensors: list[tuple[_Gloo | _Nccl, torch.Tensor]] = [(self.control, header)]
         if packet.kind != END:
             tensors += [(self.control, part) for part in parts.values()]
         if packet.hidden is not None:

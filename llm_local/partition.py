@@ -63,7 +63,7 @@ class Costs:
 
 
 def estimate_costs(layer_parameters: int, head_parameters: int, hidden_size: int, seq_length: int) -> Costs:
-    """6 FLOPs a parameter and token, and 12·T·H for the attention scores of a layer (Kaplan et al. 2020, table 1).
+    """6 FLOPs a parameter and token, and 12·T·H for the attention of a layer (PaLM, Chowdhery et al. 2022, app. B).
 
     Parameters that take part in a matrix product count: of a sparse layer, those active for one token.
     """
@@ -81,11 +81,13 @@ def make_partition(
     """Cuts the model so that the costliest stage is as cheap as can be.
 
     layers_per_block: layers of each block (the last may be shorter); None makes each stage one block.
-    stage_layers: layers of each stage, chosen by hand. local_heads: every block pays for a head; otherwise only the
-    last stage does (backprop). Raises ValueError where a stage would have no block, or stage_layers cut a block.
+    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head; otherwise the last stage
+    alone pays for one (backprop). Raises ValueError where a stage would have no block, or stage_layers cut a block.
     """
     unit = layers_per_block or 1
     blocks = tuple(Span(a, min(a + unit, num_layers)) for a in range(0, num_layers, unit))
+    if stage_layers is not None and len(stage_layers) != num_stages:
+        raise ValueError(f"stage_layers names {len(stage_layers)} stages, num_stages is {num_stages}")
     if len(blocks) < num_stages:
         what = f"{num_layers} layers" if unit == 1 else f"{len(blocks)} blocks of {unit} layers"
         raise ValueError(
@@ -95,10 +97,9 @@ def make_partition(
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
     else:
-        head_per_block = costs.head if local_heads and layers_per_block is not None else 0.0
-        head_per_stage = costs.head if local_heads and layers_per_block is None else 0.0
+        # with local heads every block, or every stage, pays for the same head: that moves no cut
         last = 0.0 if local_heads else costs.head
-        stages = _balance([len(b) * costs.layer + head_per_block for b in blocks], num_stages, head_per_stage, last)
+        stages = _balance([len(b) * costs.layer for b in blocks], num_stages, last)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))
@@ -106,33 +107,37 @@ def make_partition(
 
 
 def _stages_by_hand(blocks: Sequence[Span], num_layers: int, stage_layers: Sequence[int]) -> tuple[Span, ...]:
+    given = ",".join(map(str, stage_layers))
+    if min(stage_layers) < 1:
+        raise ValueError(f"stage_layers={given} leaves a stage without a layer")
     if sum(stage_layers) != num_layers:
-        given = ",".join(map(str, stage_layers))
         raise ValueError(f"stage_layers={given} adds up to {sum(stage_layers)} layers, the model has {num_layers}")
     first_block = {block.start: index for index, block in enumerate(blocks)} | {num_layers: len(blocks)}
     cuts = [0, *accumulate(stage_layers)]
     for cut in cuts:
         if cut not in first_block:
-            raise ValueError(f"stage_layers puts a cut before layer {cut}, inside a block; cut at a multiple of it")
+            raise ValueError(f"stage_layers={given} cuts before layer {cut}, inside a block; cut where a block ends")
     return tuple(Span(first_block[a], first_block[b]) for a, b in pairwise(cuts))
 
 
-def _balance(costs: Sequence[float], num_stages: int, each: float, last: float) -> tuple[Span, ...]:
-    """Contiguous groups with the least maximum cost; `each` is added to every group, `last` to the last one.
+def _balance(costs: Sequence[float], num_stages: int, last: float) -> tuple[Span, ...]:
+    """Contiguous groups with the least maximum cost, where the last group also pays `last`.
 
-    Dynamic programming over (groups, blocks); of equal maxima the one whose later groups are smaller wins.
+    Dynamic programming over (groups, blocks). Of equal maxima the more even one wins, then the one whose last group
+    is smaller.
     """
     prefix = [0.0, *accumulate(costs)]
     n = len(costs)
-    best = {0: (0.0, ())}
+    best: dict[int, tuple[float, float, tuple[Span, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(num_stages):
-        extra = each + (last if stage == num_stages - 1 else 0.0)
+        extra = last if stage == num_stages - 1 else 0.0
         remaining = num_stages - stage - 1
-        step: dict[int, tuple[float, tuple[Span, ...]]] = {}
-        for start, (worst, groups) in best.items():
+        step: dict[int, tuple[float, float, tuple[Span, ...]]] = {}
+        for start, (worst, squares, groups) in best.items():
             for stop in range(start + 1, n - remaining + 1):
-                bottleneck = max(worst, prefix[stop] - prefix[start] + extra)
-                if stop not in step or bottleneck <= step[stop][0]:
-                    step[stop] = (bottleneck, (*groups, Span(start, stop)))
+                cost = prefix[stop] - prefix[start] + extra
+                found = (max(worst, cost), squares + cost * cost)
+                if stop not in step or found <= step[stop][:2]:
+                    step[stop] = (*found, (*groups, Span(start, stop)))
         best = step
-    return best[n][1]
+    return best[n][2]

@@ -18,6 +18,7 @@ class Progress:
         self._tokens_per_step = tokens_per_step
         self._start = time.monotonic()
         self._first = first_step
+        self._pending: list[int] = []
         self._shown = world.place.rank == 0
         self._bar = None
         self._max_steps = max_steps
@@ -29,14 +30,24 @@ class Progress:
         if self._shown:
             tqdm.write(text, file=sys.stderr)
 
-    def loss(self, split: str, step: int, value: float) -> None:
+    def train_loss(self, value: float) -> None:
         """Publishes this stage's loss for everybody's picture."""
-        self._world.publish(f"loss/{split}/{self._world.place.stage}", f"{step} {value:.4f}")
+        self._world.publish(f"train/{self._world.place.stage}", f"{value}")
+
+    def eval_loss(self, step: int, value: float) -> None:
+        """Publishes a validation loss; rank 0 shows an evaluation once the last stage is through with it."""
+        self._world.publish(f"eval/{step}/{self._world.place.stage}", f"{value}")
+        self._pending.append(step)
 
     def step(self, step: int, logged: bool) -> None:
         if self._bar is not None:
             self._bar.update(1)
-        if not self._shown or not logged:
+        if not self._shown:
+            return
+        while self._pending and "-" not in self.losses(f"eval/{self._pending[0]}"):
+            done = self._pending.pop(0)
+            self.say(f"step {done}  validation loss by stage: {self.losses(f'eval/{done}')}")
+        if not logged:
             return
         rate = (step - self._first) * self._tokens_per_step / (time.monotonic() - self._start)
         text = f"{rate:,.0f} tokens/s, loss by stage: {self.losses('train')}"
@@ -45,10 +56,10 @@ class Progress:
         else:
             self.say(f"step {step}/{self._max_steps}  {text}")
 
-    def losses(self, split: str) -> str:
-        """'3.12 3.05', one number a stage as last published; '-' where there is none yet."""
-        found = [self._world.peek(f"loss/{split}/{k}") for k in range(self._world.place.num_stages)]
-        return " ".join("-" if text is None else f"{float(text.split()[1]):.3f}" for text in found)
+    def losses(self, key: str) -> str:
+        """'3.120 3.050', one number a stage as last published; '-' where there is none yet."""
+        found = [self._world.peek(f"{key}/{k}") for k in range(self._world.place.num_stages)]
+        return " ".join("-" if text is None else f"{float(text):.3f}" for text in found)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -16,7 +16,7 @@ A local stage never waits for a later one, so it starts the next step at once an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
@@ -42,7 +42,7 @@ class LocalSchedule(PipeSchedule):
         super().__init__(micro_batches, stages, stage_id)
         self.num_blocks = num_blocks
 
-    def steps(self) -> Iterator[list[PipeInstruction]]:
+    def steps(self) -> Any:
         """Yields the instructions of one micro-batch at a time; the last list ends with the optimizer step."""
         for micro_batch in range(self.micro_batches):
             commands = self._forward(train=True)
@@ -68,6 +68,6 @@ class LocalSchedule(PipeSchedule):
 class LocalEvalSchedule(LocalSchedule):
     """The forward half of LocalSchedule, for evaluation."""
 
-    def steps(self) -> Iterator[list[PipeInstruction]]:
+    def steps(self) -> Any:
         for _ in range(self.micro_batches):
             yield self._forward(train=False)

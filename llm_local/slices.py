@@ -166,7 +166,7 @@ def load_slice(path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span
 
     Raises ConfigError naming the directory and the tensors that are missing.
     """
-    whole = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     borders: list[Border] = []
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +236,7 @@ def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> Border:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
             module.all_tied_weights_keys = {}
-            module._tied_weights_keys = None
+            module.__dict__["_tied_weights_keys"] = None
     return border
 
 

@@ -104,9 +104,8 @@ def _refuse(rank: int, error: ConfigError) -> int:
 
 def _fail(watchdog: Watchdog, error: Exception) -> None:
     """Ends the process with a message that names what ended the run first."""
-    lost = isinstance(error, LinkError) or any(
-        word in str(error).lower() for word in ("connection", "timed out", "peer")
-    )
+    signs = ("connection", "timed out", "peer", "store")
+    lost = isinstance(error, LinkError) or any(sign in str(error).lower() for sign in signs)
     if not lost:
         traceback.print_exc()
     ours = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -211,7 +210,8 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
     mine += [float(after.sent - before.sent), float(after.received - before.received)]
     values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
     *losses, seconds, wait, sent, received = run.world.mean_over_replicas(values).tolist()
-    run.progress.loss("train", step, losses[-1])
+    if run.world.place.is_recorder:
+        run.progress.train_loss(losses[-1])
     replicas = run.world.place.num_replicas
     if run.metrics is not None:
         run.metrics.write(
@@ -238,10 +238,9 @@ def _evaluate(run: Run, step: int) -> None:
     batches = run.config.train.eval_batches
     losses = run.world.mean_over_replicas(run.engine.eval_batch(step, batches).double().cpu()).tolist()
     place = run.world.place
-    run.progress.loss("eval", step, losses[-1])
     if run.metrics is not None:
+        run.progress.eval_loss(step, losses[-1])
         rows = batches * run.config.train.per_device_train_batch_size * place.num_replicas
         run.metrics.write(
             Record(step, "eval", place.stage, losses[-1], losses, tokens=rows * run.config.data.seq_length)
         )
-    run.progress.say(f"step {step}  validation loss by stage: {run.progress.losses('eval')}")

@@ -9,7 +9,8 @@ import llm_local
 
 LADDER = """
 config problems partition schedule simulate device watchdog world links anatomy slices heads stage corpus tokenizer
-sources data ds_config engine backprop checkpoint export metrics progress preflight train
+source_problems sources sequences data feed ds_config engine backprop checkpoint export metrics progress preflight
+finish train
 """.split()  # noqa: SIM905
 
 MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")
