@@ -35,6 +35,9 @@ class PipeSlice(nn.Module):
             drop_head(self.part)
         self.model = self.part.model
         self.return_logits = False
+        for parameter in self.parameters():
+            # else DeepSpeed clips by the gradient norm of stage 0 alone
+            parameter.__dict__["model_parallel"] = True
 
     def forward(self, inputs: Any) -> Any:
         """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end."""
@@ -81,6 +84,7 @@ class BackpropEngine:
         """As LocalEngine.check_logits; None off the last stage."""
         self.part.return_logits = True
         self._engine.reset_activation_shape()
+        self._engine.total_loss = None  # DeepSpeed would add the logits to the last evaluation's loss
         options: dict[str, Any] = {"reduce_output": None, "bcast_loss": False, "num_micro_batches": 1}
         outputs: Any = self._engine.eval_batch(self._micro_batches(CHECK, 0), compute_loss=False, **options)
         self.part.return_logits = False

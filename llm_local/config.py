@@ -205,7 +205,7 @@ def _typed(value: Any, hint: Any) -> tuple[Any, str]:
         return None, "" if type(None) in kinds else "a value"
     if isinstance(value, list) and str in kinds:
         value = ",".join(map(str, value))  # stage_layers: [4, 4]
-    if isinstance(value, (list, dict)):
+    if isinstance(value, dict) and str in kinds:
         return None, "a single value"
     if bool in kinds:
         return value, "" if isinstance(value, bool) else "true or false"

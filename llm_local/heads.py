@@ -31,8 +31,9 @@ def chunk_rows(vocab_size: int) -> int:
 class _Echo:
     """Takes the base model's place and returns hidden states that are there already."""
 
-    def __init__(self, normed: torch.Tensor):
+    def __init__(self, normed: torch.Tensor, base: nn.Module):
         self.last_hidden_state = normed
+        self._base = base
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> _Echo:
         return self
@@ -40,16 +41,18 @@ class _Echo:
     def __getitem__(self, index: Any) -> Any:
         return (self.last_hidden_state,)[index]
 
-    def __getattr__(self, _name: str) -> None:
-        return None  # caches, attentions, router logits: not there
+    def __getattr__(self, name: str) -> Any:
+        # a part of the base model (OPT's head calls model.decoder) echoes too; caches, attentions and the like are none
+        return self if isinstance(getattr(self._base, name, None), nn.Module) else None
 
 
 def head_logits(model: PreTrainedModel, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
     twin = object.__new__(type(model))
     twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
-    twin._modules.pop(model.base_model_prefix)
-    twin.__dict__[model.base_model_prefix] = _Echo(normed)
+    base = twin._modules.pop(model.base_model_prefix)
+    assert base is not None
+    twin.__dict__[model.base_model_prefix] = _Echo(normed, base)
     # the class's forward, not a call: hooks of an engine around the model belong to the real one
     return type(model).forward(twin, input_ids=input_ids, use_cache=False).logits
 

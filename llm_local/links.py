@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from llm_local.device import DTYPES
-from llm_local.watchdog import Peer
+from llm_local.watchdog import LostPeer, Peer
 from llm_local.world import World
 
 TRAIN, EVAL, CHECK, END = range(4)
@@ -34,7 +34,7 @@ _WIRE_CODES = ("fp32", "bf16", "fp16")
 _SENDER, _RECEIVER = 0, 1
 
 
-class LinkError(RuntimeError):
+class LinkError(LostPeer):
     """A link's peer is lost, silent for too long, or talks about something else."""
 
 

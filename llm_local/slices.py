@@ -139,12 +139,10 @@ def new_slice(config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int,
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
     border = _prune(model, anatomy, span)
     _materialise(model)
-    is_last = span.stop == anatomy.num_layers
-    # every local head has a seed of its own; the last one keeps the plain name, so that it is the whole model's
-    head_suffix = "" if is_last else f"@{span.stop}"
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for name, module, owner in _groups(model, anatomy):
-            suffix = head_suffix if name in anatomy.after else ""
+            # a local head has a seed of its own, which depends on the layers below it and on nothing else
+            suffix = f"@{span.stop}" if name in anatomy.after else ""
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             if name.startswith(f"{anatomy.layers}."):

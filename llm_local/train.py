@@ -23,16 +23,16 @@ from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import prepare
 from llm_local.device import peak_memory_bytes, seed_everything, synchronize
 from llm_local.ds_config import resolve
-from llm_local.engine import LocalEngine, StepResult, make_block_engine
+from llm_local.engine import LocalEngine, NonFiniteLoss, StepResult, make_block_engine
 from llm_local.feed import Feed
 from llm_local.finish import Engine, finish
-from llm_local.links import LinkError, Receiver, Sender
+from llm_local.links import Receiver, Sender
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.stage import build_blocks
 from llm_local.tokenizer import load_tokenizer
-from llm_local.watchdog import Watchdog
+from llm_local.watchdog import LostPeer, Watchdog
 from llm_local.world import Launch, Place, World, connect, join_stage, open_store
 
 REFUSED = 2
@@ -103,13 +103,14 @@ def _refuse(rank: int, error: ConfigError) -> int:
 
 
 def _fail(watchdog: Watchdog, error: Exception) -> None:
-    """Ends the process with a message that names what ended the run first."""
-    signs = ("connection", "timed out", "peer", "store")
-    lost = isinstance(error, LinkError) or any(sign in str(error).lower() for sign in signs)
-    if not lost:
-        traceback.print_exc()
+    """Ends the process with a message that names what ended the run first; only a defect shows its traceback."""
     ours = str(error).splitlines()[0] if str(error) else type(error).__name__
-    watchdog.fail(ours, lost)
+    # A collective or the store that loses a peer raises a plain RuntimeError.
+    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, NonFiniteLoss)
+    cause = watchdog.explain() if by_a_peer else None
+    if not cause and not isinstance(error, (LostPeer, NonFiniteLoss)):
+        traceback.print_exc()
+    watchdog.fail(ours, cause)
 
 
 def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None) -> Run:

@@ -1,10 +1,12 @@
 """Ends a rank when its launcher, or any peer, is gone, and says which one.
 
 A thread wakes once a second. It needs no reply from the main thread, which may sit in a collective that will never
-return: signals reach it through a wake-up file descriptor, and it leaves with os._exit.
+return: signals reach it through a wake-up file descriptor, and it leaves with os._exit. Nor does it need one from the
+store, whose calls never return once its process is stopped: another thread makes them.
 
 - The launcher: its death orphans the ranks (the `deepspeed` runner does not pass a SIGTERM on), so the rank ends too.
 - A peer on this host: its process is gone without having said that it was done.
+- A peer that hangs: each rank beats in the store and follows the beats of its link peers and of the next rank.
 - A peer elsewhere: whoever misses it first writes an obituary into the store, and everybody reads it there.
 - SIGTERM and Ctrl-C: an obituary that explains the signal is awaited for a moment and printed.
 """
@@ -13,19 +15,26 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import psutil
 
 POLL_SECONDS = 1.0
-EXPLANATION_SECONDS = 2.0
+EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
 OBITUARY = "obituary"
+
+
+class LostPeer(RuntimeError):
+    """A peer is gone, hangs, or never came."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +67,19 @@ def decode(text: str | bytes) -> Peer:
 
 
 def launcher_pids() -> list[int]:
-    """The processes whose death ends the run: the parent, and deepspeed's runner above its per-node launcher."""
-    parent = psutil.Process().parent()
-    if parent is None:
-        return []
-    pids = [parent.pid]
+    """The processes whose death ends the run: torchrun's or deepspeed's per-node launcher, and the latter's runner.
+
+    Ranks that were started by hand have none: they may outlive the shell that they came from.
+    """
     try:
-        command = " ".join(parent.cmdline())
-        above = parent.parent()
+        parents = psutil.Process().parents()
+        if not parents:
+            return []
+        if "deepspeed.launcher.launch" in " ".join(parents[0].cmdline()):
+            return [parent.pid for parent in parents[:2]]
     except psutil.Error:
-        return pids
-    if "deepspeed.launcher.launch" in command and above is not None:
-        pids.append(above.pid)
-    return pids
+        return []
+    return [parents[0].pid] if "TORCHELASTIC_RUN_ID" in os.environ else []
 
 
 def is_running(pid: int) -> bool:
@@ -89,6 +98,40 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+class _Line:
+    """A client of the store whose questions have a time limit: the store's own calls wait for a stopped server."""
+
+    def __init__(self, store: Any):
+        self._store = store
+        self._questions: SimpleQueue[tuple[Callable[[Any], Any], SimpleQueue[Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="store", daemon=True).start()
+
+    def ask(self, question: Callable[[Any], Any], seconds: float) -> Any:
+        """question(store). Raises queue.Empty without an answer in time, RuntimeError if the store is gone."""
+        answer: SimpleQueue[Any] = SimpleQueue()
+        self._questions.put((question, answer))
+        value = answer.get(timeout=seconds)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def _run(self) -> None:
+        while True:
+            question, answer = self._questions.get()
+            try:
+                answer.put(question(self._store))
+            except Exception as error:
+                answer.put(error)
+
+
+@dataclass
+class _Pulse:
+    """A peer's last beat and when it was new."""
+
+    beat: bytes
+    seen: float
+
+
 class Watchdog:
     """Start it early, `watch` the peers once they are known, `done` before a good exit."""
 
@@ -98,8 +141,13 @@ class Watchdog:
         self._name = f"rank {rank}"
         self._launchers = launcher_pids()
         self._peers: list[Peer] = []
-        self._store: Any = None
-        self._lock = threading.Lock()
+        self._pulses: dict[int, _Pulse] = {}
+        self._line: _Line | None = None
+        self._answered = 0.0
+        self._beats = 0
+        self._obituary: str | None = None
+        self._seconds = 0.0
+        self._ending = threading.Lock()
         self._stopped = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -110,51 +158,52 @@ class Watchdog:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
-    def take_signals(self) -> None:
-        """From here on SIGTERM and Ctrl-C are explained; call it from the main thread."""
+    def watch(self, me: Peer, peers: list[Peer], store: Any, seconds: float) -> None:
+        """From here on peers are watched, and signals are explained; call it from the main thread.
+
+        `store` must be this watchdog's own client. A peer without a beat for so many seconds is lost.
+        """
+        self._name = f"stage {me.stage}, replica {me.replica} (rank {me.rank})"
+        self._peers = peers
+        self._seconds = seconds
+        self._answered = time.monotonic()
+        linked = [p.rank for p in peers if p.replica == me.replica and abs(p.stage - me.stage) == 1]
+        followed = {*linked, (me.rank + 1) % len(peers)} - {me.rank}
+        self._pulses = {rank: _Pulse(b"", self._answered) for rank in followed}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the work is done by the thread, through the descriptor
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-
-    def watch(self, me: Peer, peers: list[Peer], store: Any) -> None:
-        """From here on peers are watched too. `store` must be this thread's own client."""
-        self._name = f"stage {me.stage}, replica {me.replica} (rank {me.rank})"
-        self._store = store
-        self._peers = [peer for peer in peers if peer.rank != me.rank]
+        self._line = _Line(store)
 
     def done(self) -> None:
         """This rank has finished; its end is no longer news."""
+        if self._line is not None:
+            self._line.ask(lambda store: store.set(f"done/{self.rank}", "1"), self._seconds)
         self._stopped.set()
-        if self._store is not None:
-            with self._lock:
-                self._store.set(f"done/{self.rank}", "1")
 
     def report(self, text: str) -> str:
         """Writes this rank's obituary unless an earlier one explains more; returns the one that stands."""
-        if self._store is None:
+        if self._line is None:
             return text
         try:
-            with self._lock:
-                return bytes(self._store.compare_set(OBITUARY, "", text)).decode()
-        except Exception:  # the store died with its rank: what we know is all there is
+            return bytes(self._line.ask(lambda store: store.compare_set(OBITUARY, "", text), POLL_SECONDS)).decode()
+        except (RuntimeError, Empty):  # the store is lost with its rank: what we know is all there is
             return text
 
     def explain(self, seconds: float = EXPLANATION_SECONDS) -> str | None:
         """What ended the run, as far as anybody knows within so many seconds."""
         end = time.monotonic() + seconds
         while True:
-            cause = self._obituary() or self._dead_neighbour()
+            cause = self._cause()
             if cause or time.monotonic() > end:
                 return cause
             time.sleep(0.1)
 
-    def fail(self, reason: str, by_a_peer: bool) -> None:
-        """Ends this rank for a reason that its main thread met, unless an earlier one explains it."""
-        if by_a_peer:
-            self._end(self.report(self.explain() or reason), 1)
-        else:
-            self.report(f"{self._name} stopped: {reason}")
-            self._end(reason, 1)
+    def fail(self, reason: str, cause: str | None) -> None:
+        """Ends this rank for a reason that its main thread met, or for the cause of it that lies elsewhere."""
+        own = f"{self._name} stopped: {reason}"
+        stands = self.report(cause or own)
+        self._end(reason if stands == own else stands, 1)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -167,14 +216,11 @@ class Watchdog:
             gone = [pid for pid in self._launchers if not is_running(pid)]
             if gone:
                 self._end(f"the launcher (pid {gone[0]}) is gone", 1)
-            cause = self._dead_neighbour() or self._obituary()
+            cause = self._cause()
             if cause:
-                time.sleep(0.5)  # a main thread that met the same loss says more; it ends the process first
                 self._end(self.report(cause), 1)
 
     def _signal_within(self, seconds: float) -> int | None:
-        import select
-
         if select.select([self._wake_read], [], [], seconds)[0]:
             for number in os.read(self._wake_read, 64):
                 if number in (signal.SIGTERM, signal.SIGINT):
@@ -182,29 +228,64 @@ class Watchdog:
         return None
 
     def _end(self, cause: str, code: int) -> None:
+        self._ending.acquire()  # for good: the first thread that has a cause ends the process
         if self._stopped.is_set():
+            self._ending.release()
             return
         print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
         leave(code)
 
-    def _obituary(self) -> str | None:
-        if self._store is None:
+    def _cause(self) -> str | None:
+        """An obituary, a dead or silent peer, or the loss of the store, in this order."""
+        if self._line is None:
             return None
+        lost_store = self._exchange()
+        return self._obituary or self._dead_neighbour() or self._silent_peer() or lost_store
+
+    def _exchange(self) -> str | None:
+        """Beats, and reads the obituary and the followed peers' beats; returns what is wrong with the store."""
+        assert self._line is not None
+        server = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"{self._peers[0]}"
         try:
-            with self._lock:
-                return self._store.get(OBITUARY).decode() if self._store.check([OBITUARY]) else None
-        except Exception as error:
-            return f"lost the store that rank 0 or the launcher serves ({str(error).splitlines()[0]})"
+            self._line.ask(self._beat, POLL_SECONDS)
+            self._answered = time.monotonic()
+        except Empty:
+            if time.monotonic() - self._answered > self._seconds:
+                return f"lost {server}, which serves the store: no answer for {self._limit()}"
+        except RuntimeError:
+            return f"lost {server}, which serves the store: it is gone"
+        return None
+
+    def _beat(self, store: Any) -> None:
+        self._beats += 1
+        store.set(f"beat/{self.rank}", str(self._beats))
+        if store.check([OBITUARY]):
+            self._obituary = bytes(store.get(OBITUARY)).decode()
+        for rank, pulse in self._pulses.items():
+            beat = bytes(store.get(f"beat/{rank}")) if store.check([f"beat/{rank}"]) else b""
+            if beat != pulse.beat or store.check([f"done/{rank}"]):
+                pulse.beat, pulse.seen = beat, time.monotonic()
+
+    def _silent_peer(self) -> str | None:
+        for rank, pulse in self._pulses.items():
+            # measured between two exchanges: while the store is silent nothing is known of the peer
+            if self._answered - pulse.seen > self._seconds:
+                return f"lost {self._peers[rank]}: no sign of life for {self._limit()}"
+        return None
+
+    def _limit(self) -> str:
+        return f"{self._seconds:g} s (--link_timeout_seconds {self._seconds:g})"
 
     def _dead_neighbour(self) -> str | None:
         for peer in self._peers:
-            if peer.host == socket.gethostname() and not is_running(peer.pid) and not self._is_done(peer):
+            here = peer.rank != self.rank and peer.host == socket.gethostname()
+            if here and not is_running(peer.pid) and not self._is_done(peer):
                 return f"lost {peer}: its process is gone"
         return None
 
     def _is_done(self, peer: Peer) -> bool:
+        assert self._line is not None
         try:
-            with self._lock:
-                return self._store.check([f"done/{peer.rank}"])
-        except Exception:
+            return self._line.ask(lambda store: store.check([f"done/{peer.rank}"]), POLL_SECONDS)
+        except (RuntimeError, Empty):
             return False

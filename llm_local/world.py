@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from llm_local.config import ConfigError
 from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
-from llm_local.watchdog import Peer, Watchdog, decode, encode
+from llm_local.watchdog import LostPeer, Peer, Watchdog, decode, encode
 
 LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
@@ -115,14 +115,14 @@ class World:
         self.store.set(key, value)
 
     def fetch(self, key: str, seconds: float, what: str) -> str:
-        """The value of a key once somebody publishes it. Raises RuntimeError naming what was awaited."""
+        """The value of a key once somebody publishes it. Raises LostPeer naming what was awaited."""
         start = time.monotonic()
         try:
             self.store.wait([key], timedelta(seconds=seconds))
             return bytes(self.store.get(key)).decode()
         except RuntimeError as error:  # DistStoreError is one
             waited = time.monotonic() - start
-            raise RuntimeError(f"waited {waited:.0f} s for {what}") from error
+            raise LostPeer(f"waited {waited:.0f} s for {what}") from error
 
     def peek(self, key: str) -> str | None:
         """The value of a key if it is there, without waiting."""
@@ -141,7 +141,7 @@ class World:
         return values
 
     def everybody(self, key: str, seconds: float, what: str) -> None:
-        """Waits until every rank has come here. Raises RuntimeError naming what was awaited."""
+        """Waits until every rank has come here. Raises LostPeer naming what was awaited."""
         if self.count(f"{key}/arrived") == self.place.world_size:
             self.publish(f"{key}/all", "1")
         self.fetch(f"{key}/all", seconds, what)
@@ -153,10 +153,10 @@ class World:
 
     def finish(self) -> None:
         """Says goodbye; rank 0, which may serve the store, leaves last."""
-        self.watchdog.done()
         if self.place.rank == 0:
-            for peer in self.peers:
+            for peer in self.peers[1:]:
                 self.fetch(f"done/{peer.rank}", self.timeout_seconds, f"{peer} to finish")
+        self.watchdog.done()
         dist.destroy_process_group()
 
 
@@ -173,7 +173,7 @@ def open_store(launch: Launch, run: str, seconds: float) -> Any:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RuntimeError(f"no rendezvous with rank 0 at {address} within {seconds:.0f} s: {error}") from error
+        raise LostPeer(f"no rendezvous with rank 0 at {address} within {seconds:.0f} s: {error}") from error
     return dist.PrefixStore(f"{run}/{launch.restart}", store)
 
 
@@ -193,7 +193,7 @@ def connect(
     for rank in range(place.world_size):
         world.peers.append(decode(world.fetch(f"peer/{rank}", startup_seconds, f"rank {rank} to start")))
         world.device_ids.append(world.fetch(f"device/{rank}", startup_seconds, f"rank {rank} to start"))
-    watchdog.watch(me, world.peers, store.clone())
+    watchdog.watch(me, world.peers, store.clone(), link_seconds)
     return world
 
 
@@ -214,6 +214,8 @@ def join_stage(world: World, one_world: bool) -> None:
         stages = [range(k * place.num_replicas, (k + 1) * place.num_replicas) for k in range(place.num_stages)]
         groups = [dist.new_group(list(ranks)) for ranks in stages]
         world.replicas = groups[place.stage]
+    # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)

@@ -1,0 +1,103 @@
+"""What the tests share: a text file, a tiny model, and a way to train it on real ranks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import string
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import run_ranks
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _train(arguments: list[str]) -> int:
+    from llm_local.train import main
+
+    return main(arguments)
+
+
+class Trainer:
+    """Trains tiny models in folders of their own and reads what they wrote."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder = folder
+        self.cache = cache
+        self.text = folder / "text.txt"
+        self.text.write_text((inspect.getsource(textwrap) + inspect.getsource(string)) * 2)
+        self.model(TINY)
+
+    def model(self, config: dict[str, Any]) -> Path:
+        path = self.folder / f"{config['model_type']}.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    def flags(self, name: str, **settings: Any) -> list[str]:
+        defaults = {
+            "config_name": self.folder / "llama.json",
+            "train_file": self.text,
+            "cache_dir": self.cache,
+            "output_dir": self.folder / name,
+            "seq_length": 32,
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "eval_batches": 2,
+            "link_timeout_seconds": 60,
+            "ddp_timeout": 60,
+        }
+        merged = {**defaults, **settings}
+        return [part for key, value in merged.items() if value is not None for part in (f"--{key}", str(value))]
+
+    def run(self, name: str, ranks: int, **settings: Any) -> Path:
+        """Trains on so many ranks and returns the output folder; fails unless every rank says 0."""
+        assert run_ranks(_train, ranks, self.flags(name, **settings)) == [0] * ranks
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, cache: Path) -> Trainer:
+    return Trainer(tmp_path, cache)
+
+
+def records(output: Path, stage: int, split: str = "train") -> list[dict[str, Any]]:
+    lines = (output / "metrics" / f"stage-{stage:02d}.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def block_losses(output: Path, num_stages: int, split: str = "train") -> list[list[float]]:
+    """Losses of all blocks of the model, in order, one list a step."""
+    stages = [[r["block_losses"] for r in records(output, k, split)] for k in range(num_stages)]
+    return [[loss for blocks in step for loss in blocks] for step in zip(*stages, strict=True)]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """All tensors of an exported model."""
+    from safetensors.torch import load_file
+
+    return {k: v for shard in sorted(folder.glob("model-*.safetensors")) for k, v in load_file(shard).items()}
