@@ -95,6 +95,9 @@ def probe(config: PretrainedConfig, model: ModelArguments) -> Anatomy:
                 fake = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), attn_implementation="eager", trust_remote_code=model.trust_remote_code
                 )
+            if model.attn_implementation:
+                fake.set_attn_implementation(model.attn_implementation)
+                fake.set_attn_implementation("eager")
             if fake._can_set_experts_implementation():
                 fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
             return _observe(fake)

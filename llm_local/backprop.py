@@ -5,6 +5,8 @@ All ranks are one world here, gradients cross every boundary, and the last stage
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +39,7 @@ class PipeSlice(nn.Module):
         self.return_logits = False
         for parameter in self.parameters():
             # else DeepSpeed clips by the gradient norm of stage 0 alone
-            parameter.__dict__["model_parallel"] = True
+            setattr(parameter, "model_parallel", True)  # noqa: B010 - not an attribute that tensors have
 
     def forward(self, inputs: Any) -> Any:
         """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end."""
@@ -86,7 +88,9 @@ class BackpropEngine:
         self._engine.reset_activation_shape()
         self._engine.total_loss = None  # DeepSpeed would add the logits to the last evaluation's loss
         options: dict[str, Any] = {"reduce_output": None, "bcast_loss": False, "num_micro_batches": 1}
+        monitored, self._engine.monitor.enabled = self._engine.monitor.enabled, False  # there is no loss to write
         outputs: Any = self._engine.eval_batch(self._micro_batches(CHECK, 0), compute_loss=False, **options)
+        self._engine.monitor.enabled = monitored
         self.part.return_logits = False
         self._engine.reset_activation_shape()
         return outputs[0] if self.part.part.is_last else None
@@ -110,7 +114,8 @@ def make_backprop_engine(
 ) -> BackpropEngine:
     """Every rank must call; only this stage's slice is built."""
     specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span) for span in partition.blocks]
-    module = PipelineModule(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
+        module = PipelineModule(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     arguments = engine_arguments(config, module, settings)
     mpu: Any = module.mpu()

@@ -203,18 +203,22 @@ def _typed(value: Any, hint: Any) -> tuple[Any, str]:
     kinds = get_args(hint) or (hint,)
     if value is None:
         return None, "" if type(None) in kinds else "a value"
-    if isinstance(value, list) and str in kinds:
-        value = ",".join(map(str, value))  # stage_layers: [4, 4]
-    if isinstance(value, dict) and str in kinds:
-        return None, "a single value"
+    if str in kinds:
+        return _text(value)
     if bool in kinds:
         return value, "" if isinstance(value, bool) else "true or false"
-    if str in kinds:
-        # stage_layers: 4 and resume_from_checkpoint: true are natural YAML for a text flag
-        return str(value).lower() if isinstance(value, bool) else str(value), ""
     wanted, name = (int, "a whole number") if int in kinds else (float, "a number")
     try:  # YAML reads 5e-4 as text
         number = None if isinstance(value, bool) else wanted(value)
     except (TypeError, ValueError, OverflowError):  # int(inf) overflows
         number = None
     return number, "" if number is not None and float(number) == float(value) else name
+
+
+def _text(value: Any) -> tuple[Any, str]:
+    """YAML's natural forms of a text flag: stage_layers: 4 or [4, 4], resume_from_checkpoint: true."""
+    if isinstance(value, dict):
+        return None, "a single value"
+    if isinstance(value, bool):
+        return str(value).lower(), ""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value), ""

@@ -28,13 +28,14 @@ from llm_local.sources import Documents, load_documents
 __all__ = ["Sequences", "data_problems", "prepare"]
 
 REVISION = 1  # counts changes of this file that change the tokens of the same text
+VALIDATION_SEED = 0  # mixed, so that a short evaluation sees many documents; the same in every run
 MAP_BATCH = 200  # documents tokenised together: bounds memory with documents of a megabyte
 
 
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False
 ) -> tuple[Sequences, Sequences]:
-    """(train, validation) of the run; train is shuffled by config.train.seed, validation is in file order.
+    """(train, validation) of the run; train is shuffled by config.train.seed, validation always alike.
 
     Raises ConfigError for what data_problems finds, a tokenizer without EOS, and a source with too little text for
     one sequence (for validation only if the run evaluates). `progress` shows the progress bars of `datasets`.
@@ -47,7 +48,7 @@ def prepare(
         raise ConfigError(problems)
     with _progress_bars(progress):
         train, validation = load_documents(config)
-        validation_sequences = _store(validation, tokenizer, config, seed=None)
+        validation_sequences = _store(validation, tokenizer, config, seed=VALIDATION_SEED)
         if config.train.eval_batches:
             _require_a_sequence(validation_sequences, f"{validation.source} (validation)", config)
         if isinstance(train.rows, IterableDataset):
@@ -94,9 +95,7 @@ def _encode_options(documents: Documents, tokenizer: PreTrainedTokenizerBase) ->
     return {"tokenizer": tokenizer, "column": documents.column, "eos": eos}
 
 
-def _store(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int | None
-) -> StoredSequences:
+def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int) -> StoredSequences:
     rows = documents.rows
     assert isinstance(rows, Dataset)
     options, workers = _encode_options(documents, tokenizer), config.data.preprocessing_num_workers

@@ -172,4 +172,7 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
     difference = float((again - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
     if not difference <= tolerance:
         raise RuntimeError(f"export {folder}: its logits differ from the pipeline's by {difference:.2g} of the largest")
-    return f"{folder}: loads with no missing or unexpected key, logits differ by {difference:.1g} of the largest"
+    same = (
+        "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"
+    )
+    return f"{folder}: loads with no missing or unexpected key, logits {same}"

@@ -103,12 +103,14 @@ def _report(config: RunConfig, world: World, progress: Progress, seconds: float,
     place = world.place
     for stage in range(place.num_stages) if local else (place.num_stages - 1,):
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
+    progress.show()
     export = config.output_dir / "export"
     (export / CHECK_FILE).unlink()
     if config.train.eval_batches:
         for stage in range(place.num_stages):
             loss = float(world.fetch(f"eval/{config.train.max_steps}/{stage}", seconds, f"stage {stage} to evaluate"))
             progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}")
+    progress.say(f"model: {export}; an exit a stage: {export / 'exits'}; metrics: {config.output_dir / 'metrics'}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
 

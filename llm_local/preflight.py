@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
@@ -31,6 +32,7 @@ class Plan:
     anatomy: Anatomy
     partition: Partition
     checkpoint: str | None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -40,7 +42,7 @@ class Plan:
         values = json.loads(text)
         spans = {k: tuple(Span(**span) for span in v) for k, v in values["partition"].items()}
         anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
-        return Plan(anatomy, Partition(**spans), values["checkpoint"])
+        return Plan(anatomy, Partition(**spans), values["checkpoint"], tuple(values["warnings"]))
 
 
 def preflight(config: RunConfig, world_size: int) -> Plan:
@@ -57,7 +59,8 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
         checkpoint, more = _resume(config, found.config, found.partition, world_size)
         problems += more
         if not problems:
-            return Plan(found.anatomy, found.partition, checkpoint)
+            warnings = _tokenizer_warnings(config, found.config)
+            return Plan(found.anatomy, found.partition, checkpoint, warnings)
     raise ConfigError(problems)
 
 
@@ -122,6 +125,23 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
             f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
         )
     return problems
+
+
+def _tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
+    """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
+    tokenizer = load_tokenizer(config)
+    text = "def f(x):\n    return 'é' + x\n"
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model_config.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    if again(text).input_ids == tokenizer(text).input_ids:
+        return ()
+    kind = model_config.model_type
+    return (
+        f"beside a {kind!r} model AutoTokenizer reads this tokenizer as {type(again).__name__} and gets other tokens; "
+        "load it from the export with PreTrainedTokenizerFast, or train with the model's own (--tokenizer_name)",
+    )
 
 
 def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:

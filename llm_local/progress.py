@@ -3,64 +3,71 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from tqdm import tqdm
 
 from llm_local.world import World
 
+BAR = "{n_fmt}/{total_fmt} steps |{bar:20}| {elapsed}<{remaining}{postfix}"
+
 
 class Progress:
-    """Drawn by rank 0; the other stages' losses come through the store, without waiting for them."""
+    """Drawn by rank 0. The other stages' losses come through the store, and nobody waits for them: a line about a
+    step appears once the last stage is through with it."""
 
     def __init__(self, world: World, max_steps: int, first_step: int, tokens_per_step: int):
         self._world = world
+        self._max_steps = max_steps
         self._tokens_per_step = tokens_per_step
-        self._start = time.monotonic()
-        self._first = first_step
-        self._pending: list[int] = []
+        self._waiting: list[tuple[str, int]] = []
+        self._seconds: list[float] = []
         self._shown = world.place.rank == 0
         self._bar = None
-        self._max_steps = max_steps
         if self._shown and sys.stderr.isatty():
-            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=max_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
 
     def say(self, text: str) -> None:
         """A line above the bar, from rank 0 only."""
         if self._shown:
             tqdm.write(text, file=sys.stderr)
 
-    def train_loss(self, value: float) -> None:
-        """Publishes this stage's loss for everybody's picture."""
-        self._world.publish(f"train/{self._world.place.stage}", f"{value}")
+    def publish(self, split: str, step: int, loss: float) -> None:
+        """Tells rank 0 this stage's loss of a step."""
+        self._world.publish(f"{split}/{step}/{self._world.place.stage}", f"{loss}")
+        if self._shown:
+            self._waiting.append((split, step))
 
-    def eval_loss(self, step: int, value: float) -> None:
-        """Publishes a validation loss; rank 0 shows an evaluation once the last stage is through with it."""
-        self._world.publish(f"eval/{step}/{self._world.place.stage}", f"{value}")
-        self._pending.append(step)
-
-    def step(self, step: int, logged: bool) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
+    def step(self, seconds: float) -> None:
+        """One more step is done, in so many seconds."""
         if not self._shown:
             return
-        while self._pending and "-" not in self.losses(f"eval/{self._pending[0]}"):
-            done = self._pending.pop(0)
-            self.say(f"step {done}  validation loss by stage: {self.losses(f'eval/{done}')}")
-        if not logged:
-            return
-        rate = (step - self._first) * self._tokens_per_step / (time.monotonic() - self._start)
-        text = f"{rate:,.0f} tokens/s, loss by stage: {self.losses('train')}"
+        self._seconds = [*self._seconds[-19:], seconds]
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        else:
-            self.say(f"step {step}/{self._max_steps}  {text}")
+            self._bar.update(1)
+        self.show()
 
-    def losses(self, key: str) -> str:
-        """'3.120 3.050', one number a stage as last published; '-' where there is none yet."""
-        found = [self._world.peek(f"{key}/{k}") for k in range(self._world.place.num_stages)]
-        return " ".join("-" if text is None else f"{float(text):.3f}" for text in found)
+    def show(self) -> None:
+        """Shows the steps that every stage has told of by now."""
+        while self._waiting:
+            split, step = self._waiting[0]
+            losses = self._losses(split, step)
+            if losses is None:
+                return
+            self._waiting.pop(0)
+            rate = self._tokens_per_step * len(self._seconds) / sum(self._seconds) if self._seconds else 0.0
+            if split == "eval":
+                self.say(f"step {step}  validation loss by stage: {losses}")
+            elif self._bar is not None:
+                self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, step {step} loss by stage {losses}")
+            else:
+                self.say(f"step {step}/{self._max_steps}  {rate:,.0f} tokens/s, loss by stage: {losses}")
+
+    def _losses(self, split: str, step: int) -> str | None:
+        """'3.120 3.050', one number a stage; None as long as one is missing."""
+        found = [self._world.peek(f"{split}/{step}/{stage}") for stage in range(self._world.place.num_stages)]
+        return None if None in found else " ".join(f"{float(text):.3f}" for text in found if text is not None)
 
     def close(self) -> None:
+        """Takes the bar away and shows what is left to show, as far as it is known."""
         if self._bar is not None:
             self._bar.close()

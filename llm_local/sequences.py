@@ -60,9 +60,9 @@ class PackedTokens:
 
 
 class StoredSequences:
-    """Sequences on disk, in an order that is a pure function of (seed, epoch), or without a seed in file order."""
+    """Sequences on disk, in an order that is a pure function of (seed, epoch)."""
 
-    def __init__(self, tokens: PackedTokens, seed: int | None):
+    def __init__(self, tokens: PackedTokens, seed: int):
         self._tokens = tokens
         self._seed = seed
         self._epoch = -1
@@ -86,7 +86,7 @@ class StoredSequences:
 
     def _number(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_sequences)
-        if self._seed is not None and epoch != self._epoch:
+        if epoch != self._epoch:
             self._permutation = np.random.default_rng([self._seed, epoch]).permutation(self.num_sequences)
             self._epoch = epoch
         return int(self._permutation[offset])

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,23 @@ from llm_local.progress import Progress
 from llm_local.stage import build_blocks
 from llm_local.tokenizer import load_tokenizer
 from llm_local.watchdog import LostPeer, Watchdog
-from llm_local.world import Launch, Place, World, connect, join_stage, open_store
+from llm_local.world import (
+    PLAN,
+    Launch,
+    Place,
+    Refused,
+    World,
+    connect,
+    fetch_plan,
+    join_stage,
+    open_store,
+    say_no,
+)
 
+RUN = "llm_local"  # prefix of the store's keys
 REFUSED = 2
 LAUNCHER_SECONDS = 10.0
+REFUSAL_SECONDS = 30.0
 
 
 @dataclass
@@ -64,9 +78,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         launch = Launch.from_environment(os.environ)
         config = parse(arguments)
-        plan = preflight(config, launch.world_size) if rank == 0 else None
     except ConfigError as error:
         return _refuse(rank, error)
+    try:
+        if rank == 0:
+            print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
+        plan = preflight(config, launch.world_size) if rank == 0 else None
+    except ConfigError as error:
+        _refuse(rank, error)
+        say_no(launch, RUN, REFUSAL_SECONDS)
+        return REFUSED
     try:
         run = build(config, launch, watchdog, plan)
         train(run)
@@ -74,6 +95,8 @@ def main(arguments: Sequence[str]) -> int:
         for link in run.links:
             link.close(config.train.max_steps)
         run.world.finish()
+    except Refused:
+        return REFUSED
     except ConfigError as error:
         watchdog.report(f"rank {rank} refuses its configuration")
         return _refuse(0, error)
@@ -88,6 +111,7 @@ def quiet_libraries() -> None:
     import transformers
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -116,13 +140,13 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
 def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None) -> Run:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan."""
     startup = float(config.train.ddp_timeout)
-    store = open_store(launch, "llm_local", startup)
-    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
+    store = open_store(launch, RUN, startup)
     if plan is not None:
         open_output(config, plan)
-        store.set("plan", plan.to_json())
+        store.set(PLAN, plan.to_json())
+    plan = Plan.from_json(fetch_plan(store, startup))
+    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
-    plan = Plan.from_json(world.fetch("plan", startup, "rank 0's plan"))
     join_stage(world, one_world=config.local.method == "backprop")
     model_config = load_model_config(config.model)
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
@@ -135,7 +159,10 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
     tokens = layout.sequences_per_step * config.data.seq_length
     progress = Progress(world, config.train.max_steps, first_step, tokens)
-    progress.say(f"llm_local: {plan.partition.describe()}; {place.num_replicas} replica(s) a stage, {config.precision}")
+    for warning in plan.warnings:
+        progress.say(f"llm_local: warning: {warning}")
+    layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
+    progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
     return Run(config, plan, layout, world, engine, feed, links, metrics, progress, first_step)
 
 
@@ -183,14 +210,15 @@ def train(run: Run) -> None:
         run.world.watchdog.step = step
         before = _Meter(run)
         result = run.engine.train_batch(step)
-        logged = step == 1 or step % train.logging_steps == 0 or last
-        if logged:
+        if step == 1 or step % train.logging_steps == 0 or last:
             _record_step(run, step, result, before)
-        run.progress.step(step, logged)
-        if train.eval_batches and (last or (train.eval_steps and step % train.eval_steps == 0)):
+        run.progress.step(time.perf_counter() - before.start)
+        if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
             _evaluate(run, step)
         if train.save_steps and step % train.save_steps == 0:
             save_checkpoint(run.world, run.config, run.layout, run.engine.engines, step)
+    if train.eval_batches:
+        _evaluate(run, train.max_steps)
     run.progress.close()
 
 
@@ -211,10 +239,9 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
     mine += [float(after.sent - before.sent), float(after.received - before.received)]
     values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
     *losses, seconds, wait, sent, received = run.world.mean_over_replicas(values).tolist()
-    if run.world.place.is_recorder:
-        run.progress.train_loss(losses[-1])
     replicas = run.world.place.num_replicas
     if run.metrics is not None:
+        run.progress.publish("train", step, losses[-1])
         run.metrics.write(
             Record(
                 step=step,
@@ -240,7 +267,7 @@ def _evaluate(run: Run, step: int) -> None:
     losses = run.world.mean_over_replicas(run.engine.eval_batch(step, batches).double().cpu()).tolist()
     place = run.world.place
     if run.metrics is not None:
-        run.progress.eval_loss(step, losses[-1])
+        run.progress.publish("eval", step, losses[-1])
         rows = batches * run.config.train.per_device_train_batch_size * place.num_replicas
         run.metrics.write(
             Record(step, "eval", place.stage, losses[-1], losses, tokens=rows * run.config.data.seq_length)

@@ -30,6 +30,7 @@ import psutil
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
+SIGTERM_SECONDS = 2.0  # launchers kill what does not end soon
 OBITUARY = "obituary"
 
 
@@ -199,32 +200,41 @@ class Watchdog:
                 return cause
             time.sleep(0.1)
 
-    def fail(self, reason: str, cause: str | None) -> None:
-        """Ends this rank for a reason that its main thread met, or for the cause of it that lies elsewhere."""
+    def fail(self, reason: str, cause: str | None, code: int = 1) -> None:
+        """Ends this rank for a reason of its own, or for the cause of it that lies elsewhere."""
         own = f"{self._name} stopped: {reason}"
         stands = self.report(cause or own)
-        self._end(reason if stands == own else stands, 1)
+        self._end(reason if stands == own else stands, code)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             number = self._signal_within(POLL_SECONDS)
             if self._stopped.is_set():
                 return
-            if number is not None:
-                cause = self.explain() if number == signal.SIGTERM else None
-                self._end(cause or f"{signal.Signals(number).name} at step {self.step}", 128 + number)
             gone = [pid for pid in self._launchers if not is_running(pid)]
             if gone:
                 self._end(f"the launcher (pid {gone[0]}) is gone", 1)
-            cause = self._cause()
-            if cause:
-                self._end(self.report(cause), 1)
+            cause = None if number else self._cause()
+            if number or cause:
+                self._conclude(number, cause)
+
+    def _conclude(self, number: int | None, cause: str | None) -> None:
+        if number != signal.SIGINT:  # Ctrl-C reaches all ranks, but not at once, and launchers add a SIGTERM
+            number = self._signal_within(0.2) or number
+        if number is None:
+            assert cause is not None
+            self._end(self.report(cause), 1)
+            return
+        reason = f"{signal.Signals(number).name} at step {self.step}"
+        if number == signal.SIGINT:
+            self._end(reason, 128 + number)
+        else:
+            self.fail(reason, cause or self.explain(SIGTERM_SECONDS), 128 + number)
 
     def _signal_within(self, seconds: float) -> int | None:
         if select.select([self._wake_read], [], [], seconds)[0]:
-            for number in os.read(self._wake_read, 64):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    return number
+            numbers = os.read(self._wake_read, 64)
+            return next((n for n in (signal.SIGINT, signal.SIGTERM) if n in numbers), None)
         return None
 
     def _end(self, cause: str, code: int) -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,14 @@ from llm_local.watchdog import LostPeer, Peer, Watchdog, decode, encode
 LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
 )
+
+
+PLAN = "plan"
+_TOLD = "told"
+
+
+class Refused(Exception):
+    """Rank 0 has refused the run, and says why."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,7 @@ class World:
 
     def fetch(self, key: str, seconds: float, what: str) -> str:
         """The value of a key once somebody publishes it. Raises LostPeer naming what was awaited."""
-        start = time.monotonic()
-        try:
-            self.store.wait([key], timedelta(seconds=seconds))
-            return bytes(self.store.get(key)).decode()
-        except RuntimeError as error:  # DistStoreError is one
-            waited = time.monotonic() - start
-            raise LostPeer(f"waited {waited:.0f} s for {what}") from error
+        return _fetch(self.store, key, seconds, what)
 
     def peek(self, key: str) -> str | None:
         """The value of a key if it is there, without waiting."""
@@ -175,6 +178,37 @@ def open_store(launch: Launch, run: str, seconds: float) -> Any:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LostPeer(f"no rendezvous with rank 0 at {address} within {seconds:.0f} s: {error}") from error
     return dist.PrefixStore(f"{run}/{launch.restart}", store)
+
+
+def say_no(launch: Launch, run: str, seconds: float) -> None:
+    """Rank 0 tells the others, who wait for it at the rendezvous, that there is no run; leaves once they know."""
+    if launch.world_size == 1:
+        return
+    end = time.monotonic() + seconds
+    with suppress(RuntimeError):  # a launcher may have ended the others
+        store = open_store(launch, run, seconds)
+        store.set(PLAN, "")
+        while store.add(_TOLD, 0) < launch.world_size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def fetch_plan(store: Any, seconds: float) -> str:
+    """What rank 0 has published as the PLAN. Raises Refused where it has said no, LostPeer where it says nothing."""
+    text = _fetch(store, PLAN, seconds, "rank 0's plan")
+    if not text:
+        store.add(_TOLD, 1)
+        raise Refused
+    return text
+
+
+def _fetch(store: Any, key: str, seconds: float, what: str) -> str:
+    start = time.monotonic()
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+        return bytes(store.get(key)).decode()
+    except RuntimeError as error:  # DistStoreError is one
+        waited = time.monotonic() - start
+        raise LostPeer(f"waited {waited:.0f} s for {what}") from error
 
 
 def connect(

@@ -98,12 +98,12 @@ class TestParse:
             ("max_steps: true", "True is not a whole number"),
             ("max_steps: .inf", "inf is not a whole number"),
             ("max_steps: [1]", "[1] is not a whole number"),
-            ("max_steps: null", "None is not a whole number"),
+            ("max_steps: null", "None is not a value"),
             ("learning_rate: fast", "'fast' is not a number"),
             ("learning_rate: .nan", "nan is not a number"),
             ("learning_rate: false", "False is not a number"),
             ("bf16: 1", "1 is not true or false"),
-            ("bf16: null", "None is not true or false"),
+            ("bf16: null", "None is not a value"),
         ],
     )
     def test_a_value_of_another_type(self, write, line, what):

@@ -54,10 +54,10 @@ def in_file_order(config, which):
     return [row[documents.column] for row in documents.rows]
 
 
-def decoded(sequences, tokenizer):
-    """The text of one pass over stored sequences in their order, with EOS spelled out."""
+def decoded(sequences, tokenizer, whole):
+    """One pass over stored sequences as text, EOS spelled out, put back into the order that they have in `whole`."""
     rows = [sequences.batch(number, 1)[0] for number in range(sequences.num_sequences)]
-    return tokenizer.decode(torch.cat(rows).tolist())
+    return "".join(sorted((tokenizer.decode(row.tolist()) for row in rows), key=whole.index))
 
 
 # --- what a sequence holds
@@ -68,7 +68,7 @@ def test_validation_is_the_text_with_eos_behind_each_document(settings, tokenize
     config = settings(train_file=jsonl, validation_file=write_jsonl(tmp_path / "held.jsonl", held))
     _, validation = prepare(config, tokenizer)
     whole = "".join(text + tokenizer.eos_token for text in held if text)
-    text = decoded(validation, tokenizer)
+    text = decoded(validation, tokenizer, whole)
     assert whole.startswith(text), "only the tail that fills no sequence is missing"
     assert len(tokenizer.encode(whole)) - validation.num_sequences * 16 < 16
 
@@ -88,7 +88,8 @@ def test_a_txt_file_is_one_text_with_its_newlines(settings, tokenizer, tmp_path)
     rows = torch.cat([train.batch(n, 1) for n in range(train.num_sequences)])
     assert (rows == tokenizer.eos_token_id).sum() <= 1, "EOS is at the end alone"
     assert tokenizer.eos_token not in "".join(lines)
-    assert "".join(lines[810:]).startswith(decoded(validation, tokenizer)), "the last lines are the validation"
+    held_out = "".join(lines[810:])
+    assert held_out.startswith(decoded(validation, tokenizer, held_out)), "the last lines are the validation"
     kept = "".join(lines[:810])
     assert all(tokenizer.decode(row.tolist()).removesuffix(tokenizer.eos_token) in kept for row in rows)
 
@@ -114,7 +115,9 @@ def test_tokens_are_made_once_and_again_when_the_file_changes(settings, tokenize
     write_jsonl(path, [*texts, "one more document"])
     train, _ = prepare(config, tokenizer)
     assert len(os.listdir(folder)) == 4
-    assert "one more" in decoded(train, tokenizer) or "one more" in decoded(prepare(config, tokenizer)[1], tokenizer)
+    sources = (train, prepare(config, tokenizer)[1])
+    rows = [source.batch(n, 1)[0].tolist() for source in sources for n in range(source.num_sequences)]
+    assert any("one more" in tokenizer.decode(row) for row in rows)
 
 
 def test_a_saved_folder_is_only_read(settings, tokenizer, tmp_path, texts):
@@ -190,7 +193,8 @@ def test_a_streamed_txt_keeps_its_order(settings, tokenizer, tmp_path):
     (tmp_path / "train.txt").write_text("".join(lines))
     config = settings(train_file=str(tmp_path / "train.txt"), streaming=True, validation_split_percentage=10)
     train, validation = prepare(config, tokenizer)
-    assert "".join(lines[:100]).startswith(decoded(validation, tokenizer))
+    held_out = "".join(lines[:100])
+    assert held_out.startswith(decoded(validation, tokenizer, held_out))
     text = tokenizer.decode(train.batch(0, 20).flatten().tolist())
     assert "".join(lines[100:]).startswith(text)
 

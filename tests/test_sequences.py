@@ -32,10 +32,9 @@ def test_each_epoch_is_another_permutation_of_all_rows():
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-@pytest.mark.parametrize("seed", [3, None])
 @pytest.mark.parametrize("rows", [2, 7, 64])
-def test_the_order_is_the_same_however_it_is_sliced(seed, rows):
-    assert first_tokens(stored(50, seed), rows, 128) == first_tokens(stored(50, seed), 1, 128)
+def test_the_order_is_the_same_however_it_is_sliced(rows):
+    assert first_tokens(stored(50, seed=3), rows, 128) == first_tokens(stored(50, seed=3), 1, 128)
 
 
 def test_a_batch_does_not_depend_on_what_was_read_before():
@@ -48,10 +47,6 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
 
 def test_another_seed_is_another_order():
     assert first_tokens(stored(50, seed=3), 1, 50) != first_tokens(stored(50, seed=4), 1, 50)
-
-
-def test_without_a_seed_the_order_is_the_file_and_wraps_around():
-    assert first_tokens(stored(5, seed=None), 3, 12) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 def test_an_empty_stream_is_an_error_too():

@@ -1,0 +1,52 @@
+# One environment, .venv, made once; every target runs the tools in it.
+
+PYTHON ?= python3
+OUTPUT_DIR ?= runs/quickstart
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# DeepSpeed looks for ninja and other tools on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# DeepSpeed warns in every process where it finds no accelerator; where torch has none either, it is told beforehand.
+DEVICE = $(shell $(BIN)/python -c \
+	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test unit lint types check clean
+# `make -j check` still runs lint, types and test in that order.
+.NOTPARALLEL:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## .venv with the library and its tools; again only when pyproject.toml changed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder, ARGS="--name value ..."
+	$(DEVICE) $(BIN)/deepspeed --quiet --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml \
+		--output_dir $(OUTPUT_DIR) $(ARGS)
+
+test: setup  ## all tests
+	$(BIN)/pytest
+
+unit: setup  ## the tests that start no processes
+	$(BIN)/pytest -m "not processes"
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup  ## pyright
+	$(BIN)/pyright
+
+check: lint types test  ## what must pass before a change goes in: lint, types, test
+
+clean:  ## remove .venv and the tools' caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find llm_local scripts tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,129 @@
+"""What README, docs, Makefile and configs say exists and works as said."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+import llm_local
+from llm_local import schedule
+from llm_local.config import RunConfig, parse
+from llm_local.ds_config import resolve, zero_stage
+from llm_local.metrics import Record
+from llm_local.problems import static_problems
+
+ROOT = Path(llm_local.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# LOG.md is left out: it speaks of days gone by
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.stem != "LOG")]
+RUNS = sorted((ROOT / "configs").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "configs" / "ds").glob("*.json"))
+
+OURS = {f"--{name}" for name in RunConfig().flat()}
+# of the launchers and of tools, in commands that the pages show
+LAUNCHERS = set(
+    """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
+    --num_processes --main_process_port --help""".split()  # noqa: SIM905
+)
+
+
+def file_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z]\w*", text))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=file_name)
+def test_flags_exist(page: Path):
+    text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
+    assert flags(text) - OURS - LAUNCHERS == set()
+
+
+def test_the_table_of_flags_is_complete():
+    rows = [line for line in README.splitlines() if line.startswith("| **")]
+    assert flags("\n".join(rows)) == OURS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=file_name)
+def test_paths_exist(page: Path):
+    text = page.read_text()
+    named = set(re.findall(r"(?:configs|scripts|llm_local|docs|tests)/[\w./-]*\w", text))
+    named |= {(page.parent / link).as_posix() for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)}
+    assert {name for name in named if not Path(name).exists()} == set()
+
+
+def test_commands_parse():
+    """Each command that starts pretrain.py, as its ranks would read it."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+    commands = [line.partition("#")[0] for line in blocks.splitlines() if "scripts/pretrain.py" in line]
+    assert len(commands) >= 8
+    for command in commands:
+        arguments = command.partition("scripts/pretrain.py")[2].replace("CONFIG.yaml", file_name(RUNS[0])).split()
+        parse(arguments)
+
+
+def test_the_readme_shows_the_schedules_own_pictures():
+    def pictures(text: str) -> str:
+        return textwrap.dedent("\n".join(line for line in text.splitlines() if re.match(r" +stage \d \| ", line)))
+
+    assert schedule.__doc__
+    assert pictures(README) == pictures(schedule.__doc__)
+
+
+def test_every_metric_is_described():
+    described = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(described)) == list(Record.__dataclass_fields__)
+
+
+def test_modules_on_the_ladder_are_in_both_pages():
+    ladder = [path.stem for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    table = [line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table))) == sorted(ladder)
+    drawn = README.partition("a module knows only lower rungs:\n")[2].partition("\n\n`make check`")[0]
+    assert set(ladder) <= set(re.findall(r"\w+", drawn))
+
+
+def test_the_makefile_has_its_targets():
+    text = (ROOT / "Makefile").read_text()
+    rules = dict(re.findall(r"^([a-z]+):([^#\n]*)", text, flags=re.MULTILINE))
+    assert {"help", "setup", "pretrain", "test", "unit", "lint", "types", "check", "clean"} <= set(rules)
+    assert rules["check"].split() == ["lint", "types", "test"]
+    assert all(rules[name].split() == ["setup"] for name in ("pretrain", "test", "unit", "lint", "types"))
+    named = set(re.findall(r"`make (\w+)`", README)) | set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+    assert {"pretrain", "test"} <= named <= set(rules)
+    assert "make --no-print-directory check" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=file_name)
+def test_run_configs_are_free_of_problems(path: Path):
+    config = parse([file_name(path)])
+    ranks = 2 * config.local.num_stages
+    assert static_problems(config, ranks, fp16_supported=True, bf16_supported=True) == []
+    for name in (config.model.config_name, config.train.deepspeed):
+        assert name is None or Path(name).exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", DEEPSPEED, ids=file_name)
+def test_deepspeed_configs_resolve(path: Path, bf16: bool):
+    base = RunConfig()
+    config = replace(base, train=replace(base.train, deepspeed=str(path), bf16=bf16, per_device_train_batch_size=3))
+    settings = resolve(config, num_replicas=2, model_config=LlamaConfig(hidden_size=64), cpu=True)
+    assert "auto" not in str(settings)
+    assert settings["bf16"]["enabled"] is bf16
+    assert settings["train_micro_batch_size_per_gpu"] == 3
+    assert settings["train_batch_size"] == 6
+    assert f"zero{zero_stage(settings)}" in path.stem
+    assert ("offload" in path.stem) == ("offload_optimizer" in settings["zero_optimization"])

@@ -1,0 +1,135 @@
+"""Training's options over real processes: DeepSpeed's own sections, checkpointed activations, streams, monitors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, Trainer, block_losses, records
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PreTrainedTokenizerFast
+
+from llm_local.config import from_flat, parse
+from llm_local.metrics import Record
+from llm_local.preflight import preflight
+
+pytestmark = pytest.mark.processes
+
+DEEPSPEED: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 1},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": "auto",
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "warmup_type": "linear",
+        },
+    },
+}
+
+
+def test_an_optimizer_and_a_scheduler_of_the_json_are_used(trainer: Trainer):
+    path = trainer.folder / "ds.json"
+    path.write_text(json.dumps(DEEPSPEED))
+    output = trainer.run("run", 2, num_stages=2, deepspeed=path, warmup_steps=2, max_steps=4, learning_rate=1e-3)
+    lrs = [r["lr"] for r in records(output, 1)]
+    assert max(lrs) == pytest.approx(1e-3)
+    assert lrs[-1] < max(lrs), "WarmupDecayLR decays"
+
+
+def test_the_flags_schedule_and_decay_are_used_without_them(trainer: Trainer):
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    output = trainer.run("run", 1, **settings)
+    assert [r["lr"] for r in records(output, 0)] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_checkpointed_activations_change_nothing(trainer: Trainer, zero: int):
+    """Every weight of a later stage gets its gradient although the received hidden states need none."""
+    settings = {"num_stages": 2, "deepspeed": f"configs/ds/zero{zero}.json"}
+    plain = trainer.run("plain", 2, **settings)
+    recomputed = trainer.run("recomputed", 2, **settings, gradient_checkpointing=True)
+    assert block_losses(recomputed, 2) == block_losses(plain, 2)
+    assert [r["grad_norm"] for r in records(recomputed, 1)] == [r["grad_norm"] for r in records(plain, 1)]
+
+
+def test_a_stream_trains_through_two_stages(trainer: Trainer):
+    path = trainer.folder / "documents.jsonl"
+    text = trainer.text.read_text()
+    documents = [text[i : i + 500] for i in range(0, len(text), 500)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    output = trainer.run("run", 2, num_stages=2, train_file=path, streaming=True)
+    assert len(records(output, 1)) == 4
+    assert len(records(output, 1, "eval")) == 1
+
+
+def test_run_yaml_is_a_config_and_records_have_every_field(trainer: Trainer):
+    output = trainer.run("run", 2, num_stages=2, eval_steps=2)
+    flat = yaml.safe_load((output / "run.yaml").read_text())
+    assert from_flat(flat) == parse([str(output / "run.yaml")])
+    fields = list(Record.__dataclass_fields__)
+    for stage in (0, 1):
+        for record in records(output, stage):
+            assert list(record) == fields
+            assert all(record[name] is not None for name in fields)
+            assert 0 <= record["wait_seconds"] <= record["step_seconds"]
+        assert [r["step"] for r in records(output, stage, "eval")] == [2, 4]
+
+
+def test_backprop_writes_to_the_monitor_too(trainer: Trainer):
+    output = trainer.run("run", 2, num_stages=2, method="backprop", report_to="csv")
+    assert (output / "csv" / "stage-00" / "train_loss.csv").exists()
+
+
+@pytest.mark.parametrize("reporter", ["tensorboard", "csv"])
+def test_deepspeeds_monitor_writes_the_losses_of_every_stage(trainer: Trainer, reporter: str):
+    output = trainer.run("run", 2, num_stages=2, layers_per_block=1, report_to=reporter)
+    for stage in (0, 1):
+        folder = output / reporter / f"stage-{stage:02d}"
+        wanted = [r["loss"] for r in records(output, stage)]
+        if reporter == "tensorboard":
+            events = EventAccumulator(str(folder)).Reload()
+            found = [event.value for event in events.Scalars("train/loss")]
+        else:
+            lines = (folder / "train_loss.csv").read_text().splitlines()[1:]
+            found = [float(line.split(",")[1]) for line in lines]
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_tokenizer_that_the_export_would_lose_is_warned_of(trainer: Trainer):
+    """transformers forces a tokenizer class on a few model types, whatever the files say."""
+    path = trainer.model(TINY | {"model_type": "qwen2"})
+    (warning,) = preflight(parse(trainer.flags("checked", config_name=path)), 1).warnings
+    assert "beside a 'qwen2' model AutoTokenizer reads this tokenizer as Qwen2Tokenizer" in warning
+    output = trainer.run("run", 1, config_name=path)
+    again = PreTrainedTokenizerFast.from_pretrained(output / "export")
+    assert again.decode(again("def f():\n    pass").input_ids) == "def f():\n    pass"
+
+
+def test_resuming_a_finished_run_only_exports(trainer: Trainer):
+    trainer.run("run", 2, num_stages=2, save_steps=4)
+    (trainer.folder / "run/export/config.json").unlink()
+    output = trainer.run("run", 2, num_stages=2, save_steps=4, resume_from_checkpoint="true")
+    assert (output / "export/config.json").exists()
+    assert [r["step"] for r in records(output, 0)] == [1, 2, 3, 4]
+
+
+def test_bf16_on_the_wire_is_close_to_fp32(trainer: Trainer):
+    whole = trainer.run("fp32", 2, num_stages=2)
+    half = trainer.run("bf16", 2, num_stages=2, wire_dtype="bf16")
+    ours, theirs = torch.tensor(block_losses(half, 2)), torch.tensor(block_losses(whole, 2))
+    assert torch.equal(ours[:, 0], theirs[:, 0])
+    assert not torch.equal(ours[:, 1], theirs[:, 1])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0.0)
