@@ -28,9 +28,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@
 
+# The default folder is the quickstart's own and is written again; any other is left alone if it holds a run.
 pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder, ARGS="--name value ..."
 	$(DEVICE) $(BIN)/deepspeed --quiet --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml \
-		--output_dir $(OUTPUT_DIR) $(ARGS)
+		--output_dir $(OUTPUT_DIR) $(if $(filter runs/quickstart,$(OUTPUT_DIR)),--overwrite_output_dir) $(ARGS)
 
 test: setup  ## all tests
 	$(BIN)/pytest

@@ -53,17 +53,13 @@ CHUNK_CHARACTERS = 1000
 WORD = Regex(" *[^ ]+| +")
 
 
-def uses_builtin_tokenizer(config: RunConfig) -> bool:
-    return not (config.model.tokenizer_name or config.model.model_name_or_path)
-
-
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """tokenizer_name, else that of model_name_or_path, else the built-in one. Raises ConfigError if there is none."""
-    if uses_builtin_tokenizer(config):
-        return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
     model = config.model
     field = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
     name = model.tokenizer_name or model.model_name_or_path
+    if name is None:
+        return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:

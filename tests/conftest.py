@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import string
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from ranks import run_ranks
+
+pytest_plugins = ["documents"]
 
 TINY = {
     "model_type": "llama",

@@ -1,57 +1,15 @@
 """From text to sequences: nothing lost, nothing twice, the same order for everybody, and plain words when it fails."""
 
-import json
 import os
 
 import pytest
 import torch
 from datasets import Dataset, are_progress_bars_disabled
+from documents import in_file_order, write_jsonl
 from transformers import AutoTokenizer
 
-from llm_local.config import ConfigError, from_flat
+from llm_local.config import ConfigError
 from llm_local.data import prepare, tokenizer_key
-from llm_local.sources import load_documents
-from llm_local.tokenizer import builtin_tokenizer_dir
-
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("library")
-    for number in range(16):
-        (folder / f"module_{number:02}.py").write_text(f"def {WORDS[number % 10]}(x):\n    return x\n" * 60)
-    return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(folder / "cache", folder, vocab_size=300))
-
-
-@pytest.fixture
-def texts():
-    """Documents of different lengths, each with its own number in it."""
-    return [f"document {n}: " + " ".join(WORDS[: n % 10 + 1]) for n in range(60)]
-
-
-@pytest.fixture
-def settings(tmp_path):
-    def make(**flags):
-        return from_flat({"cache_dir": str(tmp_path / "cache"), "seq_length": 16, **flags})
-
-    return make
-
-
-@pytest.fixture
-def jsonl(tmp_path, texts):
-    return write_jsonl(tmp_path / "train.jsonl", texts)
-
-
-def write_jsonl(path, texts, column="text"):
-    path.write_text("".join(json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)))
-    return str(path)
-
-
-def in_file_order(config, which):
-    """Documents that one of the two sets holds, read back from its documents' text."""
-    documents = load_documents(config)[which]
-    return [row[documents.column] for row in documents.rows]
 
 
 def decoded(sequences, tokenizer, whole):

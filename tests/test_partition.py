@@ -143,5 +143,5 @@ def test_stage_layers_that_are_not_the_model():
 
 
 def test_stage_layers_that_cut_a_block():
-    with pytest.raises(ValueError, match="stage_layers=3,5 cuts before layer 3, inside a block; cut where a block ends"):
+    with pytest.raises(ValueError, match="stage_layers=3,5 cuts before layer 3, inside a block; cut where"):
         make_partition(8, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[3, 5])
