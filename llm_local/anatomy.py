@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -66,12 +67,12 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
         raise ConfigError([f"config_name={source}: no such file"])
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError([f"no model config in {source}: {str(error).splitlines()[0]}"]) from error
     try:
         if model.config_overrides:
             config.update_from_string(model.config_overrides)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError([f"config_overrides={model.config_overrides!r}: {error}"]) from error
     return config
 

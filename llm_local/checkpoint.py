@@ -103,6 +103,23 @@ def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
     ]
 
 
+def carried_over(config: RunConfig) -> dict[str, float]:
+    """Flags that an optimizer's or a scheduler's saved state brings back, whatever a resumed run says."""
+    train = config.train
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return {name: getattr(train, name) for name in names}
+
+
+def resume_warnings(checkpoint: Path, config: RunConfig) -> tuple[str, ...]:
+    """Flags whose new value a resumed run does not follow."""
+    saved = json.loads((checkpoint / MANIFEST).read_text())["carried_over"]
+    return tuple(
+        f"{name}={value} is not followed: the state in {checkpoint} goes on with {saved[name]}"
+        for name, value in carried_over(config).items()
+        if saved[name] != value
+    )
+
+
 def save_checkpoint(
     world: World, config: RunConfig, layout: Layout, engines: Sequence[DeepSpeedEngine], step: int
 ) -> None:
@@ -118,7 +135,7 @@ def save_checkpoint(
     save_file(rng_states(world.device), folder / f"rng-{world.place.replica:02d}.safetensors")
     _to_disk(folder)
     if world.count(f"saved/{step}") == world.place.world_size:
-        _write_manifest(root, layout, step)
+        _write_manifest(root, layout, config, step)
         _remove_old(root.parent, config.train.save_total_limit)
 
 
@@ -157,11 +174,12 @@ def _engine_folders(root: Path, place: Place, layout: Layout, engines: Sequence[
     return [(folder / f"block-{index:03d}", engine) for index, engine in enumerate(engines)]
 
 
-def _write_manifest(root: Path, layout: Layout, step: int) -> None:
+def _write_manifest(root: Path, layout: Layout, config: RunConfig, step: int) -> None:
     import deepspeed
 
     versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    text = json.dumps({"step": step, "layout": asdict(layout), "versions": versions}, indent=1)
+    manifest = {"step": step, "layout": asdict(layout), "carried_over": carried_over(config), "versions": versions}
+    text = json.dumps(manifest, indent=1)
     draft = root / f"{MANIFEST}.draft"
     draft.write_text(text + "\n")
     _to_disk(draft)

@@ -39,8 +39,12 @@ def collective_backend(device: torch.device) -> str:
 
 
 def supports(precision: str) -> bool:
-    """Whether DeepSpeed trains in fp32, bf16 or fp16 on this machine's accelerator."""
-    return DTYPES[precision] in _accelerator().supported_dtypes()
+    """Whether DeepSpeed trains in fp32, bf16 or fp16 on this machine's accelerator. No CPU counts for fp16: the few
+    that compute in it gain nothing over bf16, which needs no loss scale."""
+    accelerator = _accelerator()
+    if precision == "fp16" and accelerator.device_name() == "cpu":
+        return False
+    return DTYPES[precision] in accelerator.supported_dtypes()
 
 
 def prepare_cpu(device: torch.device, local_world_size: int) -> None:

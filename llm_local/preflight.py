@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
-from llm_local.checkpoint import find_checkpoint, layout_of, layout_problems, read_step
+from llm_local.checkpoint import find_checkpoint, layout_of, layout_problems, read_step, resume_warnings
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data import data_problems
 from llm_local.device import supports
@@ -60,6 +60,7 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
         problems += more
         if not problems:
             warnings = _tokenizer_warnings(config, found.config)
+            warnings += resume_warnings(Path(checkpoint), config) if checkpoint else ()
             return Plan(found.anatomy, found.partition, checkpoint, warnings)
     raise ConfigError(problems)
 

@@ -30,6 +30,7 @@ import psutil
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
+LAST_WORDS_SECONDS = 1.5  # rank 0 may serve the store: one more poll of the others
 SIGTERM_SECONDS = 2.0  # launchers kill what does not end soon
 OBITUARY = "obituary"
 
@@ -67,20 +68,25 @@ def decode(text: str | bytes) -> Peer:
     return Peer(**json.loads(text))
 
 
-def launcher_pids() -> list[int]:
+def launcher_pids() -> list[int | None]:
     """The processes whose death ends the run: torchrun's or deepspeed's per-node launcher, and the latter's runner.
 
-    Ranks that were started by hand have none: they may outlive the shell that they came from.
+    None stands for one that was gone before this rank looked. Ranks that were started by hand have no launcher: they
+    may outlive the shell that they came from.
     """
     try:
-        parents = psutil.Process().parents()
-        if not parents:
-            return []
-        if "deepspeed.launcher.launch" in " ".join(parents[0].cmdline()):
-            return [parent.pid for parent in parents[:2]]
+        parents = psutil.Process().parents()[:2]
+        by_deepspeed = bool(parents) and "deepspeed.launcher.launch" in parents[0].cmdline()
+        if not by_deepspeed:
+            parents = parents[:1] if "TORCHELASTIC_RUN_ID" in os.environ else []
+        return [None if _is_init(parent) else parent.pid for parent in parents]
     except psutil.Error:
         return []
-    return [parents[0].pid] if "TORCHELASTIC_RUN_ID" in os.environ else []
+
+
+def _is_init(process: psutil.Process) -> bool:
+    """Whether this is what adopts orphans; in a container a launcher itself may be process 1."""
+    return (process.pid == 1 or process.name() == "systemd") and "python" not in " ".join(process.cmdline())
 
 
 def is_running(pid: int) -> bool:
@@ -211,9 +217,9 @@ class Watchdog:
             number = self._signal_within(POLL_SECONDS)
             if self._stopped.is_set():
                 return
-            gone = [pid for pid in self._launchers if not is_running(pid)]
+            gone = [pid for pid in self._launchers if pid is None or not is_running(pid)]
             if gone:
-                self._end(f"the launcher (pid {gone[0]}) is gone", 1)
+                self._end("the launcher is gone" + (f" (pid {gone[0]})" if gone[0] else ""), 1)
             cause = None if number else self._cause()
             if number or cause:
                 self._conclude(number, cause)
@@ -243,6 +249,8 @@ class Watchdog:
             self._ending.release()
             return
         print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
+        if self.rank == 0 and self._line is not None and code != 128 + signal.SIGINT:
+            time.sleep(LAST_WORDS_SECONDS)
         leave(code)
 
     def _cause(self) -> str | None:

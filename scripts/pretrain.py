@@ -3,9 +3,14 @@
 deepspeed --num_gpus N scripts/pretrain.py CONFIG.yaml [--name value ...]      (also torchrun, accelerate launch)
 """
 
+import os
+import signal
 import sys
 
-from llm_local.train import main
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds, and Ctrl-C ends them without a traceback
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store prints 40 lines of C++ frames a call
+
+from llm_local.train import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

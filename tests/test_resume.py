@@ -11,7 +11,8 @@ import torch
 from conftest import TINY, Trainer, records, weights
 
 from llm_local.checkpoint import TensorsOnly, find_checkpoint
-from llm_local.config import ConfigError, from_flat
+from llm_local.config import ConfigError, from_flat, parse
+from llm_local.preflight import preflight
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 DROPOUT = {"attention_dropout": 0.1}
@@ -63,6 +64,10 @@ def test_a_half_written_checkpoint_is_never_picked_and_old_ones_go(trainer: Trai
     assert find_checkpoint(from_flat(flat | {"resume_from_checkpoint": str(output)})) == checkpoints / "step-00000003"
     again = trainer.run("run", 2, num_stages=2, max_steps=5, save_steps=1, resume_from_checkpoint="last")
     assert [r["step"] for r in records(again, 1)] == [1, 2, 3, 4, 5]
+    flags = trainer.flags("run", num_stages=2, resume_from_checkpoint="true", max_steps=6, learning_rate=1.0)
+    (warning,) = preflight(parse(flags), 2).warnings
+    assert "learning_rate=1.0 is not followed" in warning
+    assert "step-00000005 goes on with 0.003" in warning
     assert (checkpoints / "step-00000004" / "manifest.json").exists(), "the half-written one was written again"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,9 @@ def test_model_config_errors_name_the_place(tmp_path: Path):
         load_model_config(ModelArguments(config_name="nowhere.json"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=f"no model config in {tmp_path}"):
+        load_model_config(ModelArguments(model_name_or_path=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "qwen3", "layer_types": ["full_attention"]}))
+    with pytest.raises(ConfigError, match=f"no model config in {tmp_path}: .*layer"):
         load_model_config(ModelArguments(model_name_or_path=str(tmp_path)))
     AutoConfig.for_model(**BASE).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="config_overrides='hidden=3': key hidden"):

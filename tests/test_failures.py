@@ -1,0 +1,135 @@
+"""A peer that dies, hangs or is told to stop takes no rank with it into silence: all end, and say what was lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import launching
+import pytest
+from conftest import Trainer
+from launching import Rank, by_hand, deepspeed, job, losses, torchrun, until, until_step
+
+pytestmark = pytest.mark.processes
+ENDLESS = 1_000_000
+
+
+def endless(trainer: Trainer, **settings: object) -> list[str]:
+    return trainer.flags("run", max_steps=ENDLESS, eval_batches=0, **settings)
+
+
+def texts(ranks: list[Rank]) -> str:
+    return "\n".join(f"rank {n}:\n{rank.text}" for n, rank in enumerate(ranks))
+
+
+def assert_ended(ranks: list[Rank], lost: int, seconds: float, named: str) -> None:
+    """Every rank but the lost one has ended in time with an error that names it, and without a traceback."""
+    for n, rank in enumerate(ranks):
+        if n != lost:
+            code = rank.wait(seconds)
+            assert code not in (None, 0), f"rank {n}: {code}\n{texts(ranks)}"
+            last = rank.text.strip().splitlines()[-1]
+            assert last.startswith("llm_local: stage "), texts(ranks)
+            assert named in last, texts(ranks)
+            assert "Traceback" not in rank.text, rank.text
+
+
+PLACES = {
+    "first-of-3": (3, 3, 0, "stage 0, replica 0 (rank 0, pid {}, link 0→1)"),
+    "middle-of-3": (3, 3, 1, "stage 1, replica 0 (rank 1, pid {}, link 0→1 and 1→2)"),
+    "last-of-3": (3, 3, 2, "stage 2, replica 0 (rank 2, pid {}, link 1→2)"),
+    # for rank 3 of 2x2: rank 2 is its stage mate, rank 1 its link peer, rank 0 neither
+    "last-of-2x2": (4, 2, 3, "stage 1, replica 1 (rank 3, pid {}, link 0→1)"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_rank_is_named_by_all_others_without_a_launchers_help(trainer: Trainer, tmp_path: Path, place: str):
+    num_ranks, stages, victim, name = PLACES[place]
+    with by_hand(num_ranks, endless(trainer, num_stages=stages), tmp_path) as ranks:
+        until_step(2, tmp_path / "run", stages, lambda: texts(ranks))
+        ranks[victim].send(signal.SIGKILL)
+        assert_ended(ranks, victim, 15, f"lost {name.format(ranks[victim].pid)}: its process is gone")
+
+
+@pytest.mark.parametrize("place", ["first-of-3", "last-of-3", "last-of-2x2"])
+def test_a_rank_that_hangs_is_named_with_the_seconds(trainer: Trainer, tmp_path: Path, place: str):
+    """The first rank serves the store, whose calls have no time limit of their own."""
+    num_ranks, stages, victim, name = PLACES[place]
+    with by_hand(num_ranks, endless(trainer, num_stages=stages, link_timeout_seconds=6), tmp_path) as ranks:
+        until_step(2, tmp_path / "run", stages, lambda: texts(ranks))
+        ranks[victim].send(signal.SIGSTOP)
+        assert_ended(ranks, victim, 20, f"lost {name.format(ranks[victim].pid)}")
+        for n, rank in enumerate(ranks):
+            assert n == victim or "for 6 s (--link_timeout_seconds 6)" in rank.text, texts(ranks)
+
+
+@pytest.mark.parametrize(("launcher", "num_ranks", "stages"), [(deepspeed, 3, 3), (torchrun, 4, 2)])
+def test_a_killed_rank_is_named_under_a_launcher(trainer: Trainer, tmp_path: Path, launcher, num_ranks, stages):
+    with job(launcher(num_ranks), endless(trainer, num_stages=stages), tmp_path) as run:
+        until_step(2, tmp_path / "run", stages, lambda: run.text)
+        victim = run.ranks()[num_ranks - 1]
+        victim.kill()
+        assert run.wait(15) != 0
+        until(lambda: not run.ranks(), 15, lambda: f"{run.ranks()}\n{run.text}")
+        place = f"lost stage {stages - 1}, replica {num_ranks // stages - 1}"
+        name = f"{place} (rank {num_ranks - 1}, pid {victim.pid}, link {stages - 2}→{stages - 1})"
+        said = [line for line in run.text.splitlines() if line.startswith("llm_local: stage") and name in line]
+        assert len(said) == num_ranks - 1, run.text
+
+
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_its_launcher(trainer: Trainer, tmp_path: Path, launcher, number: signal.Signals):
+    """Ctrl-C reaches the launcher and all its ranks; the other two signals reach the launcher alone."""
+    with job(launcher(2), endless(trainer, num_stages=2), tmp_path) as run:
+        until_step(2, tmp_path / "run", 2, lambda: run.text)
+        ranks = list(run.ranks().values())
+        assert len(ranks) == 2
+        if number == signal.SIGINT:
+            os.killpg(run.process.pid, number)
+        else:
+            run.process.send_signal(number)
+        assert run.wait(15) != 0
+        until(lambda: not run.processes(), 15, lambda: f"{run.processes()}\n{run.text}")
+        said = [line for line in run.text.splitlines() if line.startswith("llm_local: stage ") and " ends: " in line]
+        assert len(said) == 2, run.text
+        assert number != signal.SIGINT or all("ends: SIGINT at step " in line for line in said), run.text
+        assert f'File "{launching.SCRIPT}"' not in run.text, "a rank printed a traceback"
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in output.glob("checkpoints/*/manifest.json"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(trainer: Trainer, tmp_path: Path):
+    """The first step has learning rate 0, the second one throws the weights away, the third one's loss shows it."""
+    spoiling = {"learning_rate": 1e30, "warmup_steps": 1, "max_grad_norm": 0, "max_steps": 9, "eval_batches": 0}
+    flags = trainer.flags("run", **spoiling, num_stages=2, save_steps=1)
+    with by_hand(2, flags, tmp_path) as ranks:
+        codes = [rank.wait(launching.START_SECONDS) for rank in ranks]
+    assert codes == [1, 1], texts(ranks)
+    said = re.findall(r"the loss of stage \d \(its block 0\) is (?:nan|inf) at step 3", texts(ranks))
+    assert len(said) == 2, texts(ranks)
+    assert "Traceback" not in texts(ranks)
+    assert checkpoints(tmp_path / "run")[0] == "step-00000001"
+    first = losses(tmp_path / "run", 2)
+
+    again = trainer.flags(
+        "run", **spoiling, num_stages=2, resume_from_checkpoint=tmp_path / "run/checkpoints/step-00000001"
+    )
+    with by_hand(2, again, tmp_path) as ranks:
+        codes = [rank.wait(launching.START_SECONDS) for rank in ranks]
+    assert losses(tmp_path / "run", 2) == first, f"the first checkpoint was not intact: {codes}\n{texts(ranks)}"
+
+
+def test_a_launcher_that_dies_while_its_ranks_start_takes_them_with_it(trainer: Trainer, tmp_path: Path):
+    """They find another parent than the one that started them."""
+    with job(deepspeed(2), endless(trainer, num_stages=2), tmp_path) as run:
+        until(lambda: len(run.ranks()) == 2, launching.START_SECONDS, lambda: run.text)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(15) != 0
+        until(lambda: not run.processes(), 15, lambda: f"{run.processes()}\n{run.text}")
+        assert f'File "{launching.SCRIPT}"' not in run.text, "a rank printed a traceback"

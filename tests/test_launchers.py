@@ -1,0 +1,93 @@
+"""One script, any launcher: the same run comes out, and accelerate's way to start a single process is explained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import Trainer
+from launching import BIN, ROOT, SCRIPT, accelerate, by_hand, deepspeed, job, losses, torchrun
+from ranks import free_port
+
+from llm_local.config import ConfigError
+from llm_local.world import Launch
+
+SECONDS = 120.0
+
+
+def two_torchruns() -> list[list[str]]:
+    """Two nodes of one rank each, both on this host."""
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    nodes = [["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", *address] for node in (0, 1)]
+    return [[str(BIN / "torchrun"), *node] for node in nodes]
+
+
+def two_accelerates() -> list[list[str]]:
+    nodes = [["--machine_rank", str(node), "--num_processes", "2"] for node in (0, 1)]
+    shared = accelerate("multi_node.yaml")
+    return [[*shared, *node] for node in nodes]
+
+
+LAUNCHERS = {
+    "deepspeed": lambda: [deepspeed(2)],
+    "torchrun": lambda: [torchrun(2)],
+    "accelerate": lambda: [accelerate("cpu.yaml")],
+    "two nodes of torchrun": two_torchruns,
+    "two nodes of accelerate": two_accelerates,
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Trainer, list[list[float]]]:
+    """The losses of both stages over three steps, from ranks that were started by hand."""
+    folder = tmp_path_factory.mktemp("reference")
+    trainer = Trainer(folder, cache)
+    with by_hand(2, trainer.flags("run", num_stages=2, max_steps=3), folder) as ranks:
+        assert [rank.wait(SECONDS) for rank in ranks] == [0, 0], [rank.text for rank in ranks]
+    return trainer, losses(folder / "run", 2)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_trains_the_same(reference, tmp_path: Path, name: str):
+    trainer, expected = reference
+    flags = trainer.flags("run", num_stages=2, max_steps=3, output_dir=tmp_path / "run")
+    with ExitStack() as stack:
+        nodes = LAUNCHERS[name]()
+        runs = [stack.enter_context(job(launcher, flags, tmp_path, f"log-{n}")) for n, launcher in enumerate(nodes)]
+        for run in runs:
+            assert run.wait(SECONDS) == 0, "\n".join(run.text for run in runs)
+    assert [len(stage) for stage in expected] == [3, 3]
+    assert losses(tmp_path / "run", 2) == expected
+
+
+@pytest.mark.processes
+def test_accelerate_launch_cpu_is_told_what_to_use_instead(trainer: Trainer, tmp_path: Path):
+    command = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", SCRIPT]
+    environ = {key: value for key, value in os.environ.items() if key != "RANK"}
+    flags = trainer.flags("run", num_stages=2)
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=SECONDS, cwd=ROOT, env=environ)
+    assert done.returncode != 0
+    said = "accelerate launch --cpu starts one process without a rank; use instead deepspeed --num_gpus N, torchrun "
+    assert (done.stdout + done.stderr).count(said) == 1, done.stdout + done.stderr
+    assert "configs/accelerate/cpu.yaml" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environment_of_each_launcher():
+    common = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert Launch.from_environment({}) == Launch(0, 1, 0, 1, 0)
+    assert Launch.from_environment(common) == Launch(3, 4, 1, 4, 0)
+    assert Launch.from_environment({**common, "LOCAL_SIZE": "2"}) == Launch(3, 4, 1, 2, 0)
+    elastic = {**common, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert Launch.from_environment(elastic) == Launch(3, 4, 1, 2, 1)
+
+
+def test_an_environment_that_no_launcher_makes():
+    with pytest.raises(ConfigError, match="RANK is set but not WORLD_SIZE, MASTER_PORT; start with deepspeed"):
+        Launch.from_environment({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"})
+    with pytest.raises(ConfigError, match="accelerate launch --cpu starts one process without a rank"):
+        Launch.from_environment({"ACCELERATE_USE_CPU": "True"})

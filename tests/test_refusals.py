@@ -1,0 +1,214 @@
+"""A run that cannot work is refused before anything is written: every problem in one error, printed once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Trainer
+from launching import by_hand, deepspeed, job
+
+from llm_local.config import ConfigError, parse
+from llm_local.preflight import preflight
+from llm_local.train import REFUSED, main
+
+DS = Path(__file__).parent.parent / "configs" / "ds"
+
+
+@pytest.fixture
+def problems(trainer: Trainer, tmp_path: Path) -> Callable[..., list[str]]:
+    """problems(ranks=2, **flags) → what the run is refused for; asserts that nothing was written."""
+
+    def problems(ranks: int = 1, **settings: Any) -> list[str]:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ConfigError) as refusal:
+            preflight(parse(trainer.flags("run", **settings)), ranks)
+        assert sorted(tmp_path.rglob("*")) == before
+        return refusal.value.problems
+
+    return problems
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, Any], Path]:
+    """write(name, text or JSON) → its path."""
+
+    def write(name: str, content: Any) -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_a_good_run_is_not_refused(trainer: Trainer, tmp_path: Path):
+    plan = preflight(parse(trainer.flags("run", num_stages=2)), 2)
+    assert plan.partition.num_stages == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "said"),
+    [
+        (
+            3,
+            {"num_stages": 2},
+            "3 ranks cannot be divided into num_stages=2 stages of equal size; start a multiple of 2",
+        ),
+        (5, {"num_stages": 5}, "4 layers"),
+        (1, {"method": "layerwise"}, "method='layerwise' is unknown; choose one of backprop, greedy, chunked"),
+        (1, {"head": "mlp"}, "head='mlp' is unknown; choose one of linear"),
+        (2, {"num_stages": 2, "wire_dtype": "int8"}, "wire_dtype='int8' is unknown; choose one of auto, fp32, bf16"),
+        (1, {"seq_length": 128}, "seq_length=128 is longer than the model's 64 positions; shorten it, or set max_pos"),
+        (1, {"config_overrides": "vocab_size=500"}, "vocabulary of 500 is smaller than the tokenizer's 4096; set voc"),
+        (1, {"config_overrides": "no_such=1"}, "config_overrides='no_such=1'"),
+        (1, {"config_name": "missing.json"}, "config_name=missing.json: no such file"),
+        (1, {"train_file": "missing.txt"}, "train_file=missing.txt does not exist; check the path"),
+        (2, {"num_stages": 2, "method": "backprop", "deepspeed": DS / "zero2.json"}, "ZeRO stage 2 does not work with"),
+        (2, {"num_stages": 2, "method": "backprop", "deepspeed": DS / "zero3.json"}, "ZeRO stage 3 does not work with"),
+        (
+            1,
+            {"tokenizer_name": "/no/such"},
+            "tokenizer_name='/no/such' has no tokenizer that can be loaded; give a dir",
+        ),
+    ],
+)
+def test_each_problem_is_named(problems, ranks: int, settings: dict[str, Any], said: str):
+    found = problems(ranks, **settings)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+def test_fp16_on_a_cpu(problems):
+    from llm_local.device import supports
+
+    if supports("fp16"):
+        pytest.skip("this machine's GPU trains in fp16")
+    assert problems(fp16=True) == ["fp16 is not supported on this device; use bf16, or neither for fp32"]
+
+
+def test_a_bad_data_file(problems, write):
+    assert problems(train_file=write("empty.txt", ""))[0].endswith("empty.txt is empty; give a file with text")
+    path = write("rows.jsonl", '{"text": "good"}\n{"body": "no text"}\n')
+    assert problems(train_file=path) == [
+        f"train_file={path}, line 2: no column 'text', only 'body'; set text_column_name"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            {"model_type": "t5", "d_model": 32, "vocab_size": 4096},
+            "model type 't5' cannot be cut into stages: its forward failed (",
+        ),
+        (
+            {**TINY, "model_type": "gemma3n_text", "num_hidden_layers": 20, "intermediate_size": [64] * 20},
+            "model type 'gemma3n_text' cannot be cut into stages: its layers share keys and values",
+        ),
+        ({**TINY, "model_type": "no_such_model"}, "no model config in "),
+        ({"hidden_size": 32}, "no model config in "),
+    ],
+)
+def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reason: str):
+    found = problems(config_name=write("model.json", model))
+    assert len(found) == 1, found
+    assert found[0].startswith(reason)
+    assert len(found[0]) > len(reason) + 20, "no reason was given"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "said"),
+    [
+        ("{,", {}, "ds.json is not JSON: line 1"),
+        ([], {}, "ds.json holds list, not settings"),
+        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage=4 in "),
+        ({"train_micro_batch_size_per_gpu": 5}, {}, "write 'auto' there"),
+        ({"gradient_clipping": 5.0}, {"max_grad_norm": 1.0}, "write 'auto' there"),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": "auto"}}, {}, "is 'auto', but no flag has its"),
+        ({"pipeline": {"seed_layers": True}}, {}, "the pipeline section of "),
+    ],
+)
+def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag(problems, write, settings, flags, said: str):
+    found = problems(deepspeed=write("ds.json", settings), **flags)
+    assert len(found) == 1, found
+    assert "ds.json" in found[0]
+    assert said in found[0]
+
+
+def test_a_deepspeed_file_that_is_missing(problems):
+    assert problems(deepspeed="missing.json") == ["deepspeed=missing.json: No such file or directory"]
+
+
+def test_a_folder_with_another_run(problems, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("seed: 1\n")
+    found = problems()
+    assert len(found) == 1
+    assert found[0].startswith(f"output_dir={tmp_path / 'run'} holds another run; go on with it (--resume_from_checkpo")
+    (tmp_path / "file").write_text("")
+    assert problems(output_dir=tmp_path / "file") == [f"output_dir={tmp_path / 'file'} is a file; name a folder"]
+
+
+def test_a_checkpoint_that_is_not_there_or_half_written(problems, tmp_path: Path):
+    assert problems(resume_from_checkpoint="true") == [
+        f"resume_from_checkpoint=true: no complete checkpoint in {tmp_path / 'run' / 'checkpoints'}"
+    ]
+    half = tmp_path / "run" / "checkpoints" / "step-00000002"
+    half.mkdir(parents=True)
+    assert problems(resume_from_checkpoint=half) == [
+        f"resume_from_checkpoint={half} has no manifest.json: it is missing or half written"
+    ]
+    assert "no complete checkpoint in" in problems(resume_from_checkpoint=tmp_path / "run")[0]
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_another_layout(trainer: Trainer, problems, tmp_path: Path):
+    output = trainer.run("first", 2, num_stages=2, max_steps=2, save_steps=2, eval_batches=0)
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    found = problems(1, resume_from_checkpoint=output, num_stages=1, seq_length=16, max_steps=1)
+    text = "\n".join(found)
+    assert f"{checkpoint} was written with num_stages=2, this run has num_stages=1; resuming with another" in text
+    assert f"{checkpoint} was written with seq_length=32, this run has seq_length=16" in text
+    assert f"{checkpoint} is beyond max_steps=1; raise max_steps" in text
+    assert "this run has method" not in text
+
+
+BAD: dict[str, Any] = {"num_stages": 3, "method": "layerwise", "seq_length": 128, "train_file": "missing.txt"}
+BAD_LINES = (
+    "llm_local: the configuration has 4 problems:",
+    "  - method='layerwise' is unknown",
+    "  - 2 ranks cannot be divided into num_stages=3",
+    "  - train_file=missing.txt does not exist",
+    "  - seq_length=128 is longer than the model's 64 positions",
+)
+
+
+@pytest.mark.processes
+def test_all_problems_are_printed_once_under_a_launcher(trainer: Trainer, tmp_path: Path):
+    with job(deepspeed(2), trainer.flags("run", **BAD), tmp_path) as run:
+        assert run.wait(60) not in (0, None)
+        for line in BAD_LINES:
+            assert run.text.count(line) == 1, run.text
+        assert "Traceback" not in run.text
+        assert " ends: " not in run.text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.processes
+def test_all_ranks_end_after_a_refusal_without_a_launchers_help(trainer: Trainer, tmp_path: Path):
+    """The others wait for rank 0 at the rendezvous, and would until --ddp_timeout."""
+    with by_hand(2, trainer.flags("run", **BAD, ddp_timeout=600), tmp_path) as ranks:
+        assert [rank.wait(30) for rank in ranks] == [REFUSED, REFUSED], [rank.text for rank in ranks]
+        for line in BAD_LINES:
+            assert ranks[0].text.count(line) == 1, ranks[0].text
+        assert "llm_local: " not in ranks[1].text, ranks[1].text
+
+
+def test_an_unknown_flag(trainer: Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main([*trainer.flags("run"), "--num_stagse=2"]) == REFUSED
+    assert "1 problem:\n  - unknown argument '--num_stagse=2'" in capsys.readouterr().err
