@@ -76,7 +76,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     wanted = config.train.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
-    place = config.output_dir if wanted.lower() in ("true", "last") else Path(wanted)
+    place = config.output_dir if wanted.lower() in ("true", "last", "latest") else Path(wanted)
     if place.name.startswith("step-"):
         if not (place / MANIFEST).exists():
             raise ConfigError([f"resume_from_checkpoint={place} has no {MANIFEST}: it is missing or half written"])

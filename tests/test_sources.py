@@ -70,6 +70,7 @@ def test_every_kind_of_source_gives_its_documents(settings, tokenizer, tmp_path,
     assert train.batch(0, 2).shape == validation.batch(0, 2).shape == (2, 16)
 
 
+@pytest.mark.processes  # tokenises 30 MB
 def test_the_builtin_corpus_is_the_default(settings, tmp_path):
     config = settings(seq_length=128)
     real = AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
