@@ -110,7 +110,8 @@ def _report(config: RunConfig, world: World, progress: Progress, seconds: float,
         for stage in range(place.num_stages):
             loss = float(world.fetch(f"eval/{config.train.max_steps}/{stage}", seconds, f"stage {stage} to evaluate"))
             progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}")
-    progress.say(f"model: {export}; an exit a stage: {export / 'exits'}; metrics: {config.output_dir / 'metrics'}")
+    exits = f"an exit a stage: {export / 'exits'}; " if local else ""
+    progress.say(f"model: {export}; {exits}metrics: {config.output_dir / 'metrics'}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
 
