@@ -32,6 +32,7 @@ $(VENV)/.installed: pyproject.toml
 pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder, ARGS="--name value ..."
 	$(DEVICE) $(BIN)/deepspeed --quiet --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml \
 		--output_dir $(OUTPUT_DIR) $(if $(filter runs/quickstart,$(OUTPUT_DIR)),--overwrite_output_dir) $(ARGS)
+	$(BIN)/python scripts/plot.py $(OUTPUT_DIR)
 
 test: setup  ## all tests
 	$(BIN)/pytest

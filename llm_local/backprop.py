@@ -59,10 +59,6 @@ class BackpropEngine:
         self._load = load
 
     @property
-    def lr(self) -> float:
-        return float(self._engine.get_lr()[0])
-
-    @property
     def part(self) -> PipeSlice:
         """This stage's slice."""
         module: Any = self._engine.module
@@ -70,11 +66,12 @@ class BackpropEngine:
 
     def train_batch(self, step: int) -> StepResult:
         """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""
+        lr = float(self._engine.get_lr()[0])
         loss = self._engine.train_batch(data_iter=self._micro_batches(TRAIN, step))
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
         norm = self._engine.get_global_grad_norm()
-        return StepResult(loss.reshape(1).float(), (float("nan") if norm is None else float(norm),))
+        return StepResult(loss.reshape(1).float(), lr, (float("nan") if norm is None else float(norm),))
 
     def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor:
         """(1,) the mean validation loss of the whole model."""

@@ -115,9 +115,11 @@ def undo_dummy_step(engine: DeepSpeedEngine) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: (blocks,) float32, means over the step's micro-batches on this replica. grad_norms: one a block."""
+    """losses: (blocks,) float32, means over the step's micro-batches on this replica. lr: the rate that the step used.
+    grad_norms: one a block, before clipping; NaN where DeepSpeed computes none."""
 
     losses: torch.Tensor
+    lr: float
     grad_norms: tuple[float, ...]
 
 
@@ -158,18 +160,15 @@ class LocalEngine:
             instructions.OptimizerStep: self._exec_step,
         }
 
-    @property
-    def lr(self) -> float:
-        return float(self.engines[-1].get_lr()[0])
-
     def train_batch(self, step: int) -> StepResult:
         """Trains every block on the step's micro-batches. Raises NonFiniteLoss naming stage and step."""
         for engine in self.engines:
             engine.train()
         schedule = LocalSchedule(self.micro_batches, self.num_stages, self.stage, len(self.engines))
+        lr = float(self.engines[-1].get_lr()[0])
         losses = self._run(schedule, TRAIN, step, self.micro_batches)
         norms = [engine.get_global_grad_norm() for engine in self.engines]
-        return StepResult(losses, tuple(float("nan") if norm is None else float(norm) for norm in norms))
+        return StepResult(losses, lr, tuple(float("nan") if norm is None else float(norm) for norm in norms))
 
     @torch.no_grad()
     def check_logits(self) -> torch.Tensor:

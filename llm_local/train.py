@@ -250,7 +250,7 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
                 loss=losses[-1],
                 block_losses=losses,
                 tokens=run.layout.sequences_per_step * run.layout.seq_length,
-                lr=run.engine.lr,
+                lr=result.lr,
                 grad_norm=total_norm(result.grad_norms),
                 step_seconds=seconds,
                 wait_seconds=wait,

@@ -52,7 +52,7 @@ def test_an_optimizer_and_a_scheduler_of_the_json_are_used(trainer: Trainer):
 def test_the_flags_schedule_and_decay_are_used_without_them(trainer: Trainer):
     settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
     output = trainer.run("run", 1, **settings)
-    assert [r["lr"] for r in records(output, 0)] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
+    assert [r["lr"] for r in records(output, 0)] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
 
 @pytest.mark.parametrize("zero", [1, 3])
