@@ -43,7 +43,7 @@ DEEPSPEED: dict[str, Any] = {
 def test_an_optimizer_and_a_scheduler_of_the_json_are_used(trainer: Trainer):
     path = trainer.folder / "ds.json"
     path.write_text(json.dumps(DEEPSPEED))
-    output = trainer.run("run", 2, num_stages=2, deepspeed=path, warmup_steps=2, max_steps=4, learning_rate=1e-3)
+    output = trainer.run("run", 2, num_stages=2, deepspeed=path, warmup_steps=2, max_steps=6, learning_rate=1e-3)
     lrs = [r["lr"] for r in records(output, 1)]
     assert max(lrs) == pytest.approx(1e-3)
     assert lrs[-1] < max(lrs), "WarmupDecayLR decays"
