@@ -43,6 +43,7 @@ class Layout:
     num_stages: int
     replicas: int
     blocks: list[list[int]]
+    head_layers: int
     zero_stage: int
     precision: str
     sequences_per_step: int
@@ -59,6 +60,7 @@ def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_
         num_stages=partition.num_stages,
         replicas=num_replicas,
         blocks=[[b.start, b.stop] for b in partition.blocks],
+        head_layers=config.private_head_layers,
         zero_stage=zero_stage(load_json(config)),
         precision=config.precision,
         sequences_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * num_replicas,

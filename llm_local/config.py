@@ -73,7 +73,7 @@ class LocalArguments:
     layers_per_block: int | None = _option(None, "Layers of a block (chunked); default: one block a stage.")
     stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: balanced by cost.")
     head: str = _option("linear", "What turns a block's output into a loss: linear, decoder or shared.")
-    head_layers: int = _option(0, "Private layers of a head (decoder, shared).")
+    head_layers: int = _option(0, "Private layers of a head (decoder).")
     head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
     wire_dtype: str = _option("auto", "Hidden states on a link: fp32, bf16, fp16; auto: that of the model.")
     max_packets_in_flight: int = _option(4, "Micro-batches a stage may be ahead of the next one's receives.")
@@ -135,6 +135,11 @@ class RunConfig:
     @property
     def wire_dtype(self) -> str:
         return self.precision if self.local.wire_dtype == "auto" else self.local.wire_dtype
+
+    @property
+    def private_head_layers(self) -> int:
+        """Layers of a block's head that no other block has; the baseline has one head, the model's own."""
+        return 0 if self.local.method == "backprop" else self.local.head_layers
 
     @property
     def cache_dir(self) -> Path:

@@ -50,7 +50,7 @@ def collect(parts: Sequence[Slice], zero3: bool, keep: bool) -> StageTensors:
     head: dict[str, torch.Tensor] = {}
     for part in parts:
         tensors = _state(part, zero3, keep)
-        heads = tuple(f"{name}." for name in part.anatomy.after)
+        heads = tuple(f"{name}." for name in part.head_names)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
         ours = {k: v for k, v in tensors.items() if not k.startswith(before)}
         body |= _original_names(part, {k: v for k, v in ours.items() if not k.startswith(heads)})
@@ -95,14 +95,23 @@ def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors
         save_file(tensors.head, folder / shard_name(stage + 1, stage + 2), metadata={"format": "pt"})
 
 
-def compose(export: Path, partition: Partition, config: PretrainedConfig, class_name: str, tokenizer: Any, exits: bool):
-    """Makes models of the shards, once every stage has written its own."""
+def compose(
+    export: Path,
+    partition: Partition,
+    head_layers: int,
+    config: PretrainedConfig,
+    class_name: str,
+    tokenizer: Any,
+    exits: bool,
+) -> None:
+    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
     last = partition.num_stages - 1
     for stage in range(last + 1) if exits else (last,):
         folder, count = exit_folder(export, stage), stage + 2
         for index in range(stage + 1):
             _link(export / shard_name(index, last + 2), folder / shard_name(index, count))
-        trimmed = trim_config(config, partition.layers_of(stage).stop)
+        layers = min(partition.layers_of(stage).stop + head_layers, partition.num_layers)
+        trimmed = trim_config(config, layers)
         _write_model(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer)
     whole = exit_folder(export, last)
     _link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))

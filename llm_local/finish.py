@@ -66,7 +66,8 @@ def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Fe
         model_config.dtype = DTYPES[config.precision]
         assert feed is not None, "rank 0 reads the data"
         save_file({"input_ids": feed(CHECK, 0, 0).input_ids}, export / CHECK_FILE)
-        compose(export, plan.partition, model_config, type(parts[0].model).__name__, tokenizer, exits=local)
+        name = type(parts[0].model).__name__
+        compose(export, plan.partition, config.private_head_layers, model_config, name, tokenizer, exits=local)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
         world.fetch("export/all", seconds, "rank 0 to compose the export")

@@ -77,12 +77,14 @@ def make_partition(
     layers_per_block: int | None = None,
     stage_layers: Sequence[int] | None = None,
     local_heads: bool = True,
+    head_layers: int = 0,
 ) -> Partition:
     """Cuts the model so that the costliest stage is as cheap as can be.
 
     layers_per_block: layers of each block (the last may be shorter); None makes each stage one block.
-    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head; otherwise the last stage
-    alone pays for one (backprop). Raises ValueError where a stage would have no block, or stage_layers cut a block.
+    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head with head_layers private
+    layers, fewer where the model ends; otherwise the last stage alone pays for one (backprop).
+    Raises ValueError where a stage would have no block, or stage_layers cut a block.
     """
     unit = layers_per_block or 1
     blocks = tuple(Span(a, min(a + unit, num_layers)) for a in range(0, num_layers, unit))
@@ -97,9 +99,15 @@ def make_partition(
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
     else:
-        # with local heads every block, or every stage, pays for the same head: that moves no cut
-        last = 0.0 if local_heads else costs.head
-        stages = _balance([len(b) * costs.layer for b in blocks], num_stages, last)
+        # with local heads every block, or every stage, pays for the same output matrix: that moves no cut
+        private = [costs.layer * min(head_layers, num_layers - block.stop) for block in blocks]
+        stage_costs = [len(block) * costs.layer for block in blocks]
+        ends = [0.0] * (len(blocks) - 1) + [0.0 if local_heads else costs.head]
+        if layers_per_block is None:
+            ends = [a + b for a, b in zip(private, ends, strict=True)]
+        else:
+            stage_costs = [a + b for a, b in zip(private, stage_costs, strict=True)]
+        stages = _balance(stage_costs, ends, num_stages)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))
@@ -120,8 +128,8 @@ def _stages_by_hand(blocks: Sequence[Span], num_layers: int, stage_layers: Seque
     return tuple(Span(first_block[a], first_block[b]) for a, b in pairwise(cuts))
 
 
-def _balance(costs: Sequence[float], num_stages: int, last: float) -> tuple[Span, ...]:
-    """Contiguous groups with the least maximum cost, where the last group also pays `last`.
+def _balance(costs: Sequence[float], ends: Sequence[float], num_stages: int) -> tuple[Span, ...]:
+    """Contiguous groups with the least maximum cost; a group that ends with block b also pays ends[b].
 
     Dynamic programming over (groups, blocks). Of equal maxima the more even one wins, then the one whose last group
     is smaller.
@@ -130,12 +138,11 @@ def _balance(costs: Sequence[float], num_stages: int, last: float) -> tuple[Span
     n = len(costs)
     best: dict[int, tuple[float, float, tuple[Span, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(num_stages):
-        extra = last if stage == num_stages - 1 else 0.0
         remaining = num_stages - stage - 1
         step: dict[int, tuple[float, float, tuple[Span, ...]]] = {}
         for start, (worst, squares, groups) in best.items():
             for stop in range(start + 1, n - remaining + 1):
-                cost = prefix[stop] - prefix[start] + extra
+                cost = prefix[stop] - prefix[start] + ends[stop - 1]
                 found = (max(worst, cost), squares + cost * cost)
                 if stop not in step or found <= step[stop][:2]:
                     step[stop] = (*found, (*groups, Span(start, stop)))

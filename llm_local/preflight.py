@@ -104,6 +104,7 @@ def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: A
         layers_per_block=1 if local.method == "greedy" else local.layers_per_block,
         stage_layers=by_hand,
         local_heads=local.method != "backprop",
+        head_layers=config.private_head_layers,
     )
 
 

@@ -63,8 +63,12 @@ def _choice_problems(config: RunConfig) -> list[str]:
     problems += _one_of("report_to", train.report_to, REPORTERS)
     if local.method == "overlapping":
         problems.append("method='overlapping' is not built yet; use chunked with layers_per_block, greedy or backprop")
-    if local.head in HEADS[1:]:
-        problems.append(f"head={local.head!r} is not built yet; use head=linear")
+    if local.head == "shared":
+        problems.append("head='shared' is not built yet; use head=linear, or decoder with head_layers")
+    if local.head == "decoder" and local.head_layers == 0:
+        problems.append("head=decoder needs private layers; set head_layers=1 or more, or use head=linear")
+    if local.head == "linear" and local.head_layers > 0:
+        problems.append(f"head=linear has no private layers, head_layers is {local.head_layers}; use head=decoder")
     sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]
     if len(sources) > 1:
         problems.append("both dataset_name and train_file are given; keep one")

@@ -99,17 +99,23 @@ class PassedBy(nn.Module):
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers `span` of a model, with the model's own head behind them. `model` has its parameters under their
-    original names; those of other stages do not exist."""
+    """Layers `span` of a model, and a head: `private` layers, the next ones by name, then the model's own norm and
+    output matrix. `model` has its parameters under their original names; those of other stages do not exist."""
 
     model: PreTrainedModel
     anatomy: Anatomy
     span: Span
+    private: Span
     border: Border = field(compare=False)
 
     @property
     def is_first(self) -> bool:
         return self.span.start == 0
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Modules of the head by dotted name; another block has its own under the same names."""
+        return (*layer_names(self.anatomy, self.private), *self.anatomy.after)
 
     @property
     def is_last(self) -> bool:
@@ -130,19 +136,32 @@ class Slice:
         return leaving, normed
 
 
-def new_slice(config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int, **model_args: Any) -> Slice:
+def layer_names(anatomy: Anatomy, span: Span) -> tuple[str, ...]:
+    return tuple(f"{anatomy.layers}.{index}" for index in range(span.start, span.stop))
+
+
+def private_layers(anatomy: Anatomy, span: Span, head_layers: int) -> Span:
+    """The layers that a head of so many private ones has; fewer near the top, where the model has no more."""
+    return Span(span.stop, min(span.stop + head_layers, anatomy.num_layers))
+
+
+def new_slice(
+    config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int, head_layers: int = 0, **model_args: Any
+) -> Slice:
     """A slice with fresh weights, drawn layer by layer under seeds of their own: slices together equal the whole.
 
     Raises SliceError where the model class leaves a weight unset.
     """
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
-    border = _prune(model, anatomy, span)
+    private = private_layers(anatomy, span, head_layers)
+    border = _prune(model, anatomy, span, private)
+    heads = (*layer_names(anatomy, private), *anatomy.after)
     _materialise(model)
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for name, module, owner in _groups(model, anatomy):
             # a local head has a seed of its own, which depends on the layers below it and on nothing else
-            suffix = f"@{span.stop}" if name in anatomy.after else ""
+            suffix = f"@{span.stop}" if name in heads else ""
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             if name.startswith(f"{anatomy.layers}."):
@@ -156,22 +175,26 @@ def new_slice(config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int,
             f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more unset in a new model; "
             "start from a pretrained one (--model_name_or_path)"
         )
-    return Slice(model, anatomy, span, border)
+    return Slice(model, anatomy, span, private, border)
 
 
-def load_slice(path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, **model_args: Any) -> Slice:
-    """The slice of a pretrained model; only its own tensors are read. Its head starts as the model's.
+def load_slice(
+    path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, head_layers: int = 0, **model_args: Any
+) -> Slice:
+    """The slice of a pretrained model; only its own tensors are read. Its head starts as the model's own, and private
+    layers as those that follow in the model.
 
     Raises ConfigError naming the directory and the tensors that are missing.
     """
     whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     borders: list[Border] = []
+    private = private_layers(anatomy, span, head_layers)
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         whole.__init__(self, config, *args, **kwargs)
-        borders.append(_prune(self, anatomy, span))
+        borders.append(_prune(self, anatomy, span, private))
 
-    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < span.stop)
+    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < private.stop)
     elsewhere = [rf"^{re.escape(anatomy.layers)}\.({others})\."] if others else []
     renamed: dict[str, str] = {}
     if span.start > 0:
@@ -198,12 +221,12 @@ def load_slice(path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span
         model._weight_conversions = [
             c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
         ]
-    return Slice(model, anatomy, span, borders[-1])
+    return Slice(model, anatomy, span, private, borders[-1])
 
 
 def drop_head(part: Slice) -> None:
     """Takes the head's parameters out of a slice that only passes hidden states on."""
-    for name in part.anatomy.after:
+    for name in part.head_names:
         part.model.set_submodule(name, PassedBy())
 
 
@@ -211,16 +234,18 @@ def _as_list(patterns: Any) -> list[str]:
     return patterns if isinstance(patterns, list) else [patterns]
 
 
-def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> Border:
+def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, private: Span) -> Border:
     """Puts stand-ins where other slices' modules were, in place."""
     border = Border()
     layers = model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
     for index in range(anatomy.num_layers):
-        if not span.start <= index < span.stop:
+        if not span.start <= index < private.stop:
             layers[index] = AbsentLayer(
                 layers[index], border, anatomy, enters=index == span.start - 1, leaves=index == span.stop
             )
+    if len(private):
+        layers[span.stop].register_forward_pre_hook(_leave(border, anatomy), with_kwargs=True)
     if span.start == 0:
         return border
     for name in anatomy.before:
@@ -236,6 +261,16 @@ def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> Border:
             module.all_tied_weights_keys = {}
             module.__dict__["_tied_weights_keys"] = None
     return border
+
+
+def _leave(border: Border, anatomy: Anatomy) -> Any:
+    """Keeps what enters the first private layer: it is what leaves the slice."""
+
+    def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        where = anatomy.argument
+        border.leaving = args[where] if isinstance(where, int) else kwargs[where]
+
+    return hook
 
 
 def _materialise(model: PreTrainedModel) -> None:

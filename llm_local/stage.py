@@ -55,10 +55,11 @@ def build_slice(config: RunConfig, model_config: PretrainedConfig, anatomy: Anat
     Raises ConfigError or SliceError where the weights cannot be had or the head cannot be run by itself.
     """
     model_args: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    layers = config.private_head_layers
     if config.model.model_name_or_path:
-        part = load_slice(config.model.model_name_or_path, model_config, anatomy, span, **model_args)
+        part = load_slice(config.model.model_name_or_path, model_config, anatomy, span, layers, **model_args)
     else:
-        part = new_slice(model_config, anatomy, span, config.train.seed, **model_args)
+        part = new_slice(model_config, anatomy, span, config.train.seed, layers, **model_args)
     fit_head(part)
     if config.model.attn_implementation:  # only now: the head is looked at on the CPU, where not every kernel runs
         part.model.set_attn_implementation(config.model.attn_implementation)
