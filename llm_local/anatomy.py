@@ -49,6 +49,11 @@ class Anatomy:
     layer_parameters: int
     head_parameters: int
 
+    @property
+    def base(self) -> str:
+        """The model below the output matrix. Not base_model_prefix: that of Llama 4 names no module of it."""
+        return self.layers.partition(".")[0]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 

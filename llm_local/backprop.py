@@ -47,7 +47,7 @@ class PipeSlice(nn.Module):
         leaving, normed = self.part(hidden, input_ids=ids)
         if not self.part.is_last:
             return leaving, ids
-        return head_logits(self.model, normed, ids) if self.return_logits else head_loss(self.part, normed, ids, None)
+        return head_logits(self.part, normed, ids) if self.return_logits else head_loss(self.part, normed, ids, None)
 
 
 class BackpropEngine:

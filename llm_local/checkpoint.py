@@ -89,13 +89,23 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return committed[-1].parent
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises ConfigError naming the file if it is no manifest of ours."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        return {name: manifest[name] for name in ("step", "layout", "carried_over")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
+
+
 def read_step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / MANIFEST).read_text())["step"])
+    return int(read_manifest(checkpoint)["step"])
 
 
 def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
     """Where the run differs from the checkpoint's, naming both sides."""
-    saved = json.loads((checkpoint / MANIFEST).read_text())["layout"]
+    saved = read_manifest(checkpoint)["layout"]
     wanted = asdict(layout)
     return [
         f"{checkpoint} was written with {name}={saved.get(name)}, this run has {name}={value}; "
@@ -114,7 +124,7 @@ def carried_over(config: RunConfig) -> dict[str, float]:
 
 def resume_warnings(checkpoint: Path, config: RunConfig) -> tuple[str, ...]:
     """Flags whose new value a resumed run does not follow."""
-    saved = json.loads((checkpoint / MANIFEST).read_text())["carried_over"]
+    saved = read_manifest(checkpoint)["carried_over"]
     return tuple(
         f"{name}={value} is not followed: the state in {checkpoint} goes on with {saved[name]}"
         for name, value in carried_over(config).items()

@@ -13,7 +13,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from llm_local.config import ConfigError, RunConfig
 
 Json = dict[str, Any]
-MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
+# DeepSpeed's monitors, and which of their settings tells the stages apart
+MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}
 
 
 def load_json(config: RunConfig) -> Json:
@@ -109,7 +110,7 @@ def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | N
     for name in MONITORS:
         if monitor is None:
             settings.pop(name, None)
-        elif name in settings:
+        elif name in settings and "job_name" in MONITORS[name]:
             settings[name]["job_name"] = settings[name].get("job_name", "") + monitor
     return settings
 

@@ -46,13 +46,14 @@ class _Echo:
         return self if isinstance(getattr(self._base, name, None), nn.Module) else None
 
 
-def head_logits(model: PreTrainedModel, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
+    model, name = part.model, part.anatomy.base
     twin = object.__new__(type(model))
     twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
-    base = twin._modules.pop(model.base_model_prefix)
+    base = twin._modules.pop(name)
     assert base is not None
-    twin.__dict__[model.base_model_prefix] = _Echo(normed, base)
+    twin.__dict__[name] = _Echo(normed, base)
     # the class's forward, not a call: hooks of an engine around the model belong to the real one
     return type(model).forward(twin, input_ids=input_ids, use_cache=False).logits
 
@@ -74,6 +75,7 @@ class LossLinear(nn.Linear):
         """(N, D), (N,) → the sum of the positions' losses, float32; without targets (N, D) → (N, V) logits."""
         if targets is None:
             return super().forward(input)
+        input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
         # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(self.out_features), chunking_method=None)
         losses = F.linear_cross_entropy(
@@ -93,12 +95,12 @@ def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels
     rows = chunk_rows(text_vocab_size(part.model))
     total = torch.zeros((), dtype=torch.float32, device=states.device)
     for some, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_chunk_loss, part.model, some, wanted, use_reentrant=False)
+        total = total + checkpoint(_chunk_loss, part, some, wanted, use_reentrant=False)
     return total / count
 
 
-def _chunk_loss(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head_logits(model, states[None], targets[None].clamp(min=0))[0]
+def _chunk_loss(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head_logits(part, states[None], targets[None].clamp(min=0))[0]
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
@@ -121,7 +123,7 @@ def fit_head(part: Slice) -> None:
     part.border.entering = hidden
     logits = model(input_ids=ids, use_cache=False).logits
     _, normed = part(hidden, input_ids=ids)
-    if not torch.equal(head_logits(model, normed, ids), logits):
+    if not torch.equal(head_logits(part, normed, ids), logits):
         kind = model.config.model_type
         raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
     output: Any = model.get_output_embeddings()

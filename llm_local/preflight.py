@@ -174,14 +174,14 @@ def _folder_problems(config: RunConfig) -> list[str]:
 def _resume(
     config: RunConfig, model_config: PretrainedConfig, partition: Partition, world_size: int
 ) -> tuple[str | None, list[str]]:
+    layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
     try:
         checkpoint = find_checkpoint(config)
+        if checkpoint is None:
+            return None, []
+        problems = layout_problems(checkpoint, layout)
     except ConfigError as error:
         return None, error.problems
-    if checkpoint is None:
-        return None, []
-    layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
-    problems = layout_problems(checkpoint, layout)
     if read_step(checkpoint) > config.train.max_steps:
         problems.append(f"{checkpoint} is beyond max_steps={config.train.max_steps}; raise max_steps")
     return str(checkpoint), problems

@@ -123,7 +123,7 @@ class Slice:
 
     def base(self) -> PreTrainedModel:
         """The model below the output matrix: from ids to normed hidden states."""
-        return getattr(self.model, self.model.base_model_prefix)
+        return getattr(self.model, self.anatomy.base)
 
     def __call__(self, hidden: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, D) received hidden states (None at the start of the model) and ids →

@@ -39,7 +39,7 @@ class Block(nn.Module):
         """
         leaving, normed = self.part(self._entering(hidden), input_ids=input_ids, **inputs)
         if return_logits:
-            result = head_logits(self.model, normed, input_ids)
+            result = head_logits(self.part, normed, input_ids)
         else:
             result = head_loss(self.part, normed, input_ids, labels)
         return result, leaving.detach()

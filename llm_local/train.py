@@ -33,7 +33,7 @@ from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.stage import build_blocks
 from llm_local.tokenizer import load_tokenizer
-from llm_local.watchdog import LostPeer, Watchdog
+from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 from llm_local.world import (
     PLAN,
     Launch,
@@ -99,7 +99,9 @@ def main(arguments: Sequence[str]) -> int:
         return REFUSED
     except ConfigError as error:
         watchdog.report(f"rank {rank} refuses its configuration")
-        return _refuse(0, error)
+        status = _refuse(0, error)
+        time.sleep(LAST_WORDS_SECONDS)  # the store may go with this rank
+        return status
     except Exception as error:
         _fail(watchdog, error)
     return 0
@@ -111,7 +113,7 @@ def quiet_libraries() -> None:
     import transformers
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

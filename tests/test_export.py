@@ -25,6 +25,8 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.0},
     },
 }
+SMALL["llama4_text"] = {**TINY, "model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 64}
+SMALL["llama4_text"] |= {"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64}
 MODELS = {"llama-tied": TINY | {"tie_word_embeddings": True}}
 MODELS |= {name: {"model_type": name, "bos_token_id": 1, "eos_token_id": 2} | config for name, config in SMALL.items()}
 

@@ -120,4 +120,4 @@ def test_logits_of_a_slice_in_the_middle_are_its_own_heads(ids: torch.Tensor):
     part = new_slice(config, probe(config, ModelArguments()), Span(1, 3), seed=1)
     fit_head(part)
     _, normed = part(torch.randn(2, 24, 32), input_ids=ids)
-    assert torch.equal(head_logits(part.model, normed, ids), F.linear(normed, part.model.lm_head.weight))
+    assert torch.equal(head_logits(part, normed, ids), F.linear(normed, part.model.lm_head.weight))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, Trainer, records, weights
 
-from llm_local.checkpoint import TensorsOnly, find_checkpoint
+from llm_local.checkpoint import TensorsOnly, find_checkpoint, read_step
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.preflight import preflight
 
@@ -80,6 +80,9 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"has no manifest.json: it is missing or half written"):
         find_checkpoint(from_flat(flat | {"resume_from_checkpoint": str(half)}))
     assert find_checkpoint(from_flat({"resume_from_checkpoint": "false"})) is None
+    (half / "manifest.json").write_text('{"step": 1')
+    with pytest.raises(ConfigError, match=r"manifest.json cannot be read \(.*\); name another checkpoint"):
+        read_step(half)
 
 
 class Intruder:

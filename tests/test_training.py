@@ -133,3 +133,10 @@ def test_bf16_on_the_wire_is_close_to_fp32(trainer: Trainer):
     assert torch.equal(ours[:, 0], theirs[:, 0])
     assert not torch.equal(ours[:, 1], theirs[:, 1])
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0.0)
+
+
+def test_a_residual_stream_in_float32_trains_in_bf16(trainer: Trainer):
+    """Mamba keeps its residual in float32 whatever the weights are."""
+    config = {"model_type": "mamba", "vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    output = trainer.run("run", 2, num_stages=2, config_name=trainer.model(config), bf16=True, max_steps=2)
+    assert len(records(output, 1)) == 2
