@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llm_local.config import ConfigError, RunConfig
@@ -30,6 +32,9 @@ def load_json(config: RunConfig) -> Json:
         raise ConfigError([f"deepspeed={path} is not JSON: line {error.lineno}: {error.msg}"]) from error
     if not isinstance(loaded, dict):
         raise ConfigError([f"deepspeed={path} holds {type(loaded).__name__}, not settings"])
+    for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", *MONITORS):
+        if not isinstance(loaded.get(name, {}), dict):
+            raise ConfigError([f"deepspeed={path}: {name} is {loaded[name]!r}, not a section {{...}}"])
     return loaded
 
 
@@ -37,10 +42,10 @@ def zero_stage(settings: Json) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def deepspeed_problems(config: RunConfig) -> list[str]:
+def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
     """What is wrong with the JSON itself and with its combination with the flags."""
     try:
-        settings = resolve(config, num_replicas=1, model_config=SimpleNamespace(hidden_size=64), cpu=True)
+        settings = resolve(config, num_replicas, model_config=SimpleNamespace(hidden_size=64), cpu=True)
     except ConfigError as error:
         return error.problems
     problems = []
@@ -51,7 +56,22 @@ def deepspeed_problems(config: RunConfig) -> list[str]:
         problems.append(f"ZeRO stage {stage} does not work with method=backprop (DeepSpeed's pipeline); use 0 or 1")
     if "pipeline" in settings and config.local.method != "backprop":
         problems.append(f"the pipeline section of {config.train.deepspeed} is for method=backprop; remove it")
-    return problems
+    return problems or _deepspeeds_own_problems(config, settings)
+
+
+def _deepspeeds_own_problems(config: RunConfig, settings: Json) -> list[str]:
+    """What DeepSpeed itself would refuse when it makes an engine, for it would do so on every rank."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+
+    name = settings.get("optimizer", {}).get("type")
+    if name is not None and name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        return [f"{config.train.deepspeed}: optimizer.type={name!r} is unknown; DeepSpeed has {DEEPSPEED_OPTIMIZERS}"]
+    try:
+        # the batch of all replicas was compared with the flags; here DeepSpeed sees a world of one
+        DeepSpeedConfig(copy.deepcopy({k: v for k, v in settings.items() if k != "train_batch_size"}))
+    except Exception as error:  # pydantic's, asserts and errors of its own
+        return [f"{config.train.deepspeed}: DeepSpeed refuses it: {' '.join(str(error).split())}"]
+    return []
 
 
 def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, monitor: str | None = None) -> Json:

@@ -48,7 +48,8 @@ class Plan:
 def preflight(config: RunConfig, world_size: int) -> Plan:
     """Checks the whole run. Raises ConfigError with every problem that was found."""
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-    problems += deepspeed_problems(config) + data_problems(config) + _folder_problems(config)
+    num_replicas = max(1, world_size // max(1, config.local.num_stages))
+    problems += deepspeed_problems(config, num_replicas) + data_problems(config) + _folder_problems(config)
     found = _Model()
     if config.model.config_name or config.model.model_name_or_path:
         problems += found.look(config, world_size)

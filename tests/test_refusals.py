@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,26 @@ def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag(problems, write, s
     assert len(found) == 1, found
     assert "ds.json" in found[0]
     assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_optimization": 2}, "zero_optimization is 2, not a section {...}"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}, "DeepSpeed refuses it: .*reduce_bucket_sise"),
+        ({"optimizer": {"type": "AdamWW", "params": {"lr": "auto"}}}, "optimizer.type='AdamWW' is unknown; DeepSpeed"),
+    ],
+)
+def test_a_deepspeed_file_that_deepspeed_would_refuse(problems, write, settings: dict[str, Any], said: str):
+    (found,) = problems(deepspeed=write("ds.json", settings))
+    assert re.search(said.replace("{...}", r"\{...\}"), found), found
+
+
+def test_the_batch_of_all_replicas_may_stand_in_the_deepspeed_file(trainer: Trainer, write):
+    flags = trainer.flags("run", num_stages=2, deepspeed=write("ds.json", {"train_batch_size": 4}))
+    assert preflight(parse(flags), world_size=4).partition.num_stages == 2
+    with pytest.raises(ConfigError, match="ds train_batch_size=4 vs hf"):
+        preflight(parse(flags), world_size=2)
 
 
 def test_a_deepspeed_file_that_is_missing(problems):
