@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # DeepSpeed looks for ninja and other tools on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# DeepSpeed warns in every process where it finds no accelerator; where torch has none either, it is told beforehand.
+# The deepspeed launcher warns where it finds no accelerator; where torch has none either, it is told beforehand.
 DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llm_local.config import ConfigError, ModelArguments
+from llm_local.config import ConfigError, ModelArguments, from_here
 
 _ROWS, _TOKENS = 2, 8
 
@@ -65,21 +65,46 @@ class Anatomy:
 
 
 def load_model_config(model: ModelArguments) -> PretrainedConfig:
-    """The config of the model to train. Raises ConfigError naming the file or the override that is wrong."""
+    """The config of the model to train. Raises ConfigError naming the file, the value or the override that is wrong."""
     source = model.model_name_or_path or model.config_name
     assert source is not None, "checked in problems.py"
-    if not Path(source).exists() and source.endswith(".json"):
-        raise ConfigError([f"config_name={source}: no such file"])
+    path, named = Path(source), f"{'model_name_or_path' if model.model_name_or_path else 'config_name'}={source}"
+    where = "" if path.exists() else from_here(path)
+    if not path.exists() and source.endswith(".json"):
+        raise ConfigError([f"{named}: no such file{where}"])
+    if path.is_dir() and not (path / "config.json").exists() and (path / "export" / "config.json").exists():
+        raise ConfigError([f"{named} is the folder of a run, not a model; did you mean {path / 'export'}?"])
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigError([f"no model config in {source}: {str(error).splitlines()[0]}"]) from error
+    except StrictDataclassError as error:  # says in its second line what is wrong
+        raise ConfigError([f"no model config in {source}: {' '.join(str(error).split())}"]) from error
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
     try:
-        if model.config_overrides:
-            config.update_from_string(model.config_overrides)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError([f"config_overrides={model.config_overrides!r}: {error}"]) from error
-    return config
+        return _overridden(config, source, model.config_overrides) if model.config_overrides else config
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"config_overrides={model.config_overrides!r}: {reason}"]) from error
+
+
+def _overridden(config: PretrainedConfig, source: str, overrides: str) -> PretrainedConfig:
+    """The config made again from its JSON with the overrides in it, so that what it derives from them follows.
+
+    Raises ValueError, as update_from_string does, and for a name whose value the config works out from others.
+    """
+    typed = copy.deepcopy(config)
+    typed.update_from_string(overrides)
+    values: dict[str, Any] = PretrainedConfig.get_config_dict(source)[0] | {"model_type": config.model_type}
+    original = type(config).attribute_map  # GPT-2's JSON may say n_embd or hidden_size
+    names = [part.partition("=")[0] for part in overrides.split(",")]
+    for name in names:
+        key = original.get(name, name)
+        values = {k: v for k, v in values.items() if original.get(k, k) != key} | {key: getattr(typed, name)}
+    made = type(config).from_dict(values, name_or_path=source)
+    for name in names:
+        if getattr(made, name) != getattr(typed, name):
+            raise ValueError(f"{name} is {getattr(made, name)} whatever is set: it follows from other values")
+    return made
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -23,7 +23,6 @@ from llm_local.engine import NonFiniteLoss, StepResult, engine_arguments, restor
 from llm_local.heads import head_logits, head_loss
 from llm_local.links import CHECK, EVAL, TRAIN, Packet
 from llm_local.partition import Partition, Span
-from llm_local.slices import drop_head
 from llm_local.stage import build_slice
 
 
@@ -32,9 +31,7 @@ class PipeSlice(nn.Module):
 
     def __init__(self, config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, span: Span):
         super().__init__()
-        self.part = build_slice(config, model_config, anatomy, span)
-        if not self.part.is_last:
-            drop_head(self.part)
+        self.part = build_slice(config, model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
         self.model = self.part.model
         self.return_logits = False
         for parameter in self.parameters():
@@ -97,7 +94,9 @@ class BackpropEngine:
         index = 0
         nothing = torch.empty(0)
         while True:
-            yield (nothing if self._load is None else self._load(kind, step, index).input_ids), nothing
+            ids = nothing if self._load is None else self._load(kind, step, index).input_ids
+            assert ids is not None
+            yield ids, nothing
             index += 1
 
 

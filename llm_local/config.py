@@ -34,17 +34,42 @@ class ConfigError(ValueError):
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {line}" for line in self.problems))
 
 
+def from_here(path: Path | str) -> str:
+    """What a message about a path that does not exist adds to it: where a relative one was looked for."""
+    return "" if Path(path).is_absolute() else f" (relative to {Path.cwd()})"
+
+
+# Flags of run_clm and TrainingArguments that a person may bring along, and what says the same here
+INSTEAD = {
+    "block_size": "use --seq_length",
+    "num_train_epochs": "use --max_steps",
+    "warmup_ratio": "use --warmup_steps",
+    "max_eval_samples": "use --eval_batches",
+    "eval_strategy": "use --eval_steps",
+    "save_strategy": "use --save_steps",
+    "torch_dtype": "use --bf16 or --fp16",
+    "model_type": "use --config_name with a JSON file",
+    "do_train": "leave it out: a run trains",
+    "do_eval": "leave it out: a run evaluates, unless --eval_batches is 0",
+}
+
+
+def _unknown(kind: str, name: Any) -> str:
+    plain = str(name).lstrip("-").partition("=")[0]
+    return f"unknown {kind} {name!r}; {INSTEAD.get(plain, 'see pretrain.py --help')}"
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class ModelArguments:
-    model_name_or_path: str | None = _option(None, "Directory of a pretrained model to go on from.")
+    model_name_or_path: str | None = _option(None, "Pretrained model to go on from: directory or hub name.")
     config_name: str | None = _option(None, "JSON file (or directory) with the config of a new model.")
     config_overrides: str | None = _option(None, "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'.")
     tokenizer_name: str | None = _option(
-        None, "Directory of the tokenizer; default: the model's, else one trained on the built-in corpus."
+        None, "Tokenizer: directory or hub name; default: the model's, else one trained on the built-in corpus."
     )
     attn_implementation: str | None = _option(None, "Attention kernel: sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
@@ -70,11 +95,26 @@ class DataArguments:
 class LocalArguments:
     num_stages: int = _option(1, "Pipeline stages; ranks / num_stages is the data-parallel degree.")
     method: str = _option("chunked", "backprop, greedy (each layer a block), chunked or overlapping.")
-    layers_per_block: int | None = _option(None, "Layers of a block (chunked); default: one block a stage.")
+    layers_per_block: int | None = _option(
+        None, "Layers of a block (chunked; default: one block a stage), or of a window (overlapping)."
+    )
+    block_stride: int | None = _option(None, "Layers from the start of a window to that of the next (overlapping).")
+    final_backprop_steps: int = _option(0, "Last steps of the run that train by backpropagation through all stages.")
     stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: balanced by cost.")
     head: str = _option("linear", "What turns a block's output into a loss: linear, decoder or shared.")
-    head_layers: int = _option(0, "Private layers of a head (decoder).")
+    head_layers: int = _option(0, "Private layers of a head (decoder, shared).")
+    head_layers_schedule: str | None = _option(
+        None, "Private layers of each block's head, as '2,1,1'; the last number holds for the blocks behind."
+    )
+    head_rank: int | None = _option(None, "Rank of the private layers' matrices; default: full.")
+    head_token_fraction: float = _option(1.0, "Share of the positions that heads but the last one's see in training.")
     head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
+    head_features: bool = _option(False, "Heads in training also see what entered their block.")
+    block_loss_weights: str | None = _option(
+        None, "Weight of each block's loss, as '0.5,1'; the last number holds for the blocks behind."
+    )
+    distillation_weight: float = _option(0.0, "Weight of the next exit's predictions as soft targets; 0: none.")
+    distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.")
     wire_dtype: str = _option("auto", "Hidden states on a link: fp32, bf16, fp16; auto: that of the model.")
     max_packets_in_flight: int = _option(4, "Micro-batches a stage may be ahead of the next one's receives.")
     link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.")
@@ -137,9 +177,41 @@ class RunConfig:
         return self.precision if self.local.wire_dtype == "auto" else self.local.wire_dtype
 
     @property
-    def private_head_layers(self) -> int:
-        """Layers of a block's head that no other block has; the baseline has one head, the model's own."""
-        return 0 if self.local.method == "backprop" else self.local.head_layers
+    def is_pipelined(self) -> bool:
+        """Whether DeepSpeed's own pipeline trains: backpropagation over several stages. On one the model is a block."""
+        return self.local.method == "backprop" and self.local.num_stages > 1
+
+    @property
+    def head_layers_schedule(self) -> tuple[int, ...]:
+        """Private layers of each block's head, as far as given; the baseline has one head, the model's own."""
+        if self.local.method == "backprop":
+            return (0,)
+        text = self.local.head_layers_schedule
+        if text is None:
+            return (self.local.head_layers,)
+        return tuple(int(part) for part in text.split(",") if part.strip().isdecimal()) or (0,)  # see problems.py
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether the heads read the last one's output matrix; the baseline has one head, and all of it is trained."""
+        return self.local.head == "shared" and self.local.method != "backprop"
+
+    @property
+    def block_layers(self) -> int | None:
+        """Layers of a block, or of a window; None: each stage, or with backprop the whole model, is one block."""
+        named = {"greedy": 1, "backprop": None, "overlapping": self.local.layers_per_block or 2}
+        return named.get(self.local.method, self.local.layers_per_block)
+
+    @property
+    def window_stride(self) -> int | None:
+        """Layers from window to window; by default half a window, rounded up: the paper's case of 2 and 1 layers."""
+        if self.local.method != "overlapping":
+            return None
+        return self.local.block_stride or ((self.block_layers or 2) + 1) // 2
+
+    def is_global(self, step: int) -> bool:
+        """Whether the step trains by backpropagation through all blocks."""
+        return step > self.train.max_steps - self.local.final_backprop_steps
 
     @property
     def cache_dir(self) -> Path:
@@ -167,8 +239,15 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         parser.set_defaults(**_read_yaml(Path(flags.pop(0))))
     sections: Any = parser.parse_args_into_dataclasses(flags, look_for_args_file=False, return_remaining_strings=True)
     if sections[-1]:
-        raise ConfigError([f"unknown argument {text!r}; see pretrain.py --help" for text in sections[-1]])
+        raise ConfigError([_unknown("argument", text) for text in _without_values(sections[-1])])
     return RunConfig(*sections[: len(SECTIONS)])
+
+
+def _without_values(unknown: Sequence[str]) -> list[str]:
+    """The unknown arguments less the values that follow unknown flags: a flag and its value are one problem."""
+    flags = [text.startswith("--") for text in unknown]
+    before = [False, *(flag and "=" not in text for flag, text in zip(flags, unknown, strict=True))]
+    return [text for text, flag, after in zip(unknown, flags, before, strict=False) if flag or not after]
 
 
 def from_flat(values: dict[str, Any]) -> RunConfig:
@@ -176,7 +255,7 @@ def from_flat(values: dict[str, Any]) -> RunConfig:
     names = [{f.name for f in dataclasses.fields(section)} for section in SECTIONS]
     unknown = sorted(set(values).difference(*names))
     if unknown:
-        raise ConfigError([f"unknown setting {name!r}; see pretrain.py --help" for name in unknown])
+        raise ConfigError([_unknown("setting", name) for name in unknown])
     return RunConfig(*(s(**{k: v for k, v in values.items() if k in n}) for s, n in zip(SECTIONS, names, strict=True)))
 
 
@@ -184,7 +263,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise ConfigError([f"cannot read the configuration file {path}: {error.strerror}"]) from error
+        raise ConfigError([f"cannot read the configuration file {path}{from_here(path)}: {error.strerror}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
@@ -193,7 +272,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     problems, typed = [], {}
     for name, value in values.items():
         if name not in types:
-            problems.append(f"{path}: unknown setting {name!r}; see pretrain.py --help")
+            problems.append(f"{path}: {_unknown('setting', name)}")
             continue
         typed[name], problem = _typed(value, types[name])
         if problem:

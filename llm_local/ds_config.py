@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import ConfigError, RunConfig, from_here
 
 Json = dict[str, Any]
 # DeepSpeed's monitors, and which of their settings tells the stages apart
@@ -27,7 +27,7 @@ def load_json(config: RunConfig) -> Json:
     try:
         loaded = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError([f"deepspeed={path}: {error.strerror}"]) from error
+        raise ConfigError([f"deepspeed={path}{from_here(path)}: {error.strerror}"]) from error
     except json.JSONDecodeError as error:
         raise ConfigError([f"deepspeed={path} is not JSON: line {error.lineno}: {error.msg}"]) from error
     if not isinstance(loaded, dict):
@@ -52,9 +52,20 @@ def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
     stage = zero_stage(settings)
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage} in {config.train.deepspeed}; DeepSpeed has 0, 1, 2 and 3")
-    if config.local.method == "backprop" and stage >= 2:
+    if config.is_pipelined and stage >= 2:
         problems.append(f"ZeRO stage {stage} does not work with method=backprop (DeepSpeed's pipeline); use 0 or 1")
-    if "pipeline" in settings and config.local.method != "backprop":
+    if config.local.method == "overlapping" and (stage == 3 or "offload_optimizer" in settings["zero_optimization"]):
+        what = "ZeRO stage 3" if stage == 3 else "offload_optimizer"
+        problems.append(
+            f"{what} does not work with method=overlapping, whose shared layers have two backward passes through one "
+            "graph; use ZeRO stage 0, 1 or 2 without offload"
+        )
+    if config.local.distillation_weight and stage == 3:
+        problems.append(
+            "ZeRO stage 3 does not work with distillation_weight, which reads a head outside its forward pass; "
+            "use 0, 1 or 2"
+        )
+    if "pipeline" in settings and not config.is_pipelined:
         problems.append(f"the pipeline section of {config.train.deepspeed} is for method=backprop; remove it")
     return problems or _deepspeeds_own_problems(config, settings)
 
@@ -101,9 +112,7 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
         filled.trainer_config_finalize(arguments, SimpleNamespace(config=model_config), train.max_steps)
     except ValueError as error:
         lines = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
-        raise ConfigError(
-            [f"{train.deepspeed}: {line}; write 'auto' there" for line in lines or [str(error)]]
-        ) from error
+        raise ConfigError([f"{train.deepspeed}: {line}; {_repair(line)}" for line in lines or [str(error)]]) from error
     settings = filled.config
     left = list(_autos(settings, ""))
     if left:
@@ -111,10 +120,15 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
     return _own_settings(config, settings, cpu, monitor)
 
 
+def _repair(line: str) -> str:
+    flags = [f"--{name}" for name in ("bf16", "fp16") if f"ds {name}.enabled=True" in line]
+    return "write 'auto' there" + "".join(f", or give the flag ({flag})" for flag in flags)
+
+
 def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | None) -> Json:
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {"stage": 0})
-    if config.local.method != "backprop":
+    if not config.is_pipelined:
         # one step() after any number of backward passes; DeepSpeed overlaps its reductions with that in ZeRO-2 only
         settings["managed_gradient_accumulation"] = False
         if zero_stage(settings) != 2:

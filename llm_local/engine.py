@@ -7,8 +7,8 @@ blocks train alike wherever they run. Its activations are freed before the next 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +20,13 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llm_local.config import RunConfig
-from llm_local.links import CHECK, EVAL, TRAIN, Packet, Receiver, Sender
-from llm_local.schedule import LocalEvalSchedule, LocalSchedule
+from llm_local.distillation import Distillation, distillation_loss, soft_targets
+from llm_local.head_plan import HeadPlan
+from llm_local.links import CHECK, EVAL, GRADIENT, TRAIN, Links, Packet
+from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalEvalSchedule, LocalSchedule, OverlapSchedule
+from llm_local.slices import Seam
 from llm_local.stage import Block
+from llm_local.windows import draw_window
 
 
 class NonFiniteLoss(RuntimeError):
@@ -31,6 +35,14 @@ class NonFiniteLoss(RuntimeError):
 
 class BlockEngine(DeepSpeedEngine):
     """An ordinary DeepSpeed engine that also knows the gradient norm where DeepSpeed keeps none (fp32, ZeRO 0)."""
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
+        them, and would take the second for the first."""
+        if self.zero_optimization():
+            optimizer: Any = self.optimizer
+            optimizer.clear_backward_seen_flag()
+        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         if not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization()):
@@ -52,8 +64,9 @@ def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 def parameter_groups(config: RunConfig, module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Weight decay on all but biases and norms, as transformers' Trainer has it."""
+    """Weight decay on all but biases and norms, as transformers' Trainer has it, and the numbers of a block's own."""
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    forbidden += [r"^temperature\.", r"^feature_scale$"]
     decayed = set(get_parameter_names(module, [torch.nn.LayerNorm], forbidden))
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
@@ -123,8 +136,31 @@ class StepResult:
     grad_norms: tuple[float, ...]
 
 
+@dataclass
+class _MicroBatch:
+    """A micro-batch on its way through the blocks of the stage.
+
+    hidden: what the next block reads. entering, leaving: by block, the leaf that came in and the output with its
+    graph. seams: by block, where its graph is in two pieces. normed: by block, what its output matrix read. from_above:
+    by block, what the next one says to it: the gradient of its output, or soft targets; under -1, for the stage before.
+    """
+
+    packet: Packet
+    index: int
+    hidden: torch.Tensor | None
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    entering: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    leaving: dict[int, torch.Tensor] = field(default_factory=dict)
+    seams: dict[int, Seam] = field(default_factory=dict)
+    normed: dict[int, torch.Tensor] = field(default_factory=dict)
+    from_above: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 class LocalEngine:
-    """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches."""
+    """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches.
+
+    schedule_of(step) is the kind of schedule that the step follows: local, overlapping or global.
+    """
 
     def __init__(
         self,
@@ -132,23 +168,26 @@ class LocalEngine:
         stage: int,
         num_stages: int,
         micro_batches: int,
+        schedule_of: Callable[[int], type[LocalSchedule]],
         load: Callable[[int, int, int], Packet] | None,
-        receiver: Receiver | None,
-        sender: Sender | None,
+        links: Links,
+        heads: HeadPlan,
+        distillation: Distillation,
     ):
         self.engines = engines
         self.stage = stage
         self.num_stages = num_stages
         self.micro_batches = micro_batches
+        self._schedule_of = schedule_of
         self._load = load
-        self._receiver = receiver
-        self._sender = sender
+        self._links = links
+        self._heads = heads
+        self._distillation = distillation
         self._kind = TRAIN
         self._step = 0
-        self._index = 0
-        self._packet: Packet | None = None
-        self._hidden: torch.Tensor | None = None
-        self._loss: torch.Tensor | None = None
+        self._schedule: type[LocalSchedule] = LocalSchedule
+        self._num_entered = 0
+        self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
@@ -156,6 +195,8 @@ class LocalEngine:
             instructions.ForwardPass: self._exec_forward,
             instructions.SendActivation: self._exec_send,
             instructions.BackwardPass: self._exec_backward,
+            instructions.SendGrad: self._exec_send_gradient,
+            instructions.RecvGrad: self._exec_receive_gradient,
             instructions.ReduceGrads: self._exec_reduce,
             instructions.OptimizerStep: self._exec_step,
         }
@@ -164,9 +205,8 @@ class LocalEngine:
         """Trains every block on the step's micro-batches. Raises NonFiniteLoss naming stage and step."""
         for engine in self.engines:
             engine.train()
-        schedule = LocalSchedule(self.micro_batches, self.num_stages, self.stage, len(self.engines))
         lr = float(self.engines[-1].get_lr()[0])
-        losses = self._run(schedule, TRAIN, step, self.micro_batches)
+        losses = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
         norms = [engine.get_global_grad_norm() for engine in self.engines]
         return StepResult(losses, lr, tuple(float("nan") if norm is None else float(norm) for norm in norms))
 
@@ -175,15 +215,15 @@ class LocalEngine:
         """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with."""
         for engine in self.engines:
             engine.eval()
-        self._kind, self._step, self._index = CHECK, 0, 0
-        self._exec_load(0) if self._receiver is None else self._exec_receive(0)
-        assert self._packet is not None
-        logits = torch.empty(0)
+        self._kind, self._step, self._num_entered = CHECK, 0, 0
+        self._exec_load(0) if self._links.receiver is None else self._exec_receive(0)
+        entered = self._buffers.pop(0)
+        logits, hidden = torch.empty(0), entered.hidden
         for engine in self.engines:
-            ids = self._packet.input_ids.to(engine.device)
-            logits, self._hidden = engine(hidden=self._hidden, input_ids=ids, return_logits=True)
-        if self._sender is not None:
-            self._exec_send(0)
+            inputs = self._inputs(entered.packet)
+            logits, hidden, _ = engine(hidden=hidden, return_logits=True, **inputs)
+        if self._links.sender is not None:
+            self._links.sender.send(dataclasses.replace(entered.packet, hidden=hidden))
         return logits
 
     @torch.no_grad()
@@ -191,44 +231,114 @@ class LocalEngine:
         """Mean loss of every block over so many validation micro-batches, (blocks,) float32, with today's weights."""
         for engine in self.engines:
             engine.eval()
-        schedule = LocalEvalSchedule(micro_batches, self.num_stages, self.stage, len(self.engines))
-        return self._run(schedule, EVAL, step, micro_batches)
+        return self._run(LocalEvalSchedule, EVAL, step, micro_batches)
 
-    def _run(self, schedule: Iterable[list[Any]], kind: int, step: int, micro_batches: int) -> torch.Tensor:
-        self._kind, self._step = kind, step
+    def _run(self, schedule: type[LocalSchedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
+        self._kind, self._step, self._schedule, self._num_entered = kind, step, schedule, 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
-        for self._index, commands in enumerate(schedule):
+        for commands in schedule(micro_batches, self.num_stages, self.stage, len(self.engines)).steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
+        self._buffers.clear()
         return self._sums / micro_batches
 
     def _exec_load(self, buffer_id: int) -> None:
         assert self._load is not None, "only the first stage loads"
-        self._packet = self._load(self._kind, self._step, self._index)
-        self._hidden = None
+        self._enter(buffer_id, self._load(self._kind, self._step, self._num_entered))
 
     def _exec_receive(self, buffer_id: int) -> None:
-        assert self._receiver is not None, "the first stage does not receive"
-        self._packet = self._receiver.receive(self._kind, self._step, self._index)
-        assert self._packet.hidden is not None
-        self._hidden = self._packet.hidden.to(self.engines[0].device)
+        assert self._links.receiver is not None, "the first stage does not receive"
+        self._enter(buffer_id, self._links.receiver.receive(self._kind, self._step, self._num_entered))
+
+    def _enter(self, buffer_id: int, packet: Packet) -> None:
+        hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device)
+        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden)
+        self._num_entered += 1
+
+    def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.engines[0].device) for name, tensor in packet.integer_parts().items()}
 
     def _exec_forward(self, buffer_id: int, block: int) -> None:
-        assert self._packet is not None
-        device = self.engines[0].device
-        inputs = {name: tensor.to(device) for name, tensor in self._packet.integer_parts().items()}
-        loss, self._hidden = self.engines[block](hidden=self._hidden, **inputs)
-        self._loss = loss
+        batch = self._buffers[buffer_id]
+        entering = batch.hidden
+        sends_back = self._schedule in (OverlapSchedule, GlobalSchedule)
+        if sends_back and entering is not None:
+            entering.requires_grad_()
+        detach_head = self._schedule is GlobalSchedule and not self._is_last(block)
+        inputs: dict[str, Any] = self._inputs(batch.packet)
+        if self._kind == TRAIN:
+            inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs["input_ids"])
+        distils = self._schedule is DistillationSchedule
+        inputs |= {"detach_head": detach_head, "keep_normed": distils}
+        loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
+        batch.losses[block] = self._heads.weights[block] * loss
+        if sends_back:
+            batch.entering[block], batch.leaving[block] = entering, leaving
+            if seam := self._block(block).body.border.take_seam():
+                batch.seams[block] = seam
+        if distils:
+            part = self._block(block)
+            batch.normed[block] = part.take_normed()
+            if not part.body.is_first:
+                batch.from_above[block - 1] = soft_targets(part.head, batch.normed[block], self._distillation.top_k)
         self._sums[block] += loss.detach()
 
-    def _exec_send(self, buffer_id: int) -> None:
-        assert self._sender is not None
-        assert self._packet is not None
-        self._sender.send(dataclasses.replace(self._packet, hidden=self._hidden))
+    def _block(self, block: int) -> Block:
+        module: Any = self.engines[block].module
+        return module
 
-    def _exec_backward(self, buffer_id: int, block: int) -> None:
-        self.engines[block].backward(self._loss)
-        self._loss = None
+    def _is_last(self, block: int) -> bool:
+        """Whether no block stands behind this one."""
+        return self.stage == self.num_stages - 1 and block == len(self.engines) - 1
+
+    def _exec_send(self, buffer_id: int) -> None:
+        assert self._links.sender is not None, "the last stage does not send"
+        batch = self._buffers[buffer_id]
+        self._links.sender.send(dataclasses.replace(batch.packet, hidden=batch.hidden))
+
+    def _exec_backward(self, buffer_id: int, block: int, from_above: bool = False) -> None:
+        """The block's gradients from its own loss, or from the gradient of its output that the next block had.
+
+        What the next block down may use of it is kept: of the own loss, or in backpropagation of the last one.
+        """
+        batch, engine = self._buffers[buffer_id], self.engines[block]
+        is_global = self._schedule is GlobalSchedule
+        if not from_above:
+            again = not is_global and block in batch.leaving and not self._is_last(block)
+            engine.backward(self._own_loss(batch, block), retain_graph=again)
+        elif is_global:
+            # one pass for body and head: ZeRO wants each parameter's gradient in the first pass of a step
+            loss = batch.losses.pop(block) / engine.gradient_accumulation_steps()
+            _continue_backward(engine, batch.leaving.pop(block), batch.from_above.pop(block), loss)
+        else:
+            _continue_backward(engine, batch.leaving.pop(block), batch.from_above.pop(block))
+        if block in batch.seams and (is_global or not from_above):
+            seam = batch.seams.pop(block)
+            _continue_backward(engine, seam.below, _gradient_of(engine, seam.above))
+        entering = batch.entering.get(block)
+        if entering is not None and (is_global or not from_above):
+            batch.from_above[block - 1] = _gradient_of(engine, entering)
+
+    def _own_loss(self, batch: _MicroBatch, block: int) -> torch.Tensor:
+        """The local loss, and the divergence from the next block's soft targets where they are wanted."""
+        loss, normed = batch.losses.pop(block), batch.normed.pop(block, None)
+        if normed is None or self._is_last(block):
+            return loss
+        targets = batch.from_above.pop(block)
+        return loss + self._distillation.weight * distillation_loss(self._block(block).head, normed, targets)
+
+    def _exec_send_gradient(self, buffer_id: int) -> None:
+        assert self._links.gradient_sender is not None, "the first stage sends no gradient"
+        batch = self._buffers[buffer_id]
+        packet = Packet(GRADIENT, self._step, batch.index, hidden=batch.from_above.pop(-1))
+        self._links.gradient_sender.send(packet)
+
+    def _exec_receive_gradient(self, buffer_id: int) -> None:
+        assert self._links.gradient_receiver is not None, "the last stage receives no gradient"
+        batch = self._buffers[buffer_id]
+        gradient = self._links.gradient_receiver.receive(GRADIENT, self._step, batch.index).hidden
+        assert gradient is not None
+        batch.from_above[len(self.engines) - 1] = gradient.to(self.engines[-1].device)
 
     def _exec_reduce(self) -> None:
         """DeepSpeed reduces in backward() (ZeRO 2, 3) or in step() (ZeRO 0, 1): nothing is left to do here."""
@@ -243,3 +353,17 @@ class LocalEngine:
             block = int((~torch.isfinite(self._sums)).nonzero()[0])
             value = float(self._sums[block])
             raise NonFiniteLoss(f"the loss of stage {self.stage} (its block {block}) is {value} at step {self._step}")
+
+
+def _gradient_of(engine: Any, leaf: torch.Tensor) -> torch.Tensor:
+    """What backward passes left on the leaf, without fp16's loss scale: each block's engine has its own."""
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return gradient / engine.optimizer.loss_scale if engine.fp16_enabled() else gradient
+
+
+def _continue_backward(
+    engine: Any, output: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor | float = 0.0
+) -> None:
+    """A backward pass from the gradient of an output, and from a loss beside it, as the scalar that DeepSpeed wants."""
+    engine.backward((output * gradient.to(output)).sum() + loss, scale_wrt_gas=False)

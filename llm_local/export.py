@@ -22,11 +22,12 @@ import deepspeed
 import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from llm_local.anatomy import text_config
+from llm_local.checkpoint import save_tensors
+from llm_local.lowrank import multiplied
 from llm_local.partition import Partition
 from llm_local.slices import Slice
 
@@ -41,21 +42,29 @@ class StageTensors:
     head: dict[str, torch.Tensor]
 
 
-def collect(parts: Sequence[Slice], zero3: bool, keep: bool) -> StageTensors:
-    """The tensors of consecutive slices, on the CPU; the head is the last one's.
+def collect(
+    bodies: Sequence[Slice], head: Slice | None, zero3: bool, keep: bool, folded: dict[str, torch.Tensor]
+) -> StageTensors:
+    """The tensors of a stage's layers, and of its last block's head where that is a slice of its own, on the CPU.
 
     Every replica must call under ZeRO-3, where the parameters are gathered one by one; `keep` says who gets them.
+    folded: tensors of the head that take the place of its own.
     """
     body: dict[str, torch.Tensor] = {}
-    head: dict[str, torch.Tensor] = {}
-    for part in parts:
+    heads: dict[str, torch.Tensor] = {}
+    for part in bodies:
         tensors = _state(part, zero3, keep)
-        heads = tuple(f"{name}." for name in part.head_names)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
-        ours = {k: v for k, v in tensors.items() if not k.startswith(before)}
-        body |= _original_names(part, {k: v for k, v in ours.items() if not k.startswith(heads)})
-        head = _original_names(part, {k: v for k, v in ours.items() if k.startswith(heads)})
-    return StageTensors(body, head)
+        after = tuple(f"{name}." for name in part.anatomy.after)
+        body |= _original_names(part, {k: v for k, v in tensors.items() if not k.startswith(before + after)})
+        if part.has_head:
+            heads = _original_names(part, {k: v for k, v in tensors.items() if k.startswith(after)})
+    if head is not None:
+        layers = [f"{head.anatomy.layers}.{index}." for index in range(head.span.start, head.span.stop)]
+        names = (*layers, *(f"{name}." for name in head.anatomy.after))
+        tensors = multiplied(head, _state(head, zero3, keep)) | (folded if keep else {})
+        heads = _original_names(head, {k: v for k, v in tensors.items() if k.startswith(names)})
+    return StageTensors(body, heads)
 
 
 def _state(part: Slice, zero3: bool, keep: bool) -> dict[str, torch.Tensor]:
@@ -88,17 +97,17 @@ def shard_name(index: int, count: int) -> str:
 def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors, has_head: bool) -> None:
     """Writes what belongs to one stage: its layers into the whole model, its head into its exit."""
     export.mkdir(parents=True, exist_ok=True)
-    save_file(tensors.body, export / shard_name(stage, num_stages + 1), metadata={"format": "pt"})
+    save_tensors(tensors.body, export / shard_name(stage, num_stages + 1), metadata={"format": "pt"})
     if has_head:
         folder = exit_folder(export, stage)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors.head, folder / shard_name(stage + 1, stage + 2), metadata={"format": "pt"})
+        save_tensors(tensors.head, folder / shard_name(stage + 1, stage + 2), metadata={"format": "pt"})
 
 
 def compose(
     export: Path,
     partition: Partition,
-    head_layers: int,
+    head_layers: Sequence[int],
     config: PretrainedConfig,
     class_name: str,
     tokenizer: Any,
@@ -110,8 +119,8 @@ def compose(
         folder, count = exit_folder(export, stage), stage + 2
         for index in range(stage + 1):
             _link(export / shard_name(index, last + 2), folder / shard_name(index, count))
-        layers = min(partition.layers_of(stage).stop + head_layers, partition.num_layers)
-        trimmed = trim_config(config, layers)
+        private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
+        trimmed = trim_config(config, private.stop)
         _write_model(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer)
     whole = exit_folder(export, last)
     _link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))

@@ -22,6 +22,7 @@ from llm_local.feed import Feed
 from llm_local.links import CHECK
 from llm_local.preflight import Plan
 from llm_local.progress import Progress
+from llm_local.shared_head import folded
 from llm_local.slices import Slice
 from llm_local.stage import Block
 from llm_local.tokenizer import load_tokenizer
@@ -48,13 +49,13 @@ def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Fe
     """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports."""
     place = world.place
     export = config.output_dir / "export"
-    local = isinstance(engine, LocalEngine)
+    exits = isinstance(engine, LocalEngine) and not config.local.head_features
     logits = engine.check_logits()
-    parts = _slices(engine)
+    bodies, head = _slices(engine)
     zero3 = zero_stage(load_json(config)) == 3
-    tensors = collect(parts, zero3, keep=place.is_recorder)
+    tensors = collect(bodies, head, zero3, place.is_recorder, _folded(engine))
     seconds = float(config.train.ddp_timeout)
-    has_head = local or place.is_last_stage
+    has_head = exits or place.is_last_stage
     if place.is_recorder:
         write_stage(export, place.stage, place.num_stages, tensors, has_head)
         world.publish(f"export/{place.stage}", "written")
@@ -65,23 +66,30 @@ def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Fe
         model_config = load_model_config(config.model)
         model_config.dtype = DTYPES[config.precision]
         assert feed is not None, "rank 0 reads the data"
-        save_file({"input_ids": feed(CHECK, 0, 0).input_ids}, export / CHECK_FILE)
-        name = type(parts[0].model).__name__
-        compose(export, plan.partition, config.private_head_layers, model_config, name, tokenizer, exits=local)
+        save_file(feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
+        name = type(bodies[0].model).__name__
+        compose(export, plan.partition, config.head_layers_schedule, model_config, name, tokenizer, exits)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
         world.fetch("export/all", seconds, "rank 0 to compose the export")
         assert logits is not None
         _check(config, world, logits)
     if place.rank == 0:
-        _report(config, world, progress, seconds, local)
+        _report(config, world, progress, seconds, exits)
 
 
-def _slices(engine: Engine) -> list[Slice]:
+def _slices(engine: Engine) -> tuple[list[Slice], Slice | None]:
+    """The layers of this stage, and the head of its last block."""
     if isinstance(engine, BackpropEngine):
-        return [engine.part.part]
-    blocks = [engine.module for engine in engine.engines]
-    return [block.part for block in blocks if isinstance(block, Block)]
+        return [engine.part.part], None
+    blocks = [engine.module for engine in engine.engines if isinstance(engine.module, Block)]
+    return [block.body for block in blocks], blocks[-1].head
+
+
+def _folded(engine: Engine) -> dict[str, torch.Tensor]:
+    """What the exit's output matrix is where it is not the one that the head reads."""
+    last: Any = engine.engines[-1].module
+    return folded(last.head, last.temperature) if isinstance(last, Block) else {}
 
 
 def _check(config: RunConfig, world: World, logits: torch.Tensor) -> None:
@@ -96,10 +104,10 @@ def _check(config: RunConfig, world: World, logits: torch.Tensor) -> None:
     world.publish(f"checked/{place.stage}", line)
 
 
-def _report(config: RunConfig, world: World, progress: Progress, seconds: float, local: bool) -> None:
+def _report(config: RunConfig, world: World, progress: Progress, seconds: float, exits: bool) -> None:
     """What a person sees at the end: the exports, every stage's validation loss, and some text."""
     place = world.place
-    for stage in range(place.num_stages) if local else (place.num_stages - 1,):
+    for stage in range(place.num_stages) if exits else (place.num_stages - 1,):
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
     export = config.output_dir / "export"
@@ -108,8 +116,9 @@ def _report(config: RunConfig, world: World, progress: Progress, seconds: float,
         for stage in range(place.num_stages):
             loss = float(world.fetch(f"eval/{config.train.max_steps}/{stage}", seconds, f"stage {stage} to evaluate"))
             progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}")
-    exits = f"an exit a stage: {export / 'exits'}; " if local else ""
-    progress.say(f"model: {export}; {exits}metrics: {config.output_dir / 'metrics'}")
+    early = f"an exit a stage: {export / 'exits'}; " if exits else ""
+    early = "no exits, because of head_features; " if config.local.head_features else early
+    progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
 

@@ -1,8 +1,9 @@
-"""One-way links: replica i of a stage sends its micro-batches forward to replica i of the next stage.
+"""One-way links: replica i of a stage sends its micro-batches to replica i of a neighbour.
 
 A link is a two-member process group of its own. Its control half is gloo on every machine: a fixed-size header says
 what follows (a gloo receive of the wrong size aborts the process or fills half the buffer), then come the integer
-tensors. Hidden states take the same way on a CPU, and NCCL between two GPUs. Nothing is ever sent backward.
+tensors. Hidden states take the same way on a CPU, and NCCL between two GPUs. Activations go forward; only where the
+method has gradients come back (overlapping, final backpropagation) is there a second link, the other way.
 
 A send returns at once; its completion means that the receiver asked for it, so bounding the pending sends bounds how
 far a stage runs ahead. The receiver keeps one packet ready ahead of its use.
@@ -25,13 +26,15 @@ from llm_local.device import DTYPES
 from llm_local.watchdog import LostPeer, Peer
 from llm_local.world import World
 
-TRAIN, EVAL, CHECK, END = range(4)
-KINDS = ("train", "eval", "check", "end")
+TRAIN, EVAL, CHECK, END, GRADIENT, REFRESH = range(6)
+KINDS = ("train", "eval", "check", "end", "gradient", "refresh")
 INTEGER_PARTS = ("input_ids", "attention_mask", "position_ids", "labels")
 _MAGIC = 0x10CA1
 _HEADER_INTS = 10
 _WIRE_CODES = ("fp32", "bf16", "fp16")
 _SENDER, _RECEIVER = 0, 1
+# of a thread that waits for what comes every so many steps; the watchdog knows who is gone
+_PATIENCE = timedelta(days=365)
 
 
 class LinkError(LostPeer):
@@ -42,14 +45,15 @@ class LinkError(LostPeer):
 class Packet:
     """One micro-batch on its way through the stages.
 
-    hidden: (B, T, D), or None where only token ids exist yet. input_ids, attention_mask, position_ids, labels:
-    (B, T) int64 on the CPU, the last three only where the data has them. index: the micro-batch within its step.
+    hidden: (B, T, D), or None where only token ids exist yet; of a gradient packet, the gradient of hidden states.
+    input_ids, attention_mask, position_ids, labels: (B, T) int64 on the CPU, the last three only where the data has
+    them, and none in a gradient packet. index: the micro-batch within its step.
     """
 
     kind: int
     step: int
     index: int
-    input_ids: torch.Tensor
+    input_ids: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
@@ -116,23 +120,27 @@ def transport(device: torch.device, mine: str, theirs: str) -> str:
 
 
 class _End:
-    """What both ends of a link share: its peer, its transports, its counts, its errors."""
+    """What both ends of a link share: its peer, its transports, its counts, its errors.
 
-    def __init__(self, world: World, upstream: int, side: int):
+    background: a second link beside the first, through host memory, at which a thread waits for as long as it takes.
+    """
+
+    def __init__(self, world: World, other: int, side: int, background: bool = False):
         place = world.place
-        other = upstream + (1 if side == _SENDER else 0)
+        source, target = (place.stage, other) if side == _SENDER else (other, place.stage)
         rank = other * place.num_replicas + place.replica
         self.peer: Peer = world.peers[rank]
-        self.name = f"link {upstream}→{upstream + 1}, replica {place.replica}"
+        kind = "refresh link" if background else "link"
+        self.name = f"{kind} {source}→{target}, replica {place.replica}"
         self.bytes = 0
         self.wait_seconds = 0.0
         self._seconds = world.timeout_seconds
-        timeout = timedelta(seconds=world.timeout_seconds)
-        prefix = dist.PrefixStore(f"link/{upstream}/{place.replica}", world.store)
+        timeout = _PATIENCE if background else timedelta(seconds=world.timeout_seconds)
+        prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{place.replica}", world.store)
         try:
             self.control = _Gloo(dist.PrefixStore("control", prefix), side, timeout)
-            kind = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
-            nccl = kind == "nccl"
+            way = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
+            nccl = way == "nccl" and not background
             self.payload = (
                 _Nccl(dist.PrefixStore("payload", prefix), side, timeout, world.device) if nccl else self.control
             )
@@ -150,10 +158,11 @@ class _End:
 
 
 class Sender(_End):
-    """The upstream end. `send` blocks only while `max_in_flight` packets have not been asked for."""
+    """The sending end of a link to stage `target`. `send` blocks only while `max_in_flight` packets have not been
+    asked for."""
 
-    def __init__(self, world: World, wire_dtype: str, max_in_flight: int):
-        super().__init__(world, world.place.stage, _SENDER)
+    def __init__(self, world: World, target: int, wire_dtype: str, max_in_flight: int, background: bool = False):
+        super().__init__(world, target, _SENDER, background)
         self._wire = wire_dtype
         self._max_in_flight = max_in_flight
         self._pending: deque[list[tuple[Any, Any]]] = deque()
@@ -168,19 +177,19 @@ class Sender(_End):
 
     def close(self, step: int) -> None:
         """Says that nothing follows, and waits until the peer has asked for all of it."""
-        self.send(Packet(END, step, 0, torch.empty(0, 0, dtype=torch.int64)))
+        self.send(Packet(END, step, 0))
         self._bound(0)
 
     def _post(self, packet: Packet) -> list[tuple[Any, Any]]:
         parts = packet.integer_parts()
         mask = sum(1 << INTEGER_PARTS.index(name) for name in parts)
-        rows, tokens = packet.input_ids.shape
+        shaped = packet.input_ids if packet.hidden is None else packet.hidden
+        rows, tokens = (0, 0) if shaped is None else shaped.shape[:2]
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
         code = _WIRE_CODES.index(self._wire)
         header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
         tensors: list[tuple[_Gloo | _Nccl, torch.Tensor]] = [(self.control, header)]
-        if packet.kind != END:
-            tensors += [(self.control, part) for part in parts.values()]
+        tensors += [(self.control, part) for part in parts.values()]
         if packet.hidden is not None:
             tensors.append((self.payload, packet.hidden.to(DTYPES[self._wire])))
         self.bytes += sum(t.numel() * t.element_size() for _, t in tensors)
@@ -200,19 +209,26 @@ class Sender(_End):
 
 
 class Receiver(_End):
-    """The downstream end. A thread receives one packet ahead of its use."""
+    """The receiving end of a link from stage `source`. A thread receives one packet ahead of its use.
 
-    def __init__(self, world: World):
-        super().__init__(world, world.place.stage - 1, _RECEIVER)
+    It starts with the first use where nothing may be sent for a long time (eager=False): a receive has a time limit.
+    """
+
+    def __init__(self, world: World, source: int, eager: bool = True, background: bool = False):
+        super().__init__(world, source, _RECEIVER, background)
         self._ready: Queue[Packet | BaseException] = Queue()
         self._room = threading.Semaphore(1)
-        threading.Thread(target=self._receive_all, name="receiver", daemon=True).start()
+        self._thread = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
+        if eager:
+            self._thread.start()
 
     def receive(self, kind: int, step: int, index: int) -> Packet:
         """The next packet, which must be the one named.
 
         Raises LinkError if the peer is lost, silent for link_timeout_seconds, or sends something else.
         """
+        if not self._thread.ident:
+            self._thread.start()
         start = time.perf_counter()
         packet = self._ready.get()
         self.wait_seconds += time.perf_counter() - start
@@ -248,7 +264,7 @@ class Receiver(_End):
         if magic != _MAGIC:
             raise LinkError(f"{self.name}: {self.peer} sent no packet header; do both run the same version?")
         if kind == END:
-            return Packet(END, step, index, torch.empty(0, 0, dtype=torch.int64))
+            return Packet(END, step, index)
         names = [name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1]
         parts = {name: self.control.receive((rows, tokens), torch.int64) for name in names}
         wire = DTYPES[_WIRE_CODES[code]]
@@ -256,3 +272,52 @@ class Receiver(_End):
         self.bytes += 8 * _HEADER_INTS + 8 * rows * tokens * len(parts)
         self.bytes += hidden.numel() * hidden.element_size() if hidden is not None else 0
         return Packet(kind, step, index, hidden=hidden, **parts)
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links of one rank, as far as it has them: activations come in and go out, gradients come back and go back.
+
+    The refresh links, whose way is that of gradients, are refresh.py's to use, wait for and close.
+    """
+
+    receiver: Receiver | None = None
+    sender: Sender | None = None
+    gradient_receiver: Receiver | None = None
+    gradient_sender: Sender | None = None
+    refresh_receiver: Receiver | None = None
+    refresh_sender: Sender | None = None
+
+    @staticmethod
+    def join(
+        world: World, wire_dtype: str, max_in_flight: int, back_dtype: str | None, refresh_dtype: str | None
+    ) -> Links:
+        """Makes them, boundary by boundary. Every rank must call. back_dtype: that of gradients or soft targets, and
+        refresh_dtype: that of a shared head's matrix, where the run has such."""
+        place = world.place
+        before, behind = place.stage - 1, place.stage + 1
+        receiver = None if place.is_first_stage else Receiver(world, before)
+        gradient_sender = None
+        if back_dtype is not None and not place.is_first_stage:
+            gradient_sender = Sender(world, before, back_dtype, max_in_flight)
+        refresh_sender = None
+        if refresh_dtype is not None and not place.is_first_stage:
+            refresh_sender = Sender(world, before, refresh_dtype, max_in_flight=2, background=True)
+        sender = None if place.is_last_stage else Sender(world, behind, wire_dtype, max_in_flight)
+        gradient_receiver = None
+        if back_dtype is not None and not place.is_last_stage:
+            gradient_receiver = Receiver(world, behind, eager=False)
+        refresh_receiver = None
+        if refresh_dtype is not None and not place.is_last_stage:
+            refresh_receiver = Receiver(world, behind, background=True)
+        return Links(receiver, sender, gradient_receiver, gradient_sender, refresh_receiver, refresh_sender)
+
+    def all(self) -> list[Sender | Receiver]:
+        found = (self.receiver, self.sender, self.gradient_receiver, self.gradient_sender)
+        return [link for link in found if link is not None]
+
+    def close(self, step: int) -> None:
+        """Goodbyes over each link, forward first."""
+        for link in (self.receiver, self.sender, self.gradient_sender, self.gradient_receiver):
+            if link is not None:
+                link.close(step)

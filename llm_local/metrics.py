@@ -1,8 +1,9 @@
 """Metrics of a stage: one JSON record a logged step, in OUTPUT/metrics/stage-00.jsonl.
 
 Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
-tokens, sent_bytes and received_bytes are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
-the step was blocked on links, inside step_seconds.
+tokens and what is sent and received are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
+the step was blocked on links, inside step_seconds. DeepSpeed's own pipeline (--method backprop) has no links of ours:
+what is counted on them is null there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Record:
     wait_seconds: float | None = None
     sent_bytes: int | None = None
     received_bytes: int | None = None
+    sent_gradient_bytes: int | None = None
+    sent_refresh_bytes: int | None = None
     peak_memory_bytes: int | None = None
 
 
@@ -38,16 +41,23 @@ def total_norm(norms: tuple[float, ...]) -> float | None:
 
 
 class MetricsFile:
-    """Appends records; each is on disk before the next step."""
+    """Appends records; each is on disk before the next step. One that a resumed run writes again replaces the old."""
 
     def __init__(self, output_dir: Path, stage: int, monitor: Any, resumed_step: int):
         self.path = output_dir / "metrics" / f"stage-{stage:02d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._monitor = monitor
         kept = [r for r in read_records(self.path) if r["step"] <= resumed_step] if resumed_step else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._old = {(r["split"], r["step"]) for r in kept}
+        self._write_all(kept)
+
+    def _write_all(self, records: list[dict[str, Any]]) -> None:
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, record: Record) -> None:
+        key = (record.split, record.step)
+        if key in self._old:  # a finished run that is resumed evaluates again
+            self._write_all([r for r in read_records(self.path) if (r["split"], r["step"]) != key])
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:

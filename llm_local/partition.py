@@ -1,14 +1,23 @@
 """Layers → blocks → stages, as pure functions of numbers.
 
-A block is a run of layers trained by one loss; a stage is a run of blocks on one group of ranks. Which blocks are
+A block is a run of layers with a loss on top; a stage is a run of blocks on one group of ranks. Which blocks are
 trained does not depend on where they run: `make_partition` first fixes the blocks, then deals them out.
+
+Overlapping windows of k layers, one every s layers, are blocks as well: a block holds the layers of its window that
+no earlier window has, and its loss also trains the last k - s layers of the block below.
+
+    k = 2, s = 1      loss    0 1 2      the window of loss 1 is layers 1 and 2; block 1 holds layer 2,
+                      layer 0 1 2 3      blocks are 0-1, 2, 3; the overlap is 1 layer
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Partition:
-    """`blocks[b]` are the layers of block b; `stages[k]` the blocks of stage k. Both cover the model in order."""
+    """`blocks[b]` are the layers of block b; `stages[k]` the blocks of stage k. Both cover the model in order.
+
+    overlap: layers of the block below that a block's loss trains, too.
+    """
 
     blocks: tuple[Span, ...]
     stages: tuple[Span, ...]
+    overlap: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -40,6 +53,11 @@ class Partition:
     def blocks_of(self, stage: int) -> tuple[Span, ...]:
         """The layer spans of the stage's blocks."""
         return self.blocks[self.stages[stage].start : self.stages[stage].stop]
+
+    def private_layers(self, block: int, schedule: Sequence[int]) -> Span:
+        """The layers of the block's head, named as those behind the block; fewer where the model ends."""
+        stop = self.blocks[block].stop
+        return Span(stop, min(stop + held(schedule, block), self.num_layers))
 
     def layers_of(self, stage: int) -> Span:
         blocks = self.blocks_of(stage)
@@ -70,24 +88,40 @@ def estimate_costs(layer_parameters: int, head_parameters: int, hidden_size: int
     return Costs(6.0 * layer_parameters + 12.0 * seq_length * hidden_size, 6.0 * head_parameters)
 
 
+def held(schedule: Sequence[Number], block: int) -> Number:
+    """The block's entry of a list that may be shorter than the blocks: its last number holds for the rest."""
+    return schedule[min(block, len(schedule) - 1)]
+
+
 def make_partition(
     num_layers: int,
     num_stages: int,
     costs: Costs,
     layers_per_block: int | None = None,
+    block_stride: int | None = None,
     stage_layers: Sequence[int] | None = None,
     local_heads: bool = True,
-    head_layers: int = 0,
+    head_layers: Sequence[int] = (0,),
+    shared_head: bool = False,
+    token_fraction: float = 1.0,
 ) -> Partition:
     """Cuts the model so that the costliest stage is as cheap as can be.
 
     layers_per_block: layers of each block (the last may be shorter); None makes each stage one block.
-    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head with head_layers private
-    layers, fewer where the model ends; otherwise the last stage alone pays for one (backprop).
-    Raises ValueError where a stage would have no block, or stage_layers cut a block.
+    block_stride: layers_per_block is the length of overlapping windows that start so many layers apart.
+    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head with private layers, as
+    the schedule head_layers says, fewer where the model ends; otherwise the last stage alone pays for one (backprop).
+    shared_head: all heads but the last read a matrix without training it, which saves a third of what it costs.
+    token_fraction: share of the positions that all heads but the last see.
+    Raises ValueError where a stage would have no block, stage_layers cut a block, or there is one window only.
     """
     unit = layers_per_block or 1
-    blocks = tuple(Span(a, min(a + unit, num_layers)) for a in range(0, num_layers, unit))
+    blocks = _blocks(num_layers, unit, block_stride)
+    if block_stride is not None and len(blocks) == 1:
+        raise ValueError(
+            f"layers_per_block={unit} with block_stride={block_stride} makes one window of the model's {num_layers} "
+            "layers, nothing overlaps; use smaller ones, or method=backprop"
+        )
     if stage_layers is not None and len(stage_layers) != num_stages:
         raise ValueError(f"stage_layers names {len(stage_layers)} stages, num_stages is {num_stages}")
     if len(blocks) < num_stages:
@@ -96,22 +130,31 @@ def make_partition(
             f"num_stages={num_stages} is more than the model's {what}: a stage would have no layer; "
             f"use at most {len(blocks)} stages"
         )
+
+    def head(block: int, stop: int) -> float:
+        """What the head of a block that ends before layer `stop` costs, or without local heads that of the model."""
+        if not local_heads:
+            return costs.head * (stop == num_layers)
+        matrix = costs.head * (2 / 3 if shared_head and stop < num_layers else 1.0)
+        whole = matrix + costs.layer * min(held(head_layers, block), num_layers - stop)
+        return token_fraction * whole if stop < num_layers else whole
+
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
+    elif layers_per_block is not None:
+        stages = _balance([len(b) * costs.layer + head(i, b.stop) for i, b in enumerate(blocks)], num_stages)
     else:
-        # with local heads every block, or every stage, pays for the same output matrix: that moves no cut
-        private = [costs.layer * min(head_layers, num_layers - block.stop) for block in blocks]
-        stage_costs = [len(block) * costs.layer for block in blocks]
-        ends = [0.0] * (len(blocks) - 1) + [0.0 if local_heads else costs.head]
-        if layers_per_block is None:
-            ends = [a + b for a, b in zip(private, ends, strict=True)]
-        else:
-            stage_costs = [a + b for a, b in zip(private, stage_costs, strict=True)]
-        stages = _balance(stage_costs, ends, num_stages)
+        stages = _balance([costs.layer] * num_layers, num_stages, head)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))
-    return Partition(blocks, stages)
+    return Partition(blocks, stages, 0 if block_stride is None else unit - block_stride)
+
+
+def _blocks(num_layers: int, unit: int, stride: int | None) -> tuple[Span, ...]:
+    """Blocks of `unit` layers, or those that windows of `unit` layers leave to each other."""
+    ends = [*range(unit, num_layers, stride or unit), num_layers]
+    return tuple(Span(a, b) for a, b in pairwise([0, *ends]))
 
 
 def _stages_by_hand(blocks: Sequence[Span], num_layers: int, stage_layers: Sequence[int]) -> tuple[Span, ...]:
@@ -128,10 +171,12 @@ def _stages_by_hand(blocks: Sequence[Span], num_layers: int, stage_layers: Seque
     return tuple(Span(first_block[a], first_block[b]) for a, b in pairwise(cuts))
 
 
-def _balance(costs: Sequence[float], ends: Sequence[float], num_stages: int) -> tuple[Span, ...]:
-    """Contiguous groups with the least maximum cost; a group that ends with block b also pays ends[b].
+def _balance(
+    costs: Sequence[float], num_stages: int, end: Callable[[int, int], float] = lambda _stage, _stop: 0.0
+) -> tuple[Span, ...]:
+    """Contiguous groups with the least maximum cost; group k that ends before item `stop` also pays end(k, stop).
 
-    Dynamic programming over (groups, blocks). Of equal maxima the more even one wins, then the one whose last group
+    Dynamic programming over (groups, items). Of equal maxima the more even one wins, then the one whose last group
     is smaller.
     """
     prefix = [0.0, *accumulate(costs)]
@@ -142,7 +187,7 @@ def _balance(costs: Sequence[float], ends: Sequence[float], num_stages: int) -> 
         step: dict[int, tuple[float, float, tuple[Span, ...]]] = {}
         for start, (worst, squares, groups) in best.items():
             for stop in range(start + 1, n - remaining + 1):
-                cost = prefix[stop] - prefix[start] + ends[stop - 1]
+                cost = prefix[stop] - prefix[start] + end(stage, stop)
                 found = (max(worst, cost), squares + cost * cost)
                 if stop not in step or found <= step[stop][:2]:
                     step[stop] = (*found, (*groups, Span(start, stop)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
@@ -13,16 +13,27 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
-from llm_local.checkpoint import find_checkpoint, layout_of, layout_problems, read_step, resume_warnings
+from llm_local.checkpoint import (
+    carried_over,
+    find_checkpoint,
+    layout_of,
+    layout_problems,
+    read_step,
+    resume_warnings,
+    resumes,
+)
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data import data_problems
 from llm_local.device import supports
 from llm_local.ds_config import deepspeed_problems
+from llm_local.head_problems import cut_problems, head_warnings
+from llm_local.lowrank import rank_problems
 from llm_local.partition import Partition, Span, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
 from llm_local.tokenizer import load_tokenizer
 
 OURS = ("run.yaml", "metrics", "checkpoints", "export", "tensorboard", "csv")
+READ = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Plan:
     partition: Partition
     checkpoint: str | None
     warnings: tuple[str, ...] = ()
+    carried_over: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -40,9 +52,11 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         values = json.loads(text)
-        spans = {k: tuple(Span(**span) for span in v) for k, v in values["partition"].items()}
+        cut = values["partition"]
+        blocks, stages = (tuple(Span(**span) for span in cut[name]) for name in ("blocks", "stages"))
         anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
-        return Plan(anatomy, Partition(**spans), values["checkpoint"], tuple(values["warnings"]))
+        partition, warnings = Partition(blocks, stages, cut["overlap"]), tuple(values["warnings"])
+        return Plan(anatomy, partition, values["checkpoint"], warnings, values["carried_over"])
 
 
 def preflight(config: RunConfig, world_size: int) -> Plan:
@@ -50,8 +64,10 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // max(1, config.local.num_stages))
     problems += deepspeed_problems(config, num_replicas) + data_problems(config) + _folder_problems(config)
+    cache_problems = _unwritable("cache_dir", config.cache_dir)
+    problems += cache_problems
     found = _Model()
-    if config.model.config_name or config.model.model_name_or_path:
+    if (config.model.config_name or config.model.model_name_or_path) and not cache_problems:
         problems += found.look(config, world_size)
     if not problems:
         assert found.anatomy is not None
@@ -60,9 +76,10 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
         checkpoint, more = _resume(config, found.config, found.partition, world_size)
         problems += more
         if not problems:
-            warnings = _tokenizer_warnings(config, found.config)
+            warnings = _tokenizer_warnings(config, found.config) + head_warnings(config)
             warnings += resume_warnings(Path(checkpoint), config) if checkpoint else ()
-            return Plan(found.anatomy, found.partition, checkpoint, warnings)
+            carried = carried_over(config, Path(checkpoint) if checkpoint else None)
+            return Plan(found.anatomy, found.partition, checkpoint, warnings, carried)
     raise ConfigError(problems)
 
 
@@ -81,14 +98,24 @@ class _Model:
         except ConfigError as error:
             return error.problems
         except SliceError as error:
-            return [str(error)]
+            return [_attention_problem(config, error.__cause__) or str(error)]
         problems = _size_problems(config, self.config) + _support_problems(config, self.config)
         if config.local.num_stages > 0:
             try:
                 self.partition = plan_partition(config, self.config, self.anatomy)
+                problems += cut_problems(config, self.partition)
+                problems += rank_problems(config, self.config, self.anatomy, self.partition)
             except ValueError as error:
                 problems.append(str(error))
         return problems
+
+
+def _attention_problem(config: RunConfig, cause: BaseException | None) -> str:
+    """What is wrong with the kernel that was asked for, '' if it is not that what kept the model from being watched."""
+    wanted, reason = config.model.attn_implementation, str(cause).partition("\n")[0]
+    if not wanted or not (isinstance(cause, ImportError) or "attn_implementation" in reason):
+        return ""
+    return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"
 
 
 def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> Partition:
@@ -102,10 +129,13 @@ def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: A
         num_layers=anatomy.num_layers,
         num_stages=local.num_stages,
         costs=costs,
-        layers_per_block=1 if local.method == "greedy" else local.layers_per_block,
+        layers_per_block=config.block_layers,
+        block_stride=config.window_stride,
         stage_layers=by_hand,
-        local_heads=local.method != "backprop",
-        head_layers=config.private_head_layers,
+        local_heads=not config.is_pipelined,
+        head_layers=config.head_layers_schedule,
+        shared_head=config.shares_head,
+        token_fraction=config.local.head_token_fraction,
     )
 
 
@@ -122,6 +152,11 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
         tokens = len(load_tokenizer(config))
     except ConfigError as error:
         return problems + error.problems
+    if config.local.distillation_weight > 0 and config.local.distillation_top_k > text.vocab_size:
+        problems.append(
+            f"distillation_top_k={config.local.distillation_top_k} is more than the model's vocabulary of "
+            f"{text.vocab_size}; lower it"
+        )
     if text.vocab_size < tokens:
         problems.append(
             f"the model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {tokens}; "
@@ -164,11 +199,40 @@ def _folder_problems(config: RunConfig) -> list[str]:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={folder} is a file; name a folder"]
-    if config.train.overwrite_output_dir or config.train.resume_from_checkpoint or not (folder / "run.yaml").exists():
-        return []
+    problems = _unwritable("output_dir", folder)
+    if resumes(config):
+        return problems
+    if config.train.overwrite_output_dir:
+        return problems + _lost_inputs(config)
+    if (folder / "run.yaml").exists():
+        problems.append(
+            f"output_dir={folder} holds another run; go on with it (--resume_from_checkpoint true), "
+            "replace it (--overwrite_output_dir), or choose another folder"
+        )
+    return problems
+
+
+def _unwritable(name: str, folder: Path) -> list[str]:
+    """Tries it where the folder is or would be made: with a file that has no name, which leaves no trace."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return []
+    except OSError as error:
+        return [f"{name}={folder} cannot be written ({error.strerror}); choose another, or change its permissions"]
+
+
+def _lost_inputs(config: RunConfig) -> list[str]:
+    """What the run reads and overwrite_output_dir would remove first."""
+    given = {n: Path(value) for n in (*READ, "deepspeed") if (value := config.flat()[n]) and Path(value).exists()}
+    given["cache_dir"] = config.cache_dir
+    removed = [config.output_dir / name for name in OURS]
     return [
-        f"output_dir={folder} holds another run; go on with it (--resume_from_checkpoint true), "
-        "replace it (--overwrite_output_dir), or choose another folder"
+        f"{name}={path} lies in {entry}, which overwrite_output_dir removes before the run reads it; "
+        "choose another output_dir, or move it elsewhere"
+        for name, path in given.items()
+        for entry in removed
+        if path.resolve().is_relative_to(entry.resolve())
     ]
 
 

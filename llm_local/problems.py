@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_local.config import HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
+from llm_local.head_problems import head_problems
 
 POSITIVE = (
     "num_stages",
@@ -22,6 +23,9 @@ POSITIVE = (
     "save_total_limit",
     "head_refresh_steps",
     "adam_epsilon",
+    "block_stride",
+    "head_rank",
+    "distillation_top_k",
 )
 NOT_NEGATIVE = (
     "weight_decay",
@@ -32,6 +36,8 @@ NOT_NEGATIVE = (
     "eval_batches",
     "save_steps",
     "head_layers",
+    "final_backprop_steps",
+    "distillation_weight",
 )
 
 
@@ -51,6 +57,8 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
         _choice_problems(config)
         + _number_problems(config)
         + _layout_problems(config, world_size)
+        + _method_problems(config)
+        + head_problems(config)
         + (_precision_problems(config, fp16_supported, bf16_supported))
     )
 
@@ -61,14 +69,6 @@ def _choice_problems(config: RunConfig) -> list[str]:
     problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
     problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
     problems += _one_of("report_to", train.report_to, REPORTERS)
-    if local.method == "overlapping":
-        problems.append("method='overlapping' is not built yet; use chunked with layers_per_block, greedy or backprop")
-    if local.head == "shared":
-        problems.append("head='shared' is not built yet; use head=linear, or decoder with head_layers")
-    if local.head == "decoder" and local.head_layers == 0:
-        problems.append("head=decoder needs private layers; set head_layers=1 or more, or use head=linear")
-    if local.head == "linear" and local.head_layers > 0:
-        problems.append(f"head=linear has no private layers, head_layers is {local.head_layers}; use head=decoder")
     sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]
     if len(sources) > 1:
         problems.append("both dataset_name and train_file are given; keep one")
@@ -112,11 +112,44 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             )
         elif 0 in layers:
             problems.append(f"stage_layers={local.stage_layers!r} leaves stage {layers.index(0)} without a layer")
-    if local.method in ("greedy", "backprop") and local.layers_per_block not in (None, 1):
-        problems.append(f"layers_per_block={local.layers_per_block} is for method=chunked, not {local.method}")
-    if local.method == "backprop" and local.num_stages == 1:
-        problems.append("method=backprop runs DeepSpeed's pipeline, which needs num_stages of 2 or more")
     return problems
+
+
+def _method_problems(config: RunConfig) -> list[str]:
+    local = config.local
+    problems = []
+    if local.method in ("greedy", "backprop") and local.layers_per_block not in (None, 1):
+        problems.append(
+            f"layers_per_block={local.layers_per_block} is for method=chunked and overlapping, not {local.method}"
+        )
+    if local.method != "overlapping" and local.block_stride is not None:
+        problems.append(f"block_stride={local.block_stride} is for method=overlapping, not {local.method}")
+    if local.method == "overlapping":
+        problems += _window_problems(config.block_layers or 0, config.window_stride or 0)
+    steps = local.final_backprop_steps
+    if steps > 0 and local.method == "backprop":
+        problems.append(f"final_backprop_steps={steps}: every step of method=backprop is one; leave it out")
+    if steps > config.train.max_steps:
+        problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
+    return problems
+
+
+def _window_problems(layers: int, stride: int) -> list[str]:
+    given = f"layers_per_block={layers} with block_stride={stride}"
+    if layers < 1 or stride < 1:
+        return []  # said by _number_problems
+    if layers == 1:
+        return [f"{given}: windows of one layer cannot overlap; use layers_per_block=2 or more, or method=greedy"]
+    if stride > layers:
+        return [f"{given} leaves layers between the windows; use a stride from {(layers + 1) // 2} to {layers - 1}"]
+    if stride == layers:
+        return [f"{given}: windows do not overlap; use a smaller stride, or method=chunked"]
+    if layers > 2 * stride:
+        return [
+            f"{given} puts layers into more than two windows, whose gradients would go further than one block; "
+            f"use a stride of {(layers + 1) // 2} or more"
+        ]
+    return []
 
 
 def _precision_problems(config: RunConfig, fp16_supported: bool, bf16_supported: bool) -> list[str]:

@@ -71,3 +71,5 @@ class Progress:
         """Takes the bar away and shows what is left to show, as far as it is known."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None  # what a later stage tells from now on gets a line of its own
+        self.show()

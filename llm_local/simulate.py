@@ -17,7 +17,7 @@ from typing import Literal
 
 from deepspeed.runtime.pipe import schedule as pipe
 
-Kind = Literal["F", "B", "O"]
+Kind = Literal["F", "B", "G", "O"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class _Stage:
             case pipe.ForwardPass():
                 return self._work(step, "F", times.forward, getattr(instruction, "block", 0))
             case pipe.BackwardPass():
-                return self._work(step, "B", times.backward, getattr(instruction, "block", 0))
+                kind = "G" if getattr(instruction, "from_above", False) else "B"
+                return self._work(step, kind, times.backward, getattr(instruction, "block", 0))
             case pipe.OptimizerStep():
                 return self._work(step, "O", times.optimizer, None)
             case pipe.SendActivation():

@@ -1,8 +1,8 @@
 """A run of layers as a Hugging Face model of its own, exact and without code per architecture.
 
-The model class's own forward runs from end to end. Layers of other stages are stand-ins: the one before the slice
-returns the hidden states that were received, the one after it keeps those to be sent. What runs before the layers
-(masks, rotary angles, dropout) works as its authors wrote it, on zeros that the stand-in throws away.
+The model class's own forward runs from end to end. Layers of other slices are stand-ins; the one before the slice
+returns the hidden states that were received. What runs before the layers (masks, rotary angles, dropout) works as its
+authors wrote it, on zeros that the stand-in throws away.
 
 The list of layers keeps its full length, because models look at layer numbers and at config.layer_types[i].
 """
@@ -29,10 +29,30 @@ from llm_local.partition import Span
 
 @dataclass
 class Border:
-    """The hidden states that enter and leave a slice during one forward pass, (B, T, D) each."""
+    """The hidden states that enter and leave a slice during one forward pass, (B, T, D) each.
+
+    running: a forward pass is under way, and not one that gradient checkpointing repeats. seam: that of the last
+    forward pass, if the slice has one.
+    """
 
     entering: torch.Tensor | None = None
     leaving: torch.Tensor | None = None
+    running: bool = False
+    seam: Seam | None = None
+
+    def take_seam(self) -> Seam | None:
+        """The seam of the last forward pass, which is then the caller's to keep alive."""
+        seam, self.seam = self.seam, None
+        return seam
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where a slice's graph is in two pieces: the lower one ends with `below`, the upper one starts from the leaf
+    `above`, the same values (B, T, D). A backward pass from the top stops here, until the gradient is handed on."""
+
+    below: torch.Tensor
+    above: torch.Tensor
 
 
 class _StandIn(nn.Module):
@@ -52,13 +72,12 @@ class _StandIn(nn.Module):
 
 
 class AbsentLayer(_StandIn):
-    """A layer of another slice: passes its input on, except at the two borders of this one."""
+    """A layer of another slice: passes its input on; the one before this slice, what was received."""
 
-    def __init__(self, original: nn.Module, border: Border, anatomy: Anatomy, enters: bool, leaves: bool):
+    def __init__(self, original: nn.Module, border: Border, anatomy: Anatomy, enters: bool):
         super().__init__(original, border)
         self.__dict__["anatomy"] = anatomy
         self.enters = enters
-        self.leaves = leaves
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         border, anatomy = self.__dict__["border"], self.__dict__["anatomy"]
@@ -66,8 +85,6 @@ class AbsentLayer(_StandIn):
         hidden = args[where] if isinstance(where, int) else kwargs[where]
         if self.enters:
             hidden = border.entering
-        if self.leaves:
-            border.leaving = hidden
         return hidden if anatomy.output_length is None else (hidden,) + (None,) * (anatomy.output_length - 1)
 
 
@@ -99,23 +116,20 @@ class PassedBy(nn.Module):
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers `span` of a model, and a head: `private` layers, the next ones by name, then the model's own norm and
-    output matrix. `model` has its parameters under their original names; those of other stages do not exist."""
+    """Layers `span` of a model, which may be none, and with `has_head` the model's own norm and output matrix.
+
+    `model` has its parameters under their original names; those of other slices do not exist.
+    """
 
     model: PreTrainedModel
     anatomy: Anatomy
     span: Span
-    private: Span
+    has_head: bool
     border: Border = field(compare=False)
 
     @property
     def is_first(self) -> bool:
         return self.span.start == 0
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        """Modules of the head by dotted name; another block has its own under the same names."""
-        return (*layer_names(self.anatomy, self.private), *self.anatomy.after)
 
     @property
     def is_last(self) -> bool:
@@ -127,41 +141,61 @@ class Slice:
 
     def __call__(self, hidden: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, D) received hidden states (None at the start of the model) and ids →
-        the slice's own output (B, T, D) and its normed output, which the head reads."""
-        self.border.entering, self.border.leaving = hidden, None
+        the last layer's output (B, T, D) and what the output matrix reads, the normed one."""
+        border = self.border
+        border.entering, border.leaving, border.running, border.seam = hidden, None, True, None
         normed = self.base()(use_cache=False, **inputs)[0]
-        leaving = normed if self.is_last else self.border.leaving
-        assert leaving is not None, "the layer behind the slice was not called"
-        self.border.entering = self.border.leaving = None
+        leaving = border.leaving if len(self.span) else hidden
+        assert leaving is not None, "the last layer of the slice was not called"
+        border.entering, border.leaving, border.running = None, None, False
         return leaving, normed
 
+    def add_seam(self, layer: int) -> None:
+        """Has the graph in two pieces, below `layer` and from there on."""
+        border, where = self.border, self.anatomy.argument
 
-def layer_names(anatomy: Anatomy, span: Span) -> tuple[str, ...]:
-    return tuple(f"{anatomy.layers}.{index}" for index in range(span.start, span.stop))
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            below = args[where] if isinstance(where, int) else kwargs[where]
+            if not below.requires_grad:
+                return None
+            above = below.detach().requires_grad_()
+            if border.running:
+                border.seam = Seam(below, above)
+            if isinstance(where, int):
+                return (*args[:where], above, *args[where + 1 :]), kwargs
+            return args, kwargs | {where: above}
 
-
-def private_layers(anatomy: Anatomy, span: Span, head_layers: int) -> Span:
-    """The layers that a head of so many private ones has; fewer near the top, where the model has no more."""
-    return Span(span.stop, min(span.stop + head_layers, anatomy.num_layers))
+        self.model.get_submodule(f"{self.anatomy.layers}.{layer}").register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def new_slice(
-    config: PretrainedConfig, anatomy: Anatomy, span: Span, seed: int, head_layers: int = 0, **model_args: Any
+    config: PretrainedConfig,
+    anatomy: Anatomy,
+    span: Span,
+    seed: int,
+    has_head: bool = True,
+    head_of: int | None = None,
+    output_of: int | None = None,
+    **model_args: Any,
 ) -> Slice:
-    """A slice with fresh weights, drawn layer by layer under seeds of their own: slices together equal the whole.
+    """A slice with new weights, each layer and module under a seed of its own, so that any cut gives the same model.
 
-    Raises SliceError where the model class leaves a weight unset.
+    head_of: layers below a slice that is a block's head; its weights depend on that number and on nothing else.
+    output_of: layers below the head that the output matrix is to equal, where that is another one.
+    Raises SliceError if the model class leaves a parameter unset.
     """
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
-    private = private_layers(anatomy, span, head_layers)
-    border = _prune(model, anatomy, span, private)
-    heads = (*layer_names(anatomy, private), *anatomy.after)
+    border = _prune(model, anatomy, span, has_head)
     _materialise(model)
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for name, module, owner in _groups(model, anatomy):
-            # a local head has a seed of its own, which depends on the layers below it and on nothing else
-            suffix = f"@{span.stop}" if name in heads else ""
+            # layers of a head are not those of the next block that have the same name
+            is_head = name in anatomy.after or (head_of is not None and name.startswith(f"{anatomy.layers}."))
+            number = span.stop if head_of is None else head_of
+            if output_of is not None and module is model.get_output_embeddings():
+                number = output_of
+            suffix = f"@{number}" if is_head else ""
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             if name.startswith(f"{anatomy.layers}."):
@@ -175,27 +209,26 @@ def new_slice(
             f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more unset in a new model; "
             "start from a pretrained one (--model_name_or_path)"
         )
-    return Slice(model, anatomy, span, private, border)
+    return Slice(model, anatomy, span, has_head, border)
 
 
 def load_slice(
-    path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, head_layers: int = 0, **model_args: Any
+    path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, has_head: bool = True, **model_args: Any
 ) -> Slice:
-    """The slice of a pretrained model; only its own tensors are read. Its head starts as the model's own, and private
-    layers as those that follow in the model.
+    """The slice of a pretrained model; only its own tensors are read.
 
     Raises ConfigError naming the directory and the tensors that are missing.
     """
     whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     borders: list[Border] = []
-    private = private_layers(anatomy, span, head_layers)
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         whole.__init__(self, config, *args, **kwargs)
-        borders.append(_prune(self, anatomy, span, private))
+        borders.append(_prune(self, anatomy, span, has_head))
 
-    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < private.stop)
+    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < span.stop)
     elsewhere = [rf"^{re.escape(anatomy.layers)}\.({others})\."] if others else []
+    elsewhere += [] if has_head else [rf"^{re.escape(name)}\." for name in anatomy.after]
     renamed: dict[str, str] = {}
     if span.start > 0:
         elsewhere += [rf"^{re.escape(name)}\." for name in anatomy.before]
@@ -221,33 +254,37 @@ def load_slice(
         model._weight_conversions = [
             c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
         ]
-    return Slice(model, anatomy, span, private, borders[-1])
-
-
-def drop_head(part: Slice) -> None:
-    """Takes the head's parameters out of a slice that only passes hidden states on."""
-    for name in part.head_names:
-        part.model.set_submodule(name, PassedBy())
+    return Slice(model, anatomy, span, has_head, borders[-1])
 
 
 def _as_list(patterns: Any) -> list[str]:
     return patterns if isinstance(patterns, list) else [patterns]
 
 
-def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, private: Span) -> Border:
+def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) -> Border:
     """Puts stand-ins where other slices' modules were, in place."""
     border = Border()
     layers = model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
     for index in range(anatomy.num_layers):
-        if not span.start <= index < private.stop:
-            layers[index] = AbsentLayer(
-                layers[index], border, anatomy, enters=index == span.start - 1, leaves=index == span.stop
-            )
-    if len(private):
-        layers[span.stop].register_forward_pre_hook(_leave(border, anatomy), with_kwargs=True)
-    if span.start == 0:
-        return border
+        if not span.start <= index < span.stop:
+            layers[index] = AbsentLayer(layers[index], border, anatomy, enters=index == span.start - 1)
+    if len(span):
+        layers[span.stop - 1].register_forward_hook(_leave(border))
+    for name in () if has_head else anatomy.after:
+        model.set_submodule(name, PassedBy())
+    if span.start > 0:
+        _replace_preamble(model, anatomy, border)
+    if span.start > 0 or not has_head:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
+                module.all_tied_weights_keys = {}
+                module.__dict__["_tied_weights_keys"] = None
+    return border
+
+
+def _replace_preamble(model: PreTrainedModel, anatomy: Anatomy, border: Border) -> None:
+    """Stand-ins for what has parameters and runs before the layers."""
     for name in anatomy.before:
         if any(name.startswith(f"{other}.") for other in anatomy.before):
             continue
@@ -256,19 +293,14 @@ def _prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, private: Span) 
             model.set_submodule(name, AbsentEmbedding(original, border))
         elif any(p.requires_grad for p in original.parameters()):  # frozen ones (sinusoids) are kept: they cost nothing
             model.set_submodule(name, AbsentModule(original, border))
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
-            module.all_tied_weights_keys = {}
-            module.__dict__["_tied_weights_keys"] = None
-    return border
 
 
-def _leave(border: Border, anatomy: Anatomy) -> Any:
-    """Keeps what enters the first private layer: it is what leaves the slice."""
+def _leave(border: Border) -> Any:
+    """Keeps what the last layer returns: it is what leaves the slice."""
 
-    def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        where = anatomy.argument
-        border.leaving = args[where] if isinstance(where, int) else kwargs[where]
+    def hook(_layer: nn.Module, _args: tuple, output: Any) -> None:
+        if border.running:
+            border.leaving = output if isinstance(output, torch.Tensor) else output[0]
 
     return hook
 

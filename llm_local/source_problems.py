@@ -88,7 +88,7 @@ def _json_problem(text: str, column: str) -> str:
         return f"a JSON {type(row).__name__}, not an object; write one JSON object a line"
     if column not in row:
         return missing_column(column, list(row))
-    if not isinstance(row[column], str):
+    if not isinstance(row[column], (str, type(None))):  # an empty text, as in parquet
         return f"{column!r} holds {json.dumps(row[column])[:40]}, not text; write a string there"
     return ""
 

@@ -1,4 +1,4 @@
-"""The blocks of a stage: slices of the model that train by themselves."""
+"""The blocks of a stage: layers of the model with a head and a loss of their own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,52 @@ from transformers import PretrainedConfig
 from llm_local.anatomy import Anatomy
 from llm_local.config import RunConfig
 from llm_local.heads import fit_head, head_logits, head_loss
+from llm_local.lowrank import make_low_rank
 from llm_local.partition import Partition, Span
+from llm_local.shared_head import Temperature, make_read_only
 from llm_local.slices import Slice, load_slice, new_slice
+from llm_local.windows import cut, cut_inputs
 
 
 class Block(nn.Module):
-    """A slice with its local loss, as DeepSpeed trains it. Its output carries no graph: nothing flows back into it."""
+    """A body, the block's layers of the model, and the head that turns its output into a loss.
 
-    def __init__(self, part: Slice):
+    Body and head are slices of the model: the head's are the private layers, the norm and the output matrix.
+    shares: the matrix is a copy of the last block's, read through a temperature (shared_head.py).
+    mixes: the head also reads, times a learned number that is 0 at first, what entered the block; such an exit is no
+    model of the class. After the contextual supervision of local learning: earlier features go to the head alone.
+    """
+
+    def __init__(self, body: Slice, head: Slice, shares: bool = False, mixes: bool = False):
         super().__init__()
-        self.model = part.model
-        self.part = part
+        self.temperature = Temperature() if shares else None
+        self.feature_scale = nn.Parameter(torch.zeros(1)) if mixes else None
+        self.kept: torch.Tensor | None = None
+        self.body = body
+        self.head = head
+        self.body_model = body.model
+        self.head_model = head.model
+
+    def features(self, input_ids: torch.Tensor, hidden: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
+        """The block's output (B, T, D) with its graph; arguments as in forward."""
+        assert (hidden is None) == self.body.is_first, "only the first block starts from ids"
+        entering = None if hidden is None else hidden.to(self.body.model.dtype)
+        return self.body(entering, input_ids=input_ids, **inputs)[0]
+
+    def readout(
+        self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """The mean next-token loss of features (B, T, D), a float32 scalar."""
+        return head_loss(self.head, self.normed(features, input_ids, **inputs), input_ids, labels)
+
+    def logits(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The head's logits (B, T, V) of features (B, T, D)."""
+        return head_logits(self.head, self.normed(features, input_ids, **inputs), input_ids)
+
+    def normed(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """What the output matrix reads of features (B, T, D)."""
+        _, normed = self.head(features, input_ids=input_ids, **inputs)
+        return normed if self.temperature is None else self.temperature(normed)
 
     def forward(
         self,
@@ -29,38 +64,64 @@ class Block(nn.Module):
         hidden: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         return_logits: bool = False,
+        detach_head: bool = False,
+        window: torch.Tensor | None = None,
+        keep_normed: bool = False,
         **inputs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """input_ids (B, T), hidden (B, T, D) from the block before or None at the start of the model; inputs are the
         model's own attention_mask and position_ids where the data has them.
 
-        Returns the mean next-token loss (float32 scalar), or the local head's logits (B, T, V) if wanted, and the
-        hidden states (B, T, D) for the block behind.
+        Returns the local loss (float32 scalar), or the head's logits (B, T, V) if wanted; the hidden states (B, T, D)
+        for the block behind, which carry no graph; and the same with their graph, for a method that sends gradients
+        back. With detach_head the loss trains the head alone, with a window (B, L) it is that of those positions. With
+        keep_normed what the output matrix read is there to be taken.
         """
-        leaving, normed = self.part(self._entering(hidden), input_ids=input_ids, **inputs)
+        features = self.features(input_ids, hidden, **inputs)
+        leaving = features.detach()
+        read = leaving if detach_head else features
+        if self.feature_scale is not None:
+            assert hidden is not None
+            # detached: overlapping blocks would send a gradient down through it
+            read = read + self.feature_scale.to(read.dtype) * hidden.detach().to(read.dtype)
         if return_logits:
-            result = head_logits(self.part, normed, input_ids)
-        else:
-            result = head_loss(self.part, normed, input_ids, labels)
-        return result, leaving.detach()
+            return self.logits(read, input_ids, **inputs), leaving, features
+        read_by_head: dict[str, Any] = {"input_ids": input_ids, "labels": labels, **inputs}
+        if window is not None:
+            read, read_by_head = cut(read, window), cut_inputs(self.head, window, read_by_head)
+        if keep_normed:
+            self.kept = self.normed(read, input_ids, **inputs)
+            return head_loss(self.head, self.kept, input_ids, labels), leaving, features
+        return self.readout(read, **read_by_head), leaving, features
 
-    def _entering(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        assert (hidden is None) == self.part.is_first, "only the first block starts from ids"
-        return None if hidden is None else hidden.to(self.model.dtype)
+    def take_normed(self) -> torch.Tensor:
+        """(B, T, D) what the output matrix read in the last forward pass, with its graph."""
+        kept, self.kept = self.kept, None
+        assert kept is not None, "the last forward pass kept nothing"
+        return kept
 
 
-def build_slice(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, span: Span) -> Slice:
-    """New or pretrained weights for the layers of one block, and of no other.
+def build_slice(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    span: Span,
+    has_head: bool,
+    head_of: int | None = None,
+    output_of: int | None = None,
+) -> Slice:
+    """New or pretrained weights for some layers, and of no others; head_of and output_of as in new_slice.
 
     Raises ConfigError or SliceError where the weights cannot be had or the head cannot be run by itself.
     """
     model_args: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
-    layers = config.private_head_layers
     if config.model.model_name_or_path:
-        part = load_slice(config.model.model_name_or_path, model_config, anatomy, span, layers, **model_args)
+        part = load_slice(config.model.model_name_or_path, model_config, anatomy, span, has_head, **model_args)
     else:
-        part = new_slice(model_config, anatomy, span, config.train.seed, layers, **model_args)
-    fit_head(part)
+        seed = config.train.seed
+        part = new_slice(model_config, anatomy, span, seed, has_head, head_of, output_of, **model_args)
+    if has_head:
+        fit_head(part)
     if config.model.attn_implementation:  # only now: the head is looked at on the CPU, where not every kernel runs
         part.model.set_attn_implementation(config.model.attn_implementation)
     if config.train.gradient_checkpointing:
@@ -69,8 +130,32 @@ def build_slice(config: RunConfig, model_config: PretrainedConfig, anatomy: Anat
     return part
 
 
+def build_block(
+    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition, index: int
+) -> Block:
+    """Block `index` of the model."""
+    span = partition.blocks[index]
+    private = partition.private_layers(index, config.head_layers_schedule)
+    body = build_slice(config, model_config, anatomy, span, has_head=False)
+    shares = config.shares_head and index + 1 < len(partition.blocks)
+    output_of = anatomy.num_layers if shares else None
+    head = build_slice(config, model_config, anatomy, private, has_head=True, head_of=span.stop, output_of=output_of)
+    if partition.overlap and index + 1 < len(partition.blocks) and partition.overlap < len(span):
+        body.add_seam(span.stop - partition.overlap)
+    if config.local.head_rank is not None:
+        make_low_rank(head, config.local.head_rank, config.train.seed, is_new=not config.model.model_name_or_path)
+    if shares:
+        make_read_only(head)
+    elif body.is_first and model_config.get_text_config(decoder=True).tie_word_embeddings:
+        tied: Any = head.model.get_output_embeddings()
+        tied.weight = body.model.get_input_embeddings().weight
+    mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
+    return Block(body, head, shares, mixes)
+
+
 def build_blocks(
     config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition, stage: int
 ) -> list[Block]:
     """The blocks of one stage, in order."""
-    return [Block(build_slice(config, model_config, anatomy, span)) for span in partition.blocks_of(stage)]
+    blocks = partition.stages[stage]
+    return [build_block(config, model_config, anatomy, partition, i) for i in range(blocks.start, blocks.stop)]

@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm_local import corpus
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import ConfigError, RunConfig, from_here
 
 VOCAB_SIZE = 4096
 SPACE_MARK = "\u2581"
@@ -65,7 +65,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         repair = "give a directory with tokenizer.json and tokenizer_config.json, or a hub name"
-        raise ConfigError([f"{field}={name!r} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
+        named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))
+        raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
 
 
 def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_size: int = VOCAB_SIZE) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,18 +20,29 @@ import torch
 
 from llm_local.anatomy import load_model_config, text_config
 from llm_local.backprop import make_backprop_engine
-from llm_local.checkpoint import Layout, layout_of, load_checkpoint, save_checkpoint
+from llm_local.checkpoint import (
+    BrokenCheckpoint,
+    Layout,
+    layout_of,
+    load_checkpoint,
+    load_shared_head,
+    save_checkpoint,
+)
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.data import prepare
+from llm_local.data import Sequences, prepare
 from llm_local.device import peak_memory_bytes, seed_everything, synchronize
+from llm_local.distillation import Distillation
 from llm_local.ds_config import resolve
 from llm_local.engine import LocalEngine, NonFiniteLoss, StepResult, make_block_engine
 from llm_local.feed import Feed
 from llm_local.finish import Engine, finish
-from llm_local.links import Receiver, Sender
+from llm_local.head_plan import HeadPlan
+from llm_local.links import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
+from llm_local.refresh import Refresher, make_refresher
+from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.stage import build_blocks
 from llm_local.tokenizer import load_tokenizer
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
@@ -47,9 +59,11 @@ from llm_local.world import (
     say_no,
 )
 
-RUN = "llm_local"  # prefix of the store's keys
+Sources = tuple[Sequences, Sequences]  # training and validation
+
 REFUSED = 2
 LAUNCHER_SECONDS = 10.0
+_started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0
 
 
@@ -63,14 +77,18 @@ class Run:
     world: World
     engine: Engine
     feed: Feed | None
-    links: list[Sender | Receiver]
+    links: Links
+    refresher: Refresher | None
     metrics: MetricsFile | None
     progress: Progress
     first_step: int
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains one rank's share. Returns 0, 2 for a configuration that was refused, 1 for a run that failed."""
+    """Trains one rank's share, once in a process. Returns 0, 2 for a run that was refused, 1 for one that failed."""
+    if _started.is_set():
+        print("llm_local: this process has had its run; start another process for the next one", file=sys.stderr)
+        return REFUSED
     quiet_libraries()
     rank = int(os.environ.get("RANK", "0"))
     watchdog = Watchdog(rank)
@@ -81,19 +99,17 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(rank, error)
     try:
-        if rank == 0:
-            print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
-        plan = preflight(config, launch.world_size) if rank == 0 else None
-    except ConfigError as error:
-        _refuse(rank, error)
-        say_no(launch, RUN, REFUSAL_SECONDS)
-        return REFUSED
+        plan, sources = _check(config, launch.world_size) if rank == 0 else (None, None)
+    except Exception as error:
+        return _call_off(config, launch, error)
+    _started.set()
     try:
-        run = build(config, launch, watchdog, plan)
+        run = build(config, launch, watchdog, plan, sources)
         train(run)
         finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress)
-        for link in run.links:
-            link.close(config.train.max_steps)
+        run.links.close(config.train.max_steps)
+        if run.refresher is not None:
+            run.refresher.close(config.train.max_steps)
         run.world.finish()
     except Refused:
         return REFUSED
@@ -105,6 +121,32 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         _fail(watchdog, error)
     return 0
+
+
+def _check(config: RunConfig, world_size: int) -> tuple[Plan, Sources]:
+    """Rank 0's part of a start, while the others wait at the rendezvous: nothing is written but below cache_dir.
+
+    Raises ConfigError for all that is wrong with the run and its data.
+    """
+    print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
+    plan = preflight(config, world_size)
+    return plan, prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
+
+
+def store_name(config: RunConfig) -> str:
+    """Prefix of the store's keys. Ranks that reach another run's store, by a port used twice, find nothing there."""
+    return f"llm_local/{config.train.output_dir}"
+
+
+def _call_off(config: RunConfig, launch: Launch, error: Exception) -> int:
+    """Says why there is no run, and tells the ranks that wait for one; only a defect shows its traceback."""
+    if isinstance(error, ConfigError):
+        status = _refuse(0, error)
+    else:
+        traceback.print_exception(error)
+        status = 1
+    say_no(launch, store_name(config), REFUSAL_SECONDS)
+    return status
 
 
 def quiet_libraries() -> None:
@@ -132,30 +174,33 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
     """Ends the process with a message that names what ended the run first; only a defect shows its traceback."""
     ours = str(error).splitlines()[0] if str(error) else type(error).__name__
     # A collective or the store that loses a peer raises a plain RuntimeError.
-    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, NonFiniteLoss)
+    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, (NonFiniteLoss, BrokenCheckpoint))
     cause = watchdog.explain() if by_a_peer else None
-    if not cause and not isinstance(error, (LostPeer, NonFiniteLoss)):
+    if not cause and not isinstance(error, (LostPeer, NonFiniteLoss, BrokenCheckpoint)):
         traceback.print_exc()
     watchdog.fail(ours, cause)
 
 
-def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None) -> Run:
-    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan."""
+def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None, sources: Sources | None) -> Run:
+    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
     startup = float(config.train.ddp_timeout)
-    store = open_store(launch, RUN, startup)
+    store = open_store(launch, store_name(config), startup)
     if plan is not None:
         open_output(config, plan)
         store.set(PLAN, plan.to_json())
     plan = Plan.from_json(fetch_plan(store, startup))
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
-    join_stage(world, one_world=config.local.method == "backprop")
+    join_stage(world, one_world=config.is_pipelined)
     model_config = load_model_config(config.model)
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
-    feed = _make_feed(config, world, startup) if place.is_first_stage else None
+    feed = _make_feed(config, place, sources) if place.is_first_stage else None
     seed_everything(config.train.seed + place.rank)
     engine, links = _make_engine(config, plan, world, feed)
     first_step = load_checkpoint(Path(plan.checkpoint), world, layout, engine.engines) if plan.checkpoint else 0
+    refresher = make_refresher(config, plan.partition, world, links, engine.engines)
+    if refresher is not None:
+        refresher.start(first_step, load_shared_head(Path(plan.checkpoint), place) if plan.checkpoint else None)
     metrics = None
     if place.is_recorder:
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
@@ -165,43 +210,58 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
         progress.say(f"llm_local: warning: {warning}")
     layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
     progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
-    return Run(config, plan, layout, world, engine, feed, links, metrics, progress, first_step)
+    return Run(config, plan, layout, world, engine, feed, links, refresher, metrics, progress, first_step)
 
 
-def _make_feed(config: RunConfig, world: World, startup: float) -> Feed:
-    """Rank 0 prepares the data once; the other replicas find it in the cache."""
-    if world.place.rank != 0:
-        world.fetch("data", startup, "rank 0 to prepare the data")
-    tokenizer = load_tokenizer(config)
-    sources = prepare(config, tokenizer, progress=world.place.rank == 0 and sys.stderr.isatty())
-    world.publish("data", "ready")
+def _make_feed(config: RunConfig, place: Place, sources: Sources | None) -> Feed:
+    """Rank 0 has prepared the data before it published the plan; the other replicas find it in the cache."""
+    sources = sources or prepare(config, load_tokenizer(config))
     train = config.train
     rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(*sources, world.place, rows, micro_batches, train.eval_batches)
+    return Feed(*sources, place, rows, micro_batches, train.eval_batches)
 
 
-def _make_engine(
-    config: RunConfig, plan: Plan, world: World, feed: Feed | None
-) -> tuple[Engine, list[Sender | Receiver]]:
+def _make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) -> tuple[Engine, Links]:
     place, startup = world.place, float(config.train.ddp_timeout)
     model_config = load_model_config(config.model)
     text, cpu = text_config(model_config), world.device.type == "cpu"
     name = f"stage-{place.stage:02d}"
-    if config.local.method == "backprop":
+    if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
-        return make_backprop_engine(config, model_config, plan.anatomy, plan.partition, settings, feed), []
+        return make_backprop_engine(config, model_config, plan.anatomy, plan.partition, settings, feed), Links()
     blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage)
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 else None
         engines.append(make_block_engine(config, block, resolve(config, place.num_replicas, text, cpu, monitor)))
     world.everybody("ready", startup, "all stages to be built")
-    receiver = None if place.is_first_stage else Receiver(world)
-    sender = None if place.is_last_stage else Sender(world, config.wire_dtype, config.local.max_packets_in_flight)
+    local = config.local
+    schedule = DistillationSchedule if local.distillation_weight else LocalSchedule
+    if local.method == "overlapping":
+        schedule = OverlapSchedule
+    back_dtype = "fp32" if local.distillation_weight else config.wire_dtype  # there are token numbers among the targets
+    sends_back = schedule is not LocalSchedule or local.final_backprop_steps > 0
+    links = Links.join(
+        world,
+        config.wire_dtype,
+        local.max_packets_in_flight,
+        back_dtype=back_dtype if sends_back else None,
+        refresh_dtype=config.precision if config.shares_head else None,
+    )
     micro_batches = config.train.gradient_accumulation_steps
-    engine = LocalEngine(engines, place.stage, place.num_stages, micro_batches, feed, receiver, sender)
-    return engine, [link for link in (receiver, sender) if link is not None]
+    engine = LocalEngine(
+        engines,
+        place.stage,
+        place.num_stages,
+        micro_batches,
+        lambda step: GlobalSchedule if config.is_global(step) else schedule,
+        feed,
+        links,
+        HeadPlan.of(config, plan.partition, place.stage, place.replica, place.num_replicas),
+        Distillation(local.distillation_weight, local.distillation_top_k),
+    )
+    return engine, links
 
 
 def train(run: Run) -> None:
@@ -211,17 +271,29 @@ def train(run: Run) -> None:
         last = step == train.max_steps
         run.world.watchdog.step = step
         before = _Meter(run)
-        result = run.engine.train_batch(step)
+        result = _train_step(run, step)
         if step == 1 or step % train.logging_steps == 0 or last:
             _record_step(run, step, result, before)
         run.progress.step(time.perf_counter() - before.start)
         if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
             _evaluate(run, step)
         if train.save_steps and step % train.save_steps == 0:
-            save_checkpoint(run.world, run.config, run.layout, run.engine.engines, step)
+            shared_head = run.refresher.state() if run.refresher else None
+            save_checkpoint(
+                run.world, run.config, run.layout, run.engine.engines, step, run.plan.carried_over, shared_head
+            )
     if train.eval_batches:
         _evaluate(run, train.max_steps)
     run.progress.close()
+
+
+def _train_step(run: Run, step: int) -> StepResult:
+    if run.refresher is not None:
+        run.refresher.before(step)
+    result = run.engine.train_batch(step)
+    if run.refresher is not None:
+        run.refresher.after(step)
+    return result
 
 
 class _Meter:
@@ -229,9 +301,13 @@ class _Meter:
 
     def __init__(self, run: Run):
         self.start = time.perf_counter()
-        self.wait = sum(link.wait_seconds for link in run.links)
-        self.sent = sum(link.bytes for link in run.links if isinstance(link, Sender))
-        self.received = sum(link.bytes for link in run.links if isinstance(link, Receiver))
+        links = run.links
+        self.wait = sum(link.wait_seconds for link in links.all())
+        self.sent = links.sender.bytes if links.sender else 0
+        self.received = links.receiver.bytes if links.receiver else 0
+        self.gradients = links.gradient_sender.bytes if links.gradient_sender else 0
+        self.refreshes = run.refresher.sent_bytes if run.refresher else 0
+        self.wait += run.refresher.wait_seconds if run.refresher else 0.0
 
 
 def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> None:
@@ -239,9 +315,11 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
     after = _Meter(run)
     mine = [after.start - before.start, after.wait - before.wait]
     mine += [float(after.sent - before.sent), float(after.received - before.received)]
+    mine += [float(after.gradients - before.gradients), float(after.refreshes - before.refreshes)]
     values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
-    *losses, seconds, wait, sent, received = run.world.mean_over_replicas(values).tolist()
+    *losses, seconds, wait, sent, received, gradients, refreshes = run.world.mean_over_replicas(values).tolist()
     replicas = run.world.place.num_replicas
+    counted = not run.config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
     if run.metrics is not None:
         run.progress.publish("train", step, losses[-1])
         run.metrics.write(
@@ -255,9 +333,11 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
                 lr=result.lr,
                 grad_norm=total_norm(result.grad_norms),
                 step_seconds=seconds,
-                wait_seconds=wait,
-                sent_bytes=round(sent * replicas),
-                received_bytes=round(received * replicas),
+                wait_seconds=wait if counted else None,
+                sent_bytes=round(sent * replicas) if counted else None,
+                received_bytes=round(received * replicas) if counted else None,
+                sent_gradient_bytes=round(gradients * replicas) if counted else None,
+                sent_refresh_bytes=round(refreshes * replicas) if counted else None,
                 peak_memory_bytes=peak_memory_bytes(run.world.device),
             )
         )

@@ -166,7 +166,8 @@ class World:
 def open_store(launch: Launch, run: str, seconds: float) -> Any:
     """The rendezvous that every launcher provides; rank 0 serves it unless torchrun's agent does.
 
-    Keys outlive a torchrun restart, so they carry the restart's number.
+    Keys outlive a torchrun restart, so they carry the restart's number. Raises ConfigError where the port is taken,
+    LostPeer where nobody serves it in time.
     """
     if "RANK" not in os.environ:
         os.environ.update(
@@ -176,6 +177,9 @@ def open_store(launch: Launch, run: str, seconds: float) -> Any:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            repair = "give this run another: --master_port N of the launcher (accelerate: --main_process_port N)"
+            raise ConfigError([f"the port of {address} is in use, perhaps by another run; {repair}"]) from error
         raise LostPeer(f"no rendezvous with rank 0 at {address} within {seconds:.0f} s: {error}") from error
     return dist.PrefixStore(f"{run}/{launch.restart}", store)
 
@@ -185,7 +189,7 @@ def say_no(launch: Launch, run: str, seconds: float) -> None:
     if launch.world_size == 1:
         return
     end = time.monotonic() + seconds
-    with suppress(RuntimeError):  # a launcher may have ended the others
+    with suppress(RuntimeError, ConfigError):  # a launcher may have ended the others
         store = open_store(launch, run, seconds)
         store.set(PLAN, "")
         while store.add(_TOLD, 0) < launch.world_size - 1 and time.monotonic() < end:

@@ -10,6 +10,11 @@ import sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds, and Ctrl-C ends them without a traceback
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store prints 40 lines of C++ frames a call
 
+import torch  # noqa: E402
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and warns in every process
+
 from llm_local.train import main  # noqa: E402
 
 if __name__ == "__main__":

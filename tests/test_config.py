@@ -137,8 +137,16 @@ class TestParse:
     def test_unknown_flags(self):
         assert refusal(["--max_step", "3"]) == [  # no abbreviations: max_step could as well be a slip
             "unknown argument '--max_step'; see pretrain.py --help",
-            "unknown argument '3'; see pretrain.py --help",
         ]
+        found = refusal(["--max_step", "3", "--sead=1", "two"])
+        assert [line.split(";")[0] for line in found] == [  # a flag and its value are one problem
+            "unknown argument '--max_step'",
+            "unknown argument '--sead=1'",
+            "unknown argument 'two'",
+        ]
+
+    def test_a_flag_of_another_program_is_answered_with_ours(self):
+        assert refusal(["--num_train_epochs", "3"]) == ["unknown argument '--num_train_epochs'; use --max_steps"]
 
     @pytest.mark.parametrize(
         ("arguments", "what"),
@@ -196,6 +204,45 @@ class TestRunConfig:
         assert config.wire_dtype == config.precision
         assert from_flat({**config.flat(), "wire_dtype": "fp16"}).wire_dtype == "fp16"
 
+    @pytest.mark.parametrize(
+        ("changes", "layers", "stride"),
+        [
+            ({}, None, None),
+            ({"layers_per_block": 3}, 3, None),
+            ({"method": "greedy"}, 1, None),
+            ({"method": "backprop"}, None, None),
+            ({"method": "overlapping"}, 2, 1),
+            ({"method": "overlapping", "layers_per_block": 3}, 3, 2),
+            ({"method": "overlapping", "layers_per_block": 4, "block_stride": 3}, 4, 3),
+        ],
+    )
+    def test_blocks_and_windows_of_a_method(self, changes, layers, stride):
+        config = from_flat(changes)
+        assert (config.block_layers, config.window_stride) == (layers, stride)
+
+    def test_the_last_steps_are_global(self):
+        config = from_flat({"max_steps": 10, "final_backprop_steps": 3})
+        assert [step for step in range(1, 11) if config.is_global(step)] == [8, 9, 10]
+        assert not from_flat({"max_steps": 10}).is_global(10)
+
+    def test_only_backprop_over_several_stages_is_deepspeeds_pipeline(self):
+        assert from_flat({"method": "backprop", "num_stages": 2}).is_pipelined
+        assert not from_flat({"method": "backprop"}).is_pipelined
+        assert not from_flat({"num_stages": 2}).is_pipelined
+
+    @pytest.mark.parametrize(
+        ("changes", "schedule"),
+        [
+            ({}, (0,)),
+            ({"head_layers": 2}, (2,)),
+            ({"head_layers_schedule": "2, 1,0"}, (2, 1, 0)),
+            ({"head_layers_schedule": "x"}, (0,)),
+            ({"head_layers_schedule": "2,1", "method": "backprop"}, (0,)),
+        ],
+    )
+    def test_private_layers_by_block(self, changes, schedule):
+        assert from_flat(changes).head_layers_schedule == schedule
+
     def test_folders(self, monkeypatch):
         assert from_flat({"output_dir": "a/b"}).output_dir == Path("a/b")
         assert from_flat({"cache_dir": "c"}).cache_dir == Path("c")
@@ -218,6 +265,15 @@ class TestStaticProblems:
             {"num_stages": 4, "stage_layers": "1, 2,3,4"},
             {"num_stages": 2, "method": "greedy", "layers_per_block": 1, "bf16": True},
             {"num_stages": 2, "method": "backprop", "fp16": True},
+            {"num_stages": 1, "method": "backprop"},
+            {"num_stages": 2, "method": "overlapping"},
+            {"method": "overlapping", "layers_per_block": 3},
+            {"method": "overlapping", "layers_per_block": 3, "block_stride": 2},
+            {"method": "overlapping", "layers_per_block": 4, "block_stride": 2},
+            {"final_backprop_steps": 10, "max_steps": 10},
+            {"head": "decoder", "head_layers_schedule": "0, 2,1", "head_rank": 4, "head_token_fraction": 0.25},
+            {"block_loss_weights": "0.5, 0", "head_features": True},
+            {"method": "backprop", "head": "decoder", "head_layers": 1},
             {"num_stages": 2, "layers_per_block": 3},
             {"config_name": None, "model_name_or_path": "m"},
             {"train_file": "t.txt", "validation_file": "v.txt"},
@@ -239,13 +295,47 @@ class TestStaticProblems:
                 "polynomial, inverse_sqrt",
             ),
             ({"report_to": "x"}, "report_to='x' is unknown; choose one of none, tensorboard, csv"),
-            (
-                {"method": "overlapping"},
-                "method='overlapping' is not built yet; use chunked with layers_per_block, greedy or backprop",
-            ),
-            ({"head": "shared"}, "head='shared' is not built yet; use head=linear, or decoder with head_layers"),
             ({"head": "decoder"}, "head=decoder needs private layers; set head_layers=1 or more, or use head=linear"),
             ({"head_layers": 2}, "head=linear has no private layers, head_layers is 2; use head=decoder"),
+            (
+                {"head": "decoder", "head_layers_schedule": "2,x"},
+                "head_layers_schedule='2,x' is not a list of whole numbers such as 2,1,1",
+            ),
+            (
+                {"head": "decoder", "head_layers_schedule": "2,-1"},
+                "head_layers_schedule='2,-1' is not a list of whole numbers such as 2,1,1",
+            ),
+            (
+                {"head": "decoder", "head_layers": 1, "head_layers_schedule": "2,1"},
+                "both head_layers=1 and head_layers_schedule='2,1' are given; keep one",
+            ),
+            (
+                {"head_layers_schedule": "2,1"},
+                "head=linear has no private layers, head_layers_schedule='2,1' is given; use head=decoder",
+            ),
+            (
+                {"head": "decoder", "head_layers_schedule": "0,0"},
+                "head=decoder needs private layers, head_layers_schedule='0,0' has none; use 1 or more, or head=linear",
+            ),
+            ({"head_token_fraction": 0.0}, "head_token_fraction=0.0 must lie in (0, 1]"),
+            ({"head_token_fraction": 1.1}, "head_token_fraction=1.1 must lie in (0, 1]"),
+            (
+                {"head_rank": 4},
+                "head_rank=4 is for the private layers of a head, head=linear has none; use head=decoder with "
+                "head_layers, or leave it out",
+            ),
+            ({"block_loss_weights": "1;2"}, "block_loss_weights='1;2' is not a list of numbers such as 0.5,1"),
+            ({"block_loss_weights": "1,nan"}, "block_loss_weights='1,nan' is not a list of numbers such as 0.5,1"),
+            ({"block_loss_weights": "1,-2"}, "block_loss_weights='1,-2' has the negative weight -2; use 0 or more"),
+            (
+                {"block_loss_weights": "0,0"},
+                "block_loss_weights='0,0' trains nothing; give at least one weight above 0",
+            ),
+            (
+                {"method": "backprop", "head_token_fraction": 0.5, "block_loss_weights": "2", "head_features": True},
+                "method=backprop has one head, the model's own; leave out head_token_fraction, head_features, "
+                "block_loss_weights",
+            ),
             ({"dataset_name": "d", "train_file": "t"}, "both dataset_name and train_file are given; keep one"),
             ({"validation_file": "v"}, "validation_file needs train_file"),
             ({"model_name_or_path": "m"}, "both model_name_or_path and config_name are given; keep one"),
@@ -274,15 +364,40 @@ class TestStaticProblems:
             ({"num_stages": 2, "stage_layers": "4,0"}, "stage_layers='4,0' leaves stage 1 without a layer"),
             (
                 {"method": "greedy", "layers_per_block": 2},
-                "layers_per_block=2 is for method=chunked, not greedy",
+                "layers_per_block=2 is for method=chunked and overlapping, not greedy",
             ),
             (
                 {"method": "backprop", "num_stages": 2, "layers_per_block": 2},
-                "layers_per_block=2 is for method=chunked, not backprop",
+                "layers_per_block=2 is for method=chunked and overlapping, not backprop",
+            ),
+            ({"block_stride": 1}, "block_stride=1 is for method=overlapping, not chunked"),
+            ({"method": "greedy", "block_stride": 2}, "block_stride=2 is for method=overlapping, not greedy"),
+            (
+                {"method": "overlapping", "layers_per_block": 3, "block_stride": 4},
+                "layers_per_block=3 with block_stride=4 leaves layers between the windows; use a stride from 2 to 2",
             ),
             (
-                {"method": "backprop"},
-                "method=backprop runs DeepSpeed's pipeline, which needs num_stages of 2 or more",
+                {"method": "overlapping", "block_stride": 2},
+                "layers_per_block=2 with block_stride=2: windows do not overlap; use a smaller stride, or "
+                "method=chunked",
+            ),
+            (
+                {"method": "overlapping", "layers_per_block": 5, "block_stride": 2},
+                "layers_per_block=5 with block_stride=2 puts layers into more than two windows, whose gradients would "
+                "go further than one block; use a stride of 3 or more",
+            ),
+            (
+                {"method": "overlapping", "layers_per_block": 1},
+                "layers_per_block=1 with block_stride=1: windows of one layer cannot overlap; use layers_per_block=2 "
+                "or more, or method=greedy",
+            ),
+            (
+                {"method": "backprop", "final_backprop_steps": 2},
+                "final_backprop_steps=2: every step of method=backprop is one; leave it out",
+            ),
+            (
+                {"final_backprop_steps": 11, "max_steps": 10},
+                "final_backprop_steps=11 is more than max_steps=10; lower it",
             ),
             ({"bf16": True, "fp16": True}, "both bf16 and fp16 are set; keep one"),
         ],
@@ -293,7 +408,7 @@ class TestStaticProblems:
     def test_every_number_has_a_bound(self):
         hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
         numbers = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
-        ranges = ("adam_beta1", "adam_beta2", "validation_split_percentage")
+        ranges = ("adam_beta1", "adam_beta2", "validation_split_percentage", "head_token_fraction")
         assert sorted(numbers) == sorted([*POSITIVE, *NOT_NEGATIVE, *ranges])
 
     @pytest.mark.parametrize("name", POSITIVE)

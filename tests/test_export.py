@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.config import parse
 from llm_local.data import prepare
-from llm_local.export import check_export, trim_config
+from llm_local.export import StageTensors, check_export, trim_config, write_stage
 from llm_local.tokenizer import load_tokenizer
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -125,3 +126,14 @@ def test_lists_with_an_entry_a_layer_are_trimmed():
     assert trimmed.num_hidden_layers == 2
     assert trimmed.layer_types == ["full_attention"] * 2
     assert len(config.layer_types) == 4
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_says_who_may_read_an_export(tmp_path: Path, mask: int):
+    before = os.umask(mask)
+    try:
+        write_stage(tmp_path, 0, 1, StageTensors({"a": torch.ones(1)}, {"b": torch.ones(1)}), has_head=True)
+    finally:
+        os.umask(before)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o666 & ~mask] * 2

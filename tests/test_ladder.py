@@ -8,9 +8,9 @@ import pytest
 import llm_local
 
 LADDER = """
-config problems partition schedule simulate device watchdog world links anatomy slices heads stage corpus tokenizer
-source_problems sources sequences data feed ds_config engine backprop checkpoint export metrics progress preflight
-finish train
+config partition costs head_plan head_problems problems schedule simulate device watchdog world links anatomy slices
+heads shared_head distillation lowrank windows stage refresh corpus tokenizer source_problems sources sequences data
+feed ds_config engine backprop checkpoint export metrics progress preflight examine finish train points comparison study
 """.split()  # noqa: SIM905
 
 MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")

@@ -39,11 +39,11 @@ def send_wrong(what: str) -> str:
     """Stage 0 sends something else than the packet of step 1 that stage 1 waits for."""
     world = meet()
     if not world.place.is_first_stage:
-        receiver = Receiver(world)
+        receiver = Receiver(world, world.place.stage - 1)
         said = error_of(world, receiver.receive, TRAIN, 1, 0)
         world.publish("seen", "1")
         return said
-    sender = Sender(world, "fp32", 1)
+    sender = Sender(world, 1, "fp32", 1)
     packets = {"step": Packet(TRAIN, 2, 0, IDS), "index": Packet(TRAIN, 1, 3, IDS), "kind": Packet(EVAL, 1, 0, IDS)}
     if what == "header":
         sender.control.finish(sender.control.send(torch.zeros(10, dtype=torch.int64)))
@@ -76,10 +76,10 @@ def test_a_packet_that_was_not_expected(what: str, said: str):
 def send_nothing() -> str:
     world = meet()
     if world.place.is_first_stage:
-        sender = Sender(world, "fp32", 1)
+        sender = Sender(world, 1, "fp32", 1)
         world.fetch("seen", 30.0, "stage 1 to give up")
         return f"{sender.bytes} bytes"
-    said = error_of(world, Receiver(world).receive, TRAIN, 1, 0)
+    said = error_of(world, Receiver(world, world.place.stage - 1).receive, TRAIN, 1, 0)
     world.publish("seen", "1")
     return said
 
@@ -93,10 +93,10 @@ def send_three(sender: Sender) -> None:
 def ask_for_nothing() -> str:
     world = meet()
     if world.place.is_first_stage:
-        said = error_of(world, send_three, Sender(world, "fp32", 1))
+        said = error_of(world, send_three, Sender(world, 1, "fp32", 1))
         world.publish("seen", "1")
         return said
-    receiver = Receiver(world)
+    receiver = Receiver(world, world.place.stage - 1)
     with suppress(LostPeer):  # stage 0 serves the store, and may be gone before it answers
         world.fetch("seen", 30.0, "stage 0 to give up")
     return f"{receiver.bytes} bytes"
@@ -126,9 +126,9 @@ def test_a_silent_peer_is_named_with_the_seconds(play: Any, victim: int, peer: i
 def lose_the_sender() -> str:
     world = meet()
     if world.place.is_first_stage:
-        Sender(world, "fp32", 1)
+        Sender(world, 1, "fp32", 1)
         return ""  # and its process ends
-    return error_of(world, Receiver(world).receive, TRAIN, 1, 0)
+    return error_of(world, Receiver(world, world.place.stage - 1).receive, TRAIN, 1, 0)
 
 
 def send_forever(sender: Sender) -> None:
@@ -140,8 +140,8 @@ def send_forever(sender: Sender) -> None:
 def lose_the_receiver(max_in_flight: int) -> str:
     world = meet()
     if world.place.is_first_stage:
-        return error_of(world, send_forever, Sender(world, "fp32", max_in_flight))
-    Receiver(world)
+        return error_of(world, send_forever, Sender(world, 1, "fp32", max_in_flight))
+    Receiver(world, world.place.stage - 1)
     return ""
 
 

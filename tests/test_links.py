@@ -32,12 +32,12 @@ def exchange() -> Any:
     world = meet()
     mask = torch.tensor([[1] * 6, [0] * 6])
     if world.place.stage == 0:
-        sender = Sender(world, "bf16", 2)
+        sender = Sender(world, 1, "bf16", 2)
         sender.send(packet(1, attention_mask=mask, labels=mask - 100))
         sender.send(Packet(EVAL, 1, 3, input_ids=torch.zeros(1, 2, dtype=torch.int64), hidden=torch.ones(1, 2, 4)))
         sender.close(1)
         return sender.bytes
-    receiver = Receiver(world)
+    receiver = Receiver(world, world.place.stage - 1)
     first, second = receiver.receive(TRAIN, 1, 0), receiver.receive(EVAL, 1, 3)
     receiver.close(1)
     assert first.hidden is not None
@@ -66,13 +66,13 @@ def run_ahead() -> int:
     """Stage 0 sends as fast as it may; stage 1 takes nothing until it has seen how far that was."""
     world = meet()
     if world.place.stage == 0:
-        sender = Sender(world, "fp32", MAX_IN_FLIGHT)
+        sender = Sender(world, 1, "fp32", MAX_IN_FLIGHT)
         for step in range(1, 11):
             sender.send(packet(step))
             world.publish(f"sent/{step}", "1")
         sender.close(10)
         return 0
-    receiver = Receiver(world)
+    receiver = Receiver(world, world.place.stage - 1)
     ahead = MAX_IN_FLIGHT + 1  # and the packet that the receiver holds ready
     world.fetch(f"sent/{ahead}", 20.0, "stage 0 to run ahead")
     time.sleep(1.0)

@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
+from llm_local.partition import Costs, Partition, Span, estimate_costs, held, make_partition
 
 LAYER_ONLY = Costs(layer=1.0, head=0.0)
 
@@ -42,7 +42,7 @@ def every_partition(num_layers: int, num_stages: int, layers_per_block: int | No
 def test_blocks_and_stages_cover_the_model_in_order(num_layers, layers_per_block, local_heads):
     num_blocks = -(-num_layers // (layers_per_block or 1))
     for num_stages in range(1, num_blocks + 1):
-        partition = make_partition(num_layers, num_stages, Costs(1, 2.5), layers_per_block, None, local_heads)
+        partition = make_partition(num_layers, num_stages, Costs(1, 2.5), layers_per_block, local_heads=local_heads)
         assert partition.num_layers == num_layers
         assert partition.num_stages == num_stages
         assert [i for block in partition.blocks for i in range(block.start, block.stop)] == list(range(num_layers))
@@ -62,7 +62,7 @@ def test_no_cut_has_a_cheaper_costliest_stage(head, layers_per_block, local_head
     costs = Costs(layer=2, head=head)
     for num_layers in range(1, 9):
         for num_stages in range(1, -(-num_layers // (layers_per_block or 1)) + 1):
-            chosen = make_partition(num_layers, num_stages, costs, layers_per_block, None, local_heads)
+            chosen = make_partition(num_layers, num_stages, costs, layers_per_block, local_heads=local_heads)
             best = min(
                 max(stage_costs(partition, costs, local_heads))
                 for partition in every_partition(num_layers, num_stages, layers_per_block)
@@ -125,6 +125,69 @@ def test_describe_shows_a_range_for_each_block():
 def test_costs_follow_the_formula():
     costs = estimate_costs(layer_parameters=1000, head_parameters=50, hidden_size=8, seq_length=32)
     assert costs == Costs(layer=6 * 1000 + 12 * 32 * 8, head=300)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "window", "stride", "ends"),
+    [(4, 2, 1, [2, 3, 4]), (8, 3, 2, [3, 5, 7, 8]), (8, 4, 2, [4, 6, 8]), (6, 5, 3, [5, 6])],
+)
+def test_windows_leave_a_block_what_no_earlier_one_has(num_layers, window, stride, ends):
+    """Block b ends where window b ends, and the overlap is what the window has of the block below."""
+    partition = make_partition(num_layers, 1, LAYER_ONLY, window, stride)
+    assert [block.stop for block in partition.blocks] == ends
+    assert [block.start for block in partition.blocks] == [0, *ends[:-1]]
+    assert partition.overlap == window - stride
+    whole = partition.blocks[1:] if ends[-1] - ends[-2] == stride else partition.blocks[1:-1]
+    for block in whole:
+        assert len(block) + partition.overlap == window
+
+
+def test_blocks_side_by_side_do_not_overlap():
+    assert make_partition(8, 2, LAYER_ONLY).overlap == make_partition(8, 2, LAYER_ONLY, 2).overlap == 0
+
+
+def test_stages_of_overlapping_blocks():
+    costs = Costs(1.0, 1.0)
+    partition = make_partition(8, 2, costs, 3, 2)
+    assert partition.stages == (Span(0, 2), Span(2, 4)), "layers 0-2, 3-4 and 5-6, 7"
+    assert partition.describe() == "stage 0: layers 0-2, 3-4 | stage 1: layers 5-6, 7"
+    assert make_partition(4, 3, costs, 2, 1).describe() == "stage 0: layers 0-1 | stage 1: layers 2 | stage 2: layers 3"
+    by_hand = make_partition(8, 2, costs, 3, 2, stage_layers=[3, 5])
+    assert by_hand.stages == (Span(0, 1), Span(1, 4))
+    deep = make_partition(8, 2, costs, 3, 2, head_layers=(0, 0, 2))
+    assert sizes(deep) == [5, 3], "costs 5 and 4: above layer 6 there is room for one private layer"
+
+
+def test_one_window_has_nothing_to_overlap_with():
+    for num_layers in (2, 3):
+        with pytest.raises(ValueError, match=f"makes one window of the model's {num_layers} layers, nothing overlaps"):
+            make_partition(num_layers, 1, LAYER_ONLY, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [((2,), [2, 2, 2, 0]), ((3,), [3, 3, 2, 0]), ((0, 3, 1), [0, 3, 1, 0]), ((1, 0), [1, 0, 0, 0])],
+)
+def test_the_last_number_of_a_schedule_holds_for_the_rest(schedule, wanted):
+    partition = make_partition(8, 1, LAYER_ONLY, 2)
+    spans = [partition.private_layers(block, schedule) for block in range(4)]
+    assert [span.start for span in spans] == [2, 4, 6, 8], "a head's layers are named as those behind the block"
+    assert [len(span) for span in spans] == wanted, "and end where the model ends"
+    assert [held((2, 0, 1), block) for block in range(5)] == [2, 0, 1, 1, 1]
+
+
+def test_a_stage_pays_for_the_heads_of_all_its_blocks():
+    """The first head's private layers weigh as much as all layers, the output matrices more."""
+    by_block = [sizes(make_partition(6, 2, Costs(1, h), 1, head_layers=(4, 0))) for h in (0, 5)]
+    assert by_block == [[1, 5], [3, 3]], "costs 5 and 5, then 7 + 15 and 3 + 15"
+    assert sizes(make_partition(6, 2, Costs(1, 5), head_layers=(2, 0))) == [2, 4], "one block, one matrix a stage"
+
+
+def test_heads_that_see_few_tokens_leave_room_for_layers():
+    """A quarter of the positions: the last stage has the only whole head."""
+    costs = Costs(1, 4)
+    assert sizes(make_partition(7, 2, costs, token_fraction=0.25)) == [5, 2], "costs 6 and 6"
+    assert sizes(make_partition(7, 2, costs, 1, token_fraction=0.25)) == [4, 3], "costs 8 and 9"
 
 
 def test_more_stages_than_layers():

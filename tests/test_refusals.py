@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import TINY, Trainer
 from launching import by_hand, deepspeed, job
+from transformers.utils import is_flash_attn_2_available
 
 from llm_local.config import ConfigError, parse
 from llm_local.preflight import preflight
@@ -122,6 +123,18 @@ def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reas
 
 
 @pytest.mark.parametrize(
+    ("kernel", "reason"), [("flash_attention_2", "FlashAttention2"), ("flesh_attention", "is not supported")]
+)
+def test_an_attention_kernel_that_is_not_there(problems, kernel: str, reason: str):
+    if is_flash_attn_2_available():
+        pytest.skip("this machine has flash attention")
+    (found,) = problems(attn_implementation=kernel)
+    assert found.startswith(f"attn_implementation={kernel} cannot be used (")
+    assert reason in found
+    assert found.endswith("; install what it needs, or use sdpa or eager")
+
+
+@pytest.mark.parametrize(
     ("settings", "flags", "said"),
     [
         ("{,", {}, "ds.json is not JSON: line 1"),
@@ -129,6 +142,7 @@ def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reas
         ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage=4 in "),
         ({"train_micro_batch_size_per_gpu": 5}, {}, "write 'auto' there"),
         ({"gradient_clipping": 5.0}, {"max_grad_norm": 1.0}, "write 'auto' there"),
+        ({"bf16": {"enabled": True}}, {}, "write 'auto' there, or give the flag (--bf16)"),
         ({"zero_optimization": {"stage": 1, "allgather_bucket_size": "auto"}}, {}, "is 'auto', but no flag has its"),
         ({"pipeline": {"seed_layers": True}}, {}, "the pipeline section of "),
     ],
@@ -161,7 +175,8 @@ def test_the_batch_of_all_replicas_may_stand_in_the_deepspeed_file(trainer: Trai
 
 
 def test_a_deepspeed_file_that_is_missing(problems):
-    assert problems(deepspeed="missing.json") == ["deepspeed=missing.json: No such file or directory"]
+    said = f"deepspeed=missing.json (relative to {Path.cwd()}): No such file or directory"
+    assert problems(deepspeed="missing.json") == [said]
 
 
 def test_a_folder_with_another_run(problems, tmp_path: Path):
@@ -172,6 +187,46 @@ def test_a_folder_with_another_run(problems, tmp_path: Path):
     assert found[0].startswith(f"output_dir={tmp_path / 'run'} holds another run; go on with it (--resume_from_checkpo")
     (tmp_path / "file").write_text("")
     assert problems(output_dir=tmp_path / "file") == [f"output_dir={tmp_path / 'file'} is a file; name a folder"]
+    assert problems(resume_from_checkpoint="false")[0].startswith(f"output_dir={tmp_path / 'run'} holds another run")
+
+
+def test_folders_that_cannot_be_written(problems, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    cases = ((tmp_path / "file" / "in", "Not a directory"), (Path("/proc/new"), "No such file or directory"))
+    for name in ("output_dir", "cache_dir"):
+        for folder, reason in cases:
+            assert problems(**{name: folder}) == [
+                f"{name}={folder} cannot be written ({reason}); choose another, or change its permissions"
+            ]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("config_name", "export/config.json"),
+        ("model_name_or_path", "export"),
+        ("tokenizer_name", "export/exits/stage-00"),
+        ("train_file", "metrics/text.txt"),
+        ("dataset_name", "checkpoints/data"),
+        ("deepspeed", "run.yaml"),
+        ("cache_dir", "csv/cache"),
+    ],
+)
+def test_what_a_run_reads_is_not_overwritten_by_it(trainer: Trainer, tmp_path: Path, name: str, where: str):
+    path = tmp_path / "run" / where
+    (path.parent if path.suffix else path).mkdir(parents=True)
+    if path.suffix:
+        path.write_text("{}")
+    settings = {"config_name": None, "train_file": None, name: path, "overwrite_output_dir": True}
+    with pytest.raises(ConfigError) as refusal:
+        preflight(parse(trainer.flags("run", **settings)), 1)
+    entry = tmp_path / "run" / Path(where).parts[0]
+    said = f"{name}={path} lies in {entry}, which overwrite_output_dir removes before the run reads it; choose another"
+    assert [line for line in refusal.value.problems if line.startswith(said)]
+    again = trainer.flags("run", **(settings | {"overwrite_output_dir": False}))
+    with pytest.raises(ConfigError) as refusal:
+        preflight(parse(again), 1)
+    assert "removes" not in str(refusal.value)
 
 
 def test_a_checkpoint_that_is_not_there_or_half_written(problems, tmp_path: Path):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Trainer, records, weights
 
-from llm_local.checkpoint import TensorsOnly, find_checkpoint, read_step
+from llm_local.checkpoint import BrokenCheckpoint, TensorsOnly, find_checkpoint, load_checkpoint, read_step
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.preflight import preflight
+from llm_local.world import Place
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 DROPOUT = {"attention_dropout": 0.1}
+WORLD: Any = SimpleNamespace(place=Place(0, 1, 1), device=torch.device("cpu"))
+CHUNKED: Any = SimpleNamespace(method="chunked", num_stages=1)
 
 
 def same_bits(one: Path, other: Path) -> None:
@@ -62,7 +67,8 @@ def test_a_half_written_checkpoint_is_never_picked_and_old_ones_go(trainer: Trai
     flat = {"output_dir": str(output), "resume_from_checkpoint": "true"}
     assert find_checkpoint(from_flat(flat)) == checkpoints / "step-00000003"
     assert find_checkpoint(from_flat(flat | {"resume_from_checkpoint": str(output)})) == checkpoints / "step-00000003"
-    again = trainer.run("run", 2, num_stages=2, max_steps=5, save_steps=1, resume_from_checkpoint="last")
+    settings = {"num_stages": 2, "max_steps": 5, "save_steps": 1, "learning_rate": 1.0}
+    again = trainer.run("run", 2, resume_from_checkpoint="last", **settings)
     assert [r["step"] for r in records(again, 1)] == [1, 2, 3, 4, 5]
     flags = trainer.flags("run", num_stages=2, resume_from_checkpoint="true", max_steps=6, learning_rate=1.0)
     (warning,) = preflight(parse(flags), 2).warnings
@@ -92,6 +98,44 @@ class Intruder:
 
 def test_loading_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.save({"module": torch.ones(2), "more": Intruder()}, tmp_path / "state.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(BrokenCheckpoint) as refusal:
         TensorsOnly().load(str(tmp_path / "state.pt"))
+    assert isinstance(refusal.value.__cause__, pickle.UnpicklingError)
     assert "ran" not in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path: Path):
+    state = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": torch.ones(1000)}, state)
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(RuntimeError, match=f"^{state}: .*; resume from an earlier checkpoint$"):
+        TensorsOnly().load(str(state))
+
+
+class Engine:
+    """As DeepSpeed's, that finds nothing in the folder."""
+
+    def __init__(self, by_assertion: bool):
+        self._by_assertion = by_assertion
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[None, dict]:
+        assert not self._by_assertion
+        return None, {}
+
+
+@pytest.mark.parametrize("by_assertion", [True, False])
+def test_a_block_without_its_files_is_named(tmp_path: Path, by_assertion: bool):
+    engine: Any = Engine(by_assertion)
+    folder = tmp_path / "stage-00" / "block-000"
+    with pytest.raises(RuntimeError, match=f"^{folder}: .* missing.*; resume from an earlier checkpoint$"):
+        load_checkpoint(tmp_path, WORLD, CHUNKED, [engine])
+
+
+@pytest.mark.parametrize("content", [None, b"no tensors"])
+def test_random_states_that_are_missing_or_damaged_are_named(tmp_path: Path, content: bytes | None):
+    rng = tmp_path / "stage-00" / "rng-00.safetensors"
+    rng.parent.mkdir()
+    if content is not None:
+        rng.write_bytes(content)
+    with pytest.raises(RuntimeError, match=f"^{rng}: .*; resume from an earlier checkpoint$"):
+        load_checkpoint(tmp_path, WORLD, CHUNKED, [])

@@ -17,7 +17,13 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from llm_local import schedule
-from llm_local.schedule import LocalEvalSchedule, LocalSchedule
+from llm_local.schedule import (
+    DistillationSchedule,
+    GlobalSchedule,
+    LocalEvalSchedule,
+    LocalSchedule,
+    OverlapSchedule,
+)
 from llm_local.simulate import Durations, picture, simulate
 
 SHAPES = [(1, 1), (1, 4), (2, 1), (2, 4), (3, 2), (4, 4), (4, 8), (5, 3), (8, 16)]
@@ -34,7 +40,7 @@ def names(schedule_of_stage):
 def test_docstring_shows_what_the_simulation_draws():
     drawn = [
         picture(simulate(lambda stage, make=make: make(4, 2, stage), num_stages=2, num_steps=2))
-        for make in (LocalSchedule, TrainSchedule)
+        for make in (LocalSchedule, OverlapSchedule, TrainSchedule)
     ]
     lines = [line for line in schedule.__doc__.splitlines() if line.lstrip().startswith("stage ")]
     assert textwrap.dedent("\n".join(lines)) == "\n".join(drawn)
@@ -138,3 +144,69 @@ def test_filling_the_pipe_costs_a_forward_pass_a_stage(num_stages, micro_batches
     num_steps = 4
     timeline = simulate(local, num_stages, num_steps, Durations(forward=1, backward=2, optimizer=1))
     assert timeline.makespan == num_steps * (3 * micro_batches + 1) + num_stages - 1
+
+
+GOLDEN = {
+    OverlapSchedule: """\
+stage 0 | FBFBGGOFBFBGGO
+stage 1 |  FBFBGGOFBFBGGO
+stage 2 |   FBFBO  FBFBO
+""",
+    DistillationSchedule: """\
+stage 0 | FFBBOFF BBO
+stage 1 |  FFB BOFFB BO
+stage 2 |   FBFBO FBFBO
+""",
+    GlobalSchedule: """\
+stage 0 | FF   G GOFF   G GO
+stage 1 |  FF G GO  FF G GO
+stage 2 |   FBFBO    FBFBO
+""",
+}
+
+
+@pytest.mark.parametrize("make", GOLDEN)
+def test_pictures_of_what_sends_back(make: type[LocalSchedule]):
+    """Three stages, two micro-batches, two steps."""
+    drawn = picture(simulate(lambda stage: make(2, 3, stage), num_stages=3, num_steps=2, max_packets_in_flight=1))
+    assert drawn == GOLDEN[make].rstrip()
+
+
+@pytest.mark.parametrize("make", GOLDEN)
+@pytest.mark.parametrize(("micro_batches", "stages"), SHAPES)
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_every_micro_batch_comes_and_goes_once(make: type[LocalSchedule], micro_batches, stages, num_blocks):
+    """Every message meets its receive with one packet in flight, and no buffer is taken before it is free."""
+    schedules = [make(micro_batches, stages, stage, num_blocks) for stage in range(stages)]
+    simulate(lambda stage: schedules[stage], stages, num_steps=2, max_packets_in_flight=1)
+    for stage, made in enumerate(schedules):
+        sent_back = [i for i in instructions(made) if isinstance(i, SendGrad)]
+        assert len(sent_back) == (micro_batches if stage > 0 else 0)
+        backward = [i for i in instructions(made) if isinstance(i, BackwardPass)]
+        owed = set()
+        for i in instructions(made):
+            if isinstance(i, (LoadMicroBatch, RecvActivation)):
+                assert not owed & {(i.buffer_id, block) for block in range(num_blocks)}, "the buffer is in use"
+                owed |= {(i.buffer_id, block) for block in range(num_blocks)}
+            is_last = stage == stages - 1
+            if isinstance(i, BackwardPass):
+                above = getattr(i, "from_above", False)
+                twice = make is OverlapSchedule and not above and not (is_last and i.block == num_blocks - 1)
+                if not twice:
+                    owed.discard((i.buffer_id, i.block))
+        assert not owed
+        wanted = num_blocks * micro_batches
+        if make is OverlapSchedule:
+            wanted += (num_blocks - (stage == stages - 1)) * micro_batches
+        assert len(backward) == wanted
+
+
+def test_nobody_waits_for_more_than_the_next_stage():
+    """The steady state of eight overlapping stages is that of two: a gradient makes one hop, not a chain."""
+    bubbles = {}
+    for stages in (3, 8):
+        drawn = simulate(lambda stage, n=stages: OverlapSchedule(1, n, stage), stages, num_steps=6)
+        bubbles[stages] = max(drawn.steady_bubble[:-1])
+    assert bubbles[8] == bubbles[3]
+    chain = simulate(lambda stage: GlobalSchedule(1, 8, stage), 8, num_steps=6)
+    assert chain.steady_bubble[0] > 2 * bubbles[8]

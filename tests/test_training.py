@@ -18,6 +18,7 @@ from llm_local.preflight import preflight
 
 pytestmark = pytest.mark.processes
 
+COUNTED_ON_LINKS = ("wait_seconds", "sent_bytes", "received_bytes", "sent_gradient_bytes")
 DEEPSPEED: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -91,6 +92,9 @@ def test_run_yaml_is_a_config_and_records_have_every_field(trainer: Trainer):
 def test_backprop_writes_to_the_monitor_too(trainer: Trainer):
     output = trainer.run("run", 2, num_stages=2, method="backprop", report_to="csv")
     assert (output / "csv" / "stage-00" / "train_loss.csv").exists()
+    for record in records(output, 0):
+        assert record["step_seconds"] > 0
+        assert {record[name] for name in COUNTED_ON_LINKS} == {None}, "nothing counts what DeepSpeed's pipeline sends"
 
 
 @pytest.mark.parametrize("reporter", ["tensorboard", "csv"])
@@ -124,6 +128,7 @@ def test_resuming_a_finished_run_only_exports(trainer: Trainer):
     output = trainer.run("run", 2, num_stages=2, save_steps=4, resume_from_checkpoint="true")
     assert (output / "export/config.json").exists()
     assert [r["step"] for r in records(output, 0)] == [1, 2, 3, 4]
+    assert [r["step"] for r in records(output, 0, "eval")] == [4]
 
 
 def test_bf16_on_the_wire_is_close_to_fp32(trainer: Trainer):

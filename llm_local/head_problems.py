@@ -1,0 +1,121 @@
+"""What is wrong with the flags of the heads: by themselves, and once it is known how the model is cut."""
+
+from __future__ import annotations
+
+from llm_local.config import RunConfig
+from llm_local.head_plan import parse_weights
+from llm_local.partition import Partition
+
+# what says nothing of a single head
+ONE_HEAD = ("head_rank", "head_token_fraction", "head_features", "block_loss_weights", "distillation_weight")
+
+
+def head_problems(config: RunConfig) -> list[str]:
+    """What the flags of the heads show without the model."""
+    local = config.local
+    problems = _schedule_problems(config)
+    if not 0 < local.head_token_fraction <= 1:
+        problems.append(f"head_token_fraction={local.head_token_fraction} must lie in (0, 1]")
+    if local.method == "backprop":
+        defaults = type(local)()
+        given = [name for name in ONE_HEAD if getattr(local, name) != getattr(defaults, name)]
+        if given:
+            problems.append(f"method=backprop has one head, the model's own; leave out {', '.join(given)}")
+        return problems
+    if local.head_rank is not None and local.head == "linear":
+        problems.append(
+            f"head_rank={local.head_rank} is for the private layers of a head, head=linear has none; "
+            "use head=decoder with head_layers, or leave it out"
+        )
+    return problems + _weight_problems(config) + _distillation_problems(config)
+
+
+def _distillation_problems(config: RunConfig) -> list[str]:
+    local = config.local
+    if not local.distillation_weight > 0:
+        return []
+    given = f"distillation_weight={local.distillation_weight}"
+    problems = []
+    if local.method == "overlapping":
+        problems.append(f"{given} does not work with method=overlapping, which sends gradients back; use chunked")
+    if local.head_token_fraction < 1:
+        problems.append(f"{given} needs every position of both heads; leave out head_token_fraction")
+    return problems
+
+
+def _schedule_problems(config: RunConfig) -> list[str]:
+    """Private layers: none where there must be some, some where there are none."""
+    local, text = config.local, config.local.head_layers_schedule
+    if text is None:
+        if local.head == "decoder" and local.head_layers == 0:
+            return ["head=decoder needs private layers; set head_layers=1 or more, or use head=linear"]
+        if local.head == "linear" and local.head_layers > 0:
+            return [f"head=linear has no private layers, head_layers is {local.head_layers}; use head=decoder"]
+        return []
+    given = f"head_layers_schedule={text!r}"
+    if not is_schedule(text):
+        return [f"{given} is not a list of whole numbers such as 2,1,1"]
+    problems = []
+    if local.head_layers > 0:
+        problems.append(f"both head_layers={local.head_layers} and {given} are given; keep one")
+    if local.head == "linear":
+        problems.append(f"head=linear has no private layers, {given} is given; use head=decoder")
+    if local.head == "decoder" and not any(config.head_layers_schedule):
+        problems.append(f"head=decoder needs private layers, {given} has none; use 1 or more, or head=linear")
+    return problems
+
+
+def is_schedule(text: str) -> bool:
+    """Whether the text is a list of whole numbers such as 2,1,1."""
+    return all(part.strip().isdecimal() for part in text.split(","))
+
+
+def _weight_problems(config: RunConfig) -> list[str]:
+    text = config.local.block_loss_weights
+    if text is None:
+        return []
+    weights = parse_weights(text)
+    if weights is None:
+        return [f"block_loss_weights={text!r} is not a list of numbers such as 0.5,1"]
+    if min(weights) < 0:
+        return [f"block_loss_weights={text!r} has the negative weight {min(weights):g}; use 0 or more"]
+    if not any(weights):
+        return [f"block_loss_weights={text!r} trains nothing; give at least one weight above 0"]
+    return []
+
+
+def head_warnings(config: RunConfig) -> tuple[str, ...]:
+    """What a person may not expect of the heads' flags."""
+    if not config.local.head_features:
+        return ()
+    return ("head_features: heads read more than the layers below, so that no exit is exported but the whole model",)
+
+
+def cut_problems(config: RunConfig, partition: Partition) -> list[str]:
+    """Where lists by block do not fit the blocks, or a head would have more private layers than the model has left."""
+    if config.local.method == "backprop":
+        return []
+    local, blocks = config.local, partition.blocks
+    problems = []
+    for name in ("head_layers_schedule", "block_loss_weights"):
+        text = getattr(local, name)
+        count = 0 if text is None else len(text.split(","))
+        if count > len(blocks):
+            named = f"{len(blocks)} block" + ("s" if len(blocks) > 1 else "")
+            problems.append(f"{name}={text!r} has {count} numbers, the model has {named}; leave out the last ones")
+    room = [partition.num_layers - block.stop for block in blocks]
+    text = local.head_layers_schedule
+    if text is None and local.head_layers > room[0]:
+        problems.append(
+            f"head_layers={local.head_layers} is more than the {room[0]} layers above the first block; "
+            + (f"use at most {room[0]}" if room[0] else "use head=linear, or cut the model into more blocks")
+        )
+    if text is None or not is_schedule(text):
+        return problems
+    for index, (wanted, left) in enumerate(zip(config.head_layers_schedule, room, strict=False)):
+        if wanted > left:
+            problems.append(
+                f"head_layers_schedule={text!r} gives block {index} {wanted} private layers, the model has {left} "
+                f"above it; use at most {left} there"
+            )
+    return problems

@@ -1,0 +1,81 @@
+"""Soft targets from the next block's head: the loss, the gradient, the traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Trainer, block_losses, records, weights
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from llm_local import heads
+from llm_local.anatomy import probe
+from llm_local.config import ModelArguments
+from llm_local.distillation import distillation_loss, soft_targets
+from llm_local.heads import fit_head, head_logits
+from llm_local.partition import Span
+from llm_local.slices import Slice, new_slice
+
+TOP_K = 5
+
+
+def head_of(stop: int, kind: str) -> Slice:
+    more: dict[str, Any] = {"head_dim": 8, "final_logit_softcapping": 5.0} if kind == "gemma2" else {}
+    config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"}, **more)
+    part = new_slice(config, probe(config, ModelArguments()), Span(stop, stop), 1, head_of=stop)
+    fit_head(part)
+    return part
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_loss_and_gradients_are_those_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
+    student, teacher = head_of(2, kind), head_of(4, kind)
+    normed, ids = torch.randn(2, 24, 32, requires_grad=True), torch.zeros(2, 24, dtype=torch.int64)
+    taught = torch.randn(2, 24, 32)
+    ours = distillation_loss(student, normed, soft_targets(teacher, taught, TOP_K))
+    ours.backward()
+    gradient, matrix = normed.grad, student.model.lm_head.weight
+    matrix_gradient, normed.grad, matrix.grad = matrix.grad, None, None
+    with torch.no_grad():
+        logits, tokens = head_logits(teacher, taught, ids).topk(TOP_K)
+    wanted = F.kl_div(
+        head_logits(student, normed, ids).log_softmax(-1).gather(-1, tokens), logits.softmax(-1), reduction="none"
+    )
+    theirs = wanted.sum() / (2 * 24)
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, normed.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(matrix_gradient, matrix.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.processes
+def test_distilled_blocks_train_alike_anywhere_and_targets_are_counted(trainer: Trainer):
+    chosen: dict[str, Any] = {"distillation_weight": 2.0, "distillation_top_k": TOP_K, "gradient_accumulation_steps": 2}
+    chosen |= {"method": "greedy", "wire_dtype": "fp32"}
+    one = trainer.run("one", 1, num_stages=1, **chosen)
+    wanted = torch.tensor(block_losses(one, 1))
+    for stages in (2, 4):
+        output = trainer.run(f"on-{stages}", stages, num_stages=stages, **chosen)
+        torch.testing.assert_close(torch.tensor(block_losses(output, stages)), wanted, rtol=1e-5, atol=0.0)
+        packet = 80 + 2 * 32 * 2 * TOP_K * 4
+        assert {r["sent_gradient_bytes"] for r in records(output, 1)} == {2 * packet}
+    plain = trainer.run("plain", 1, num_stages=1, method="greedy", gradient_accumulation_steps=2)
+    before, after = block_losses(plain, 1), block_losses(one, 1)
+    assert before[0] == after[0]
+    assert all(a != b for a, b in zip(before[2][:3], after[2][:3], strict=True)), "these have a teacher"
+    sharded = trainer.run("sharded", 4, num_stages=2, **chosen, bf16=True, deepspeed="configs/ds/zero2.json")
+    torch.testing.assert_close(torch.tensor(block_losses(sharded, 2)), wanted, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.processes
+def test_a_distilled_run_resumes(trainer: Trainer):
+    chosen: dict[str, Any] = {"distillation_weight": 1.0, "num_stages": 2, "save_steps": 2, "head": "shared"}
+    straight = trainer.run("straight", 2, **chosen)
+    wanted = weights(straight / "export/exits/stage-00")
+    (straight / "checkpoints/step-00000004/manifest.json").unlink()
+    again = trainer.run("straight", 2, **chosen, resume_from_checkpoint="true")
+    found = weights(again / "export/exits/stage-00")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -1,0 +1,72 @@
+"""Weights of the blocks' losses: a factor of the gradient, and of nothing that is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Trainer, block_losses, records, weights
+
+from llm_local.config import ConfigError, parse
+from llm_local.preflight import preflight
+
+pytestmark = pytest.mark.processes
+RATE = 0.5
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> dict[str, object]:
+    """Settings of one step of plain gradient descent: what it changes is the gradient."""
+    path = tmp_path / "sgd.json"
+    path.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": RATE}}}))
+    settings = {"deepspeed": path, "learning_rate": RATE, "lr_scheduler_type": "constant", "max_steps": 1}
+    return settings | {"max_grad_norm": 0, "eval_batches": 0}
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_weight_is_a_factor_of_the_gradient_and_not_of_the_loss(trainer: Trainer, zero: int):
+    settings = {"num_stages": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    settings |= {"deepspeed": f"configs/ds/zero{zero}.json"}
+    one, other = (trainer.run(str(w), 2, **settings, block_loss_weights=w) for w in (None, "0.5,3"))
+    assert block_losses(one, 2) == block_losses(other, 2)
+    assert block_losses(one, 2, "eval") != block_losses(other, 2, "eval")
+    for stage, factor in enumerate((0.5, 3.0)):
+        ours, theirs = (records(run, stage)[0]["grad_norm"] for run in (other, one))
+        assert ours == pytest.approx(factor * theirs, rel=1e-5)
+
+
+def test_adam_does_not_notice_a_constant_factor(trainer: Trainer):
+    """Without clipping, and with no epsilon: the step's direction and length are those of the unweighted loss."""
+    settings = {"num_stages": 1, "layers_per_block": 2, "max_grad_norm": 0, "adam_epsilon": 1e-30, "max_steps": 3}
+    one, other = (trainer.run(str(w), 1, **settings, block_loss_weights=w) for w in ("1", "4,0.25"))
+    assert block_losses(one, 1) == block_losses(other, 1), "powers of two move no bit"
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_where_two_losses_meet_each_has_its_weight(trainer: Trainer, plain: dict, num_stages: int):
+    """Overlapping windows of layers 0-2 and 2-3: the gradient of layer 2 is the weighted sum of both losses'."""
+    settings = {"method": "overlapping", "layers_per_block": 3, "block_stride": 2, "num_stages": num_stages, **plain}
+
+    def trained(text: str) -> dict[str, torch.Tensor]:
+        return weights(trainer.run(text.replace(",", "-"), num_stages, **settings, block_loss_weights=text) / "export")
+
+    first, second, both, weighted = (trained(text) for text in ("1,0", "0,1", "1,1", "2,3"))
+    moved = set()
+    for name in both:
+        start = first[name] + second[name] - both[name]  # gradients add up
+        ours, above = first[name] - start, second[name] - start
+        torch.testing.assert_close(weighted[name], start + 2 * ours + 3 * above, rtol=1e-4, atol=1e-6)
+        moved |= {(name.partition("layers.")[2][:1], k) for k, d in enumerate((ours, above)) if d.abs().max() > 1e-5}
+    assert {("2", 0), ("2", 1), ("0", 0), ("3", 1)} <= moved
+    assert ("0", 1) not in moved
+
+
+def test_a_resume_with_other_weights_is_refused(trainer: Trainer):
+    trainer.run("run", 2, num_stages=2, max_steps=1, save_steps=1, block_loss_weights="0.5", eval_batches=0)
+    flags = trainer.flags("run", num_stages=2, block_loss_weights="0.5,1", resume_from_checkpoint="true")
+    with pytest.raises(ConfigError, match=r"block_loss_weights=\[0.5, 0.5\], this run has block_loss_weights=\[0.5, 1"):
+        preflight(parse(flags), 2)
+    same = trainer.flags("run", num_stages=2, block_loss_weights="0.5,0.5", resume_from_checkpoint="true")
+    assert preflight(parse(same), 2).checkpoint

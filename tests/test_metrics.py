@@ -1,0 +1,57 @@
+"""What a person and a file are told of the steps: each record once, and the last line of a terminal too."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_local.metrics import MetricsFile, Record, read_records
+from llm_local.progress import Progress
+from llm_local.world import Place
+
+
+def record(step: int, split: str = "train", loss: float = 1.0) -> Record:
+    return Record(step, split, stage=0, loss=loss, block_losses=[loss], tokens=1)
+
+
+def test_a_record_that_a_resumed_run_writes_again_replaces_the_old_one(tmp_path: Path):
+    first = MetricsFile(tmp_path, 0, None, resumed_step=0)
+    for one in (record(1), record(2), record(2, "eval"), record(3)):
+        first.write(one)
+    again = MetricsFile(tmp_path, 0, None, resumed_step=2)
+    assert [(r["step"], r["split"]) for r in read_records(again.path)] == [(1, "train"), (2, "train"), (2, "eval")]
+    again.write(record(2, "eval", loss=7.0))
+    found = [(r["step"], r["split"], r["loss"]) for r in read_records(again.path)]
+    assert found == [(1, "train", 1.0), (2, "train", 1.0), (2, "eval", 7.0)]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Store(dict[str, str]):
+    """As much of a world as a progress bar needs."""
+
+    place = Place(rank=0, num_stages=2, num_replicas=1)
+    publish = dict.__setitem__
+    peek = dict.get
+
+
+@pytest.mark.parametrize("told", ["before the bar closes", "after the bar closes"])
+def test_the_last_step_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, told: str):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    world: Any = Store()
+    progress = Progress(world, max_steps=1, first_step=0, tokens_per_step=10)
+    progress.publish("train", 1, 3.5)
+    progress.step(0.5)
+    if told == "before the bar closes":
+        world["train/1/1"] = "3.25"
+    progress.close()
+    world["train/1/1"] = "3.25"
+    progress.show()
+    assert "3.500 3.250" in sys.stderr.getvalue().replace("\r", "\n").splitlines()[-1]

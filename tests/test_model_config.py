@@ -1,0 +1,100 @@
+"""The config of the model to train: overrides reach what follows from them, and a wrong one is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+from llm_local.anatomy import load_model_config
+from llm_local.config import ConfigError, ModelArguments
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """load(model's JSON, overrides) → its config."""
+
+    def load(values: dict[str, Any], overrides: str | None = None):
+        path = tmp_path / "model.json"
+        path.write_text(json.dumps(values))
+        return load_model_config(ModelArguments(config_name=str(path), config_overrides=overrides))
+
+    return load
+
+
+def refusal(*arguments: Any, **named: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load_model_config(ModelArguments(*arguments, **named))
+    (problem,) = refused.value.problems
+    return problem
+
+
+def test_values_that_follow_from_others_follow_the_overrides(load):
+    assert load(TINY).head_dim == 8
+    config = load(TINY, "hidden_size=64,num_hidden_layers=6")
+    assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (64, 6, 16)
+    assert load(TINY, "head_dim=16").head_dim == 16
+    assert load(TINY, "tie_word_embeddings=true").tie_word_embeddings is True
+    assert load({**TINY, "head_dim": 8}, "hidden_size=64").head_dim == 8, "what the JSON says stays"
+
+
+@pytest.mark.parametrize("values", [GPT2, {"hidden_size" if k == "n_embd" else k: v for k, v in GPT2.items()}])
+@pytest.mark.parametrize("overrides", ["n_embd=64,n_layer=6", "hidden_size=64,num_hidden_layers=6"])
+def test_both_names_of_a_value_mean_the_same(load, values: dict[str, Any], overrides: str):
+    config = load(values, overrides)
+    assert (config.n_embd, config.hidden_size, config.n_layer) == (64, 64, 6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("no_such=1", "key no_such isn't in the original config dict"),
+        ("hidden_size=big", "invalid literal for int() with base 10: 'big'"),
+        ("hidden_size", "dictionary update sequence element #0 has length 1"),
+        ("rope_parameters=3", "You can only update int, float, bool or string values"),
+        ("hidden_size=65", "The hidden size (65) is not a multiple of the number of attention heads (4)."),
+        ("num_attention_heads=0", "integer division or modulo by zero"),
+    ],
+)
+def test_an_override_that_is_wrong(load, overrides: str, said: str):
+    with pytest.raises(ConfigError) as refused:
+        load(TINY, overrides)
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"config_overrides={overrides!r}: ")
+    assert said in problem
+
+
+def test_an_override_that_the_config_works_out_by_itself(load):
+    with pytest.raises(ConfigError, match="head_dim is 64 whatever is set: it follows from other values"):
+        load({"model_type": "deepseek_v2"}, "head_dim=128")
+
+
+def test_a_config_that_contradicts_itself(load):
+    with pytest.raises(
+        ConfigError, match=r"no model config in .*The hidden size \(65\) is not a multiple of the number"
+    ):
+        load(TINY | {"hidden_size": 65})
+    with pytest.raises(ConfigError, match=r"no model config in .*model\.json: integer division"):
+        load(TINY | {"num_attention_heads": 0})
+
+
+def test_the_folder_of_a_run_is_no_model(tmp_path: Path):
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "config.json").write_text("{}")
+    run = str(tmp_path / "run")
+    assert refusal(model_name_or_path=run) == (
+        f"model_name_or_path={run} is the folder of a run, not a model; did you mean {run}/export?"
+    )
+
+
+def test_a_relative_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(config_name="no.json") == f"config_name=no.json: no such file (relative to {tmp_path})"
+    assert refusal(model_name_or_path="no/such/model").startswith(
+        f"no model config in no/such/model (relative to {tmp_path}): "
+    )

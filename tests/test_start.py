@@ -1,0 +1,163 @@
+"""A start: rank 0 reads the data before anything is written, calls the run off for all, or hands the data on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import Trainer
+from launching import by_hand
+from ranks import run_ranks
+from torch.distributed import PrefixStore, TCPStore
+from transformers import AutoTokenizer
+
+from llm_local.anatomy import load_model_config
+from llm_local.checkpoint import carried_over, layout_of
+from llm_local.config import ConfigError, parse
+from llm_local.links import TRAIN
+from llm_local.preflight import Plan, preflight
+from llm_local.tokenizer import builtin_tokenizer_dir
+from llm_local.train import REFUSED, _make_feed, main, store_name
+from llm_local.watchdog import LostPeer
+from llm_local.world import PLAN, Launch, Place, fetch_plan, open_store
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def broken_tokenizer(trainer: Trainer) -> Path:
+    """A folder that makes `tokenizers` raise a plain Exception, which nobody expects."""
+    folder = trainer.folder / "tokenizer"
+    AutoTokenizer.from_pretrained(builtin_tokenizer_dir(trainer.cache)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    return folder
+
+
+def without_eos(trainer: Trainer) -> Path:
+    folder = trainer.folder / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(builtin_tokenizer_dir(trainer.cache))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestDataThatIsRefused:
+    @pytest.fixture
+    def refused(self, trainer: Trainer, capsys: pytest.CaptureFixture[str]):
+        """refused(**flags) → what rank 0 says of a run that would replace another one; asserts that that one stays."""
+
+        def refused(**settings: Any) -> str:
+            old = trainer.folder / "run" / "run.yaml"
+            old.parent.mkdir()
+            old.write_text("seed: 1\n")
+            assert main(trainer.flags("run", overwrite_output_dir=True, **settings)) == REFUSED
+            assert old.read_text() == "seed: 1\n"
+            said = capsys.readouterr().err
+            assert "Traceback" not in said
+            assert "1 problem:" in said
+            return said
+
+        return refused
+
+    def test_one_document(self, refused, trainer: Trainer):
+        path = trainer.folder / "one.jsonl"
+        path.write_text(json.dumps({"text": "alone " * 200}))
+        assert "holds 1 document, which cannot be divided; add validation text" in refused(train_file=path)
+
+    def test_less_than_a_sequence(self, refused, trainer: Trainer):
+        path = trainer.folder / "short.txt"
+        path.write_text("a\nb\n")
+        assert "one sequence needs 32; give more text or lower seq_length" in refused(train_file=path)
+
+    def test_a_tokenizer_without_eos(self, refused, trainer: Trainer):
+        assert "has no EOS token to end a document" in refused(tokenizer_name=without_eos(trainer))
+
+    def test_a_hub_that_cannot_be_reached(self, refused, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        assert "dataset_name=owner/name cannot be loaded (" in refused(train_file=None, dataset_name="owner/name")
+
+
+def test_a_defect_of_the_start_shows_its_traceback(trainer: Trainer, capsys: pytest.CaptureFixture[str]):
+    assert main(trainer.flags("run", tokenizer_name=broken_tokenizer(trainer))) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert not (trainer.folder / "run").exists()
+
+
+@pytest.mark.processes
+def test_a_defect_of_the_start_ends_the_ranks_that_wait(trainer: Trainer, tmp_path: Path):
+    flags = trainer.flags("run", num_stages=2, tokenizer_name=broken_tokenizer(trainer), ddp_timeout=600)
+    with by_hand(2, flags, tmp_path) as ranks:
+        assert [rank.wait(60) for rank in ranks] == [1, REFUSED], [rank.text for rank in ranks]
+        assert "Traceback" in ranks[0].text
+        assert "Traceback" not in ranks[1].text
+
+
+def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
+    class Rows:
+        num_sequences = None
+
+        def batch(self, index: int, rows: int) -> torch.Tensor:
+            return torch.full((rows, 32), index)
+
+    config = parse(trainer.flags("run", train_file="not there"))
+    feed = _make_feed(config, Place(0, 1, 1), (Rows(), Rows()))
+    assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
+    with pytest.raises(ConfigError, match="does not exist"):
+        _make_feed(config, Place(0, 1, 1), None)
+
+
+def test_a_resumed_run_goes_on_to_record_what_its_checkpoint_holds(trainer: Trainer, tmp_path: Path):
+    """The flag of a first resume is not what a second one must be compared with."""
+    config = parse(trainer.flags("run"))
+    plan = preflight(config, 1)
+    assert plan.carried_over == carried_over(config, None)
+    layout = layout_of(config, plan.partition, 1, load_model_config(config.model))
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    manifest = {"step": 2, "layout": asdict(layout), "carried_over": plan.carried_over}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    again = preflight(parse(trainer.flags("run", resume_from_checkpoint="true", learning_rate=1.0)), 1)
+    assert again.carried_over["learning_rate"] == config.train.learning_rate
+    assert "learning_rate=1.0 is not followed" in again.warnings[0]
+    assert Plan.from_json(again.to_json()) == again
+
+
+def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environ = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} is in use, .*give this run another: --master_port N"):
+            open_store(Launch.from_environment(os.environ), "test", 5.0)
+
+
+def test_a_rank_that_reaches_another_run_s_store_finds_no_plan_there(trainer: Trainer):
+    """A second run on the same port ends, but until then its other ranks would join the first run, and end it too."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = (PrefixStore(store_name(parse(trainer.flags(name))), server) for name in ("one", "two"))
+    first.set(PLAN, "the plan")
+    assert fetch_plan(first, 1.0) == "the plan"
+    with pytest.raises(LostPeer, match="for rank 0's plan"):
+        fetch_plan(second, 0.2)
+
+
+def _twice(flags: list[str]) -> list[int]:
+    return [main(flags), main(flags)]
+
+
+@pytest.mark.processes
+def test_a_process_has_one_run(trainer: Trainer):
+    flags = trainer.flags("run", max_steps=1, eval_batches=0, overwrite_output_dir=True)
+    assert run_ranks(_twice, 1, flags) == [[0, REFUSED]]
