@@ -1,0 +1,132 @@
+"""Trains a grid of settings and seeds on the same tokens, and compares them: OUTPUT/study.md, .json and .png.
+
+python scripts/study.py configs/studies/cpu.yaml [--jobs 2] [--output_dir DIR]
+
+What is finished is not trained again, so the same command goes on with a study that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# A run that ends at once leaves its semaphores to the tracker, which clears them away and need not say so
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+# The fork server must not start CUDA: its children could not use it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets")
+AXES = {"tokens": "tokens", "flops": "FLOPs of all blocks", "sequential_flops": "sequential FLOPs"}
+HEADS = {"linear": ":", "decoder": "--", "shared": "-"}
+METHODS = {"backprop": "black", "greedy": "C3", "chunked": "C0", "overlapping": "C2"}
+MARKERS = "o^sDvP*X<>"
+
+
+def draw(comparison: dict[str, Any], output: Path) -> None:
+    """Validation loss of the last block against tokens, total and sequential FLOPs; means over the finished seeds.
+
+    Colours are methods, lines heads, and markers, at the end of each curve, points.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(20, 7))
+    points = [point for point in comparison["points"] if point["runs"]]
+    for number, point in enumerate(points):
+        flags = {"head": "linear", **point["flags"]}
+        style = "-" if flags["method"] == "backprop" else HEADS[flags["head"]]
+        color, marker = METHODS[flags["method"]], MARKERS[number % len(MARKERS)]
+        curves = [run["curve"] for run in point["runs"]]
+        losses = [sum(row["loss"] for row in rows) / len(rows) for rows in zip(*curves, strict=True)]
+        for axis, panel in zip(AXES, panels, strict=True):
+            where = [row[axis] for row in curves[0]]
+            panel.plot(where, losses, style, color=color, linewidth=1, alpha=0.7)
+            panel.plot(where[-1:], losses[-1:], marker, color=color, markersize=7, label=point["name"])
+    for (_, title), panel in zip(AXES.items(), panels, strict=True):
+        panel.set_xlabel(title)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("validation loss of the last block (nats a token)")
+    if points:
+        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float) -> None:
+    """The comparison as JSON with versions and command, as a table, and, where matplotlib is, as a picture."""
+    from llm_local.comparison import table
+    from llm_local.study import write_whole
+
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    facts = {"study": str(study), "command": sys.argv, "versions": versions, "seconds": seconds}
+    write_whole(output / "study.json", json.dumps(facts | comparison, indent=1) + "\n")
+    write_whole(output / "study.md", f"# {study.stem}\n\n{table(comparison)}")
+    try:
+        draw(comparison, output / "study.png")
+    except ImportError as error:
+        print(f"study.py: no picture ({error}); pip install matplotlib", file=sys.stderr)
+
+
+def run(path: Path, output: Path, jobs: int) -> int:
+    """Trains what is missing and writes the comparison. Returns 1 if a run failed."""
+    import torch
+    from tqdm import tqdm
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process
+    from llm_local.comparison import compare, table
+    from llm_local.points import read_study
+    from llm_local.study import runs_of, train_all
+
+    start = time.monotonic()
+    study = read_study(path)
+    runs = runs_of(study, output)
+    finished = sum(run.is_finished for run in runs)
+    print(f"{len(study.points)} points x {len(study.seeds)} seeds, {finished} of {len(runs)} runs are finished")
+    output.mkdir(parents=True, exist_ok=True)
+    failures = train_all(runs, jobs, lambda line: tqdm.write(line, file=sys.stderr))
+    results = {(run.point.name, run.seed): run.result() for run in runs if run.is_finished}
+    comparison = compare(study, results)
+    write(comparison, output, path, time.monotonic() - start)
+    print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")
+    for line in failures:
+        print(f"study.py: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="YAML file of the study")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
+    parser.add_argument("--output_dir", type=Path, help="folder of the study; default: runs/studies/NAME")
+    given = parser.parse_args(arguments)
+    if given.jobs < 1:
+        parser.error(f"--jobs {given.jobs}: give 1 or more")
+    output = given.output_dir or Path("runs", "studies", given.study.stem)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(given.study, output, given.jobs)
+    except ValueError as error:  # ConfigError is one
+        print(f"study.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("study.py: stopped; the same command goes on, finished runs are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
