@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llm_local.anatomy import Anatomy
+from llm_local.block_engine import engine_arguments, restore_buffers, undo_dummy_step
 from llm_local.config import RunConfig
-from llm_local.engine import NonFiniteLoss, StepResult, engine_arguments, restore_buffers, undo_dummy_step
+from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.heads import head_logits, head_loss
-from llm_local.links import CHECK, EVAL, TRAIN, Packet
+from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.partition import Partition, Span
 from llm_local.stage import build_slice
 

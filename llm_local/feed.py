@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llm_local.links import EVAL, TRAIN, Packet
+from llm_local.packet import EVAL, TRAIN, Packet
 from llm_local.sequences import Sequences
 from llm_local.world import Place
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm_local.anatomy import load_model_config
+from llm_local.assembly import Engine
 from llm_local.backprop import BackpropEngine
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
-from llm_local.engine import LocalEngine, StepResult
+from llm_local.engine import LocalEngine
 from llm_local.export import LOGITS_TOLERANCE, check_export, collect, compose, exit_folder, write_stage
 from llm_local.feed import Feed
-from llm_local.links import CHECK
+from llm_local.packet import CHECK
 from llm_local.preflight import Plan
 from llm_local.progress import Progress
 from llm_local.shared_head import folded
@@ -30,19 +29,6 @@ from llm_local.world import World
 
 SAMPLE_TOKENS = 80
 CHECK_FILE = "check.safetensors"
-
-
-class Engine(Protocol):
-    """What the training loop needs of a stage, trained locally or by the stock pipeline."""
-
-    @property
-    def engines(self) -> Sequence[DeepSpeedEngine]: ...
-
-    def train_batch(self, step: int) -> StepResult: ...
-
-    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor: ...
-
-    def check_logits(self) -> torch.Tensor | None: ...
 
 
 def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, progress: Progress) -> None:

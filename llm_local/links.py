@@ -23,12 +23,10 @@ import torch
 import torch.distributed as dist
 
 from llm_local.device import DTYPES
+from llm_local.packet import END, INTEGER_PARTS, KINDS, Packet
 from llm_local.watchdog import LostPeer, Peer
 from llm_local.world import World
 
-TRAIN, EVAL, CHECK, END, GRADIENT, REFRESH = range(6)
-KINDS = ("train", "eval", "check", "end", "gradient", "refresh")
-INTEGER_PARTS = ("input_ids", "attention_mask", "position_ids", "labels")
 _MAGIC = 0x10CA1
 _HEADER_INTS = 10
 _WIRE_CODES = ("fp32", "bf16", "fp16")
@@ -39,34 +37,6 @@ _PATIENCE = timedelta(days=365)
 
 class LinkError(LostPeer):
     """A link's peer is lost, silent for too long, or talks about something else."""
-
-
-@dataclass(frozen=True)
-class Packet:
-    """One micro-batch on its way through the stages.
-
-    hidden: (B, T, D), or None where only token ids exist yet; of a gradient packet, the gradient of hidden states.
-    input_ids, attention_mask, position_ids, labels: (B, T) int64 on the CPU, the last three only where the data has
-    them, and none in a gradient packet. index: the micro-batch within its step.
-    """
-
-    kind: int
-    step: int
-    index: int
-    input_ids: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-
-    def integer_parts(self) -> dict[str, torch.Tensor]:
-        """The tensors beside the hidden states that this packet has, by the names the models use."""
-        parts = {name: getattr(self, name) for name in INTEGER_PARTS}
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
-
-    @property
-    def title(self) -> str:
-        return f"{KINDS[self.kind]} micro-batch {self.index} of step {self.step}"
 
 
 class _Gloo:

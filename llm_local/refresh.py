@@ -27,7 +27,8 @@ import torch
 
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
-from llm_local.links import REFRESH, Links, Packet, Receiver, Sender
+from llm_local.links import Links, Receiver, Sender
+from llm_local.packet import REFRESH, Packet
 from llm_local.partition import Partition
 from llm_local.shared_head import install, installed
 from llm_local.stage import Block

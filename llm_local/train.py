@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from llm_local.anatomy import load_model_config, text_config
-from llm_local.backprop import make_backprop_engine
+from llm_local.anatomy import load_model_config
+from llm_local.assembly import Engine, make_engine
 from llm_local.checkpoint import (
     BrokenCheckpoint,
     Layout,
@@ -31,19 +31,14 @@ from llm_local.checkpoint import (
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import Sequences, prepare
 from llm_local.device import peak_memory_bytes, seed_everything, synchronize
-from llm_local.distillation import Distillation
-from llm_local.ds_config import resolve
-from llm_local.engine import LocalEngine, NonFiniteLoss, StepResult, make_block_engine
+from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.feed import Feed
-from llm_local.finish import Engine, finish
-from llm_local.head_plan import HeadPlan
+from llm_local.finish import finish
 from llm_local.links import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.refresh import Refresher, make_refresher
-from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
-from llm_local.stage import build_blocks
 from llm_local.tokenizer import load_tokenizer
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 from llm_local.world import (
@@ -196,7 +191,7 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
     feed = _make_feed(config, place, sources) if place.is_first_stage else None
     seed_everything(config.train.seed + place.rank)
-    engine, links = _make_engine(config, plan, world, feed)
+    engine, links = make_engine(config, plan, world, feed)
     first_step = load_checkpoint(Path(plan.checkpoint), world, layout, engine.engines) if plan.checkpoint else 0
     refresher = make_refresher(config, plan.partition, world, links, engine.engines)
     if refresher is not None:
@@ -219,49 +214,6 @@ def _make_feed(config: RunConfig, place: Place, sources: Sources | None) -> Feed
     train = config.train
     rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
     return Feed(*sources, place, rows, micro_batches, train.eval_batches)
-
-
-def _make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) -> tuple[Engine, Links]:
-    place, startup = world.place, float(config.train.ddp_timeout)
-    model_config = load_model_config(config.model)
-    text, cpu = text_config(model_config), world.device.type == "cpu"
-    name = f"stage-{place.stage:02d}"
-    if config.is_pipelined:
-        world.everybody("ready", startup, "all ranks to be ready")
-        settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
-        return make_backprop_engine(config, model_config, plan.anatomy, plan.partition, settings, feed), Links()
-    blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage)
-    engines = []
-    for index, block in enumerate(blocks):
-        monitor = name if index == len(blocks) - 1 else None
-        engines.append(make_block_engine(config, block, resolve(config, place.num_replicas, text, cpu, monitor)))
-    world.everybody("ready", startup, "all stages to be built")
-    local = config.local
-    schedule = DistillationSchedule if local.distillation_weight else LocalSchedule
-    if local.method == "overlapping":
-        schedule = OverlapSchedule
-    back_dtype = "fp32" if local.distillation_weight else config.wire_dtype  # there are token numbers among the targets
-    sends_back = schedule is not LocalSchedule or local.final_backprop_steps > 0
-    links = Links.join(
-        world,
-        config.wire_dtype,
-        local.max_packets_in_flight,
-        back_dtype=back_dtype if sends_back else None,
-        refresh_dtype=config.precision if config.shares_head else None,
-    )
-    micro_batches = config.train.gradient_accumulation_steps
-    engine = LocalEngine(
-        engines,
-        place.stage,
-        place.num_stages,
-        micro_batches,
-        lambda step: GlobalSchedule if config.is_global(step) else schedule,
-        feed,
-        links,
-        HeadPlan.of(config, plan.partition, place.stage, place.replica, place.num_replicas),
-        Distillation(local.distillation_weight, local.distillation_top_k),
-    )
-    return engine, links
 
 
 def train(run: Run) -> None:

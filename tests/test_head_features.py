@@ -11,8 +11,8 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from transformers import AutoConfig
 
 from llm_local.anatomy import probe
+from llm_local.block_engine import parameter_groups
 from llm_local.config import ConfigError, from_flat, parse
-from llm_local.engine import parameter_groups
 from llm_local.heads import head_loss
 from llm_local.partition import Costs, make_partition
 from llm_local.preflight import preflight

@@ -8,9 +8,13 @@ import pytest
 import llm_local
 
 LADDER = """
-config partition costs head_plan head_problems problems schedule simulate device watchdog world links anatomy slices
-heads shared_head distillation lowrank windows stage refresh corpus tokenizer source_problems sources sequences data
-feed ds_config engine backprop checkpoint export metrics progress preflight examine finish train points comparison study
+config partition costs head_plan head_problems problems schedule simulate
+device watchdog world packet links
+anatomy standins slices heads shared_head distillation lowrank windows stage refresh
+corpus tokenizer source_problems sources sequences data feed
+ds_config block_engine engine backprop
+checkpoint export metrics progress preflight examine assembly finish train
+points comparison study
 """.split()  # noqa: SIM905
 
 MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import free_port, run_ranks
 
-from llm_local.links import EVAL, TRAIN, LinkError, Packet, Receiver, Sender, _Nccl
+from llm_local.links import LinkError, Receiver, Sender, _Nccl
+from llm_local.packet import EVAL, TRAIN, Packet
 from llm_local.watchdog import LostPeer, Watchdog, launcher_pids
 from llm_local.world import Launch, Place, World, connect, open_store
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from llm_local.links import EVAL, TRAIN, Packet, Receiver, Sender, transport
+from llm_local.links import Receiver, Sender, transport
+from llm_local.packet import EVAL, TRAIN, Packet
 from llm_local.watchdog import Watchdog
 from llm_local.world import Launch, Place, World, connect, open_store
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.anatomy import SliceError, probe
+from llm_local.block_engine import parameter_groups
 from llm_local.config import ConfigError, RunConfig, from_flat, parse
-from llm_local.engine import parameter_groups
 from llm_local.partition import Costs, make_partition
 from llm_local.preflight import preflight
 from llm_local.shared_head import install, installed, make_read_only, matrix_name

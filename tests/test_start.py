@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from llm_local.anatomy import load_model_config
 from llm_local.checkpoint import carried_over, layout_of
 from llm_local.config import ConfigError, parse
-from llm_local.links import TRAIN
+from llm_local.packet import TRAIN
 from llm_local.preflight import Plan, preflight
 from llm_local.tokenizer import builtin_tokenizer_dir
 from llm_local.train import REFUSED, _make_feed, main, store_name

@@ -1,0 +1,81 @@
+"""A stage from its parts: blocks, an engine around each, links to the neighbours, and the schedule they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from llm_local.anatomy import load_model_config, text_config
+from llm_local.backprop import make_backprop_engine
+from llm_local.block_engine import make_block_engine
+from llm_local.config import RunConfig
+from llm_local.distillation import Distillation
+from llm_local.ds_config import resolve
+from llm_local.engine import LocalEngine, StepResult
+from llm_local.feed import Feed
+from llm_local.head_plan import HeadPlan
+from llm_local.links import Links
+from llm_local.preflight import Plan
+from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
+from llm_local.stage import build_blocks
+from llm_local.world import World
+
+
+class Engine(Protocol):
+    """What the training loop needs of a stage, trained locally or by the stock pipeline."""
+
+    @property
+    def engines(self) -> Sequence[DeepSpeedEngine]: ...
+
+    def train_batch(self, step: int) -> StepResult: ...
+
+    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor: ...
+
+    def check_logits(self) -> torch.Tensor | None: ...
+
+
+def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) -> tuple[Engine, Links]:
+    """This rank's part of the run, ready to train. Every rank must call; feed is that of stage 0."""
+    place, startup = world.place, float(config.train.ddp_timeout)
+    model_config = load_model_config(config.model)
+    text, cpu = text_config(model_config), world.device.type == "cpu"
+    name = f"stage-{place.stage:02d}"
+    if config.is_pipelined:
+        world.everybody("ready", startup, "all ranks to be ready")
+        settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
+        return make_backprop_engine(config, model_config, plan.anatomy, plan.partition, settings, feed), Links()
+    blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage)
+    engines = []
+    for index, block in enumerate(blocks):
+        monitor = name if index == len(blocks) - 1 else None
+        engines.append(make_block_engine(config, block, resolve(config, place.num_replicas, text, cpu, monitor)))
+    world.everybody("ready", startup, "all stages to be built")
+    local = config.local
+    schedule = DistillationSchedule if local.distillation_weight else LocalSchedule
+    if local.method == "overlapping":
+        schedule = OverlapSchedule
+    back_dtype = "fp32" if local.distillation_weight else config.wire_dtype  # there are token numbers among the targets
+    sends_back = schedule is not LocalSchedule or local.final_backprop_steps > 0
+    links = Links.join(
+        world,
+        config.wire_dtype,
+        local.max_packets_in_flight,
+        back_dtype=back_dtype if sends_back else None,
+        refresh_dtype=config.precision if config.shares_head else None,
+    )
+    micro_batches = config.train.gradient_accumulation_steps
+    engine = LocalEngine(
+        engines,
+        place.stage,
+        place.num_stages,
+        micro_batches,
+        lambda step: GlobalSchedule if config.is_global(step) else schedule,
+        feed,
+        links,
+        HeadPlan.of(config, plan.partition, place.stage, place.replica, place.num_replicas),
+        Distillation(local.distillation_weight, local.distillation_top_k),
+    )
+    return engine, links
