@@ -9,6 +9,8 @@ pipe stays full. S = 4:
     taken               *           *           *       after the step
     read       0  0  0  0  0  0  4  4  4  4  8  8       0: what the last block started with
 
+A matrix changes fastest at first. With --head_refresh_ramp r, S is r times the steps done as long as that is less.
+
 On each boundary it goes by a link of its own, from the last stage to the first. A thread of each stage on the way takes
 it and hands it on at once, whatever its training does; the training waits only for what is due and not there.
 """
@@ -19,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from queue import Empty, Queue
 from typing import Any
 
@@ -43,33 +46,37 @@ class Timetable:
 
     every: int
     max_steps: int
+    ramp: float = 0.0
 
-    @property
-    def delay(self) -> int:
-        """Steps that a matrix may travel: it is read from the step after these on."""
-        return (self.every + 1) // 2
+    @cached_property
+    def read_from(self) -> dict[int, int]:
+        """By the step after which the matrix is taken, in order, the first step that reads it."""
+        steps, taken = {}, 0
+        while taken < self.max_steps:
+            between = min(self.every, max(1, int(self.ramp * taken))) if self.ramp else self.every
+            taken += between
+            steps[taken] = taken + (between + 1) // 2 + 1
+        return steps
 
     def is_taken(self, step: int) -> bool:
         """Whether the matrix is taken after this step; near the end, too, for a run that goes on from there."""
-        return step % self.every == 0
+        return step in self.read_from
 
     def is_sent(self, taken: int) -> bool:
         """Whether a step of this run will read the matrix that was taken after step `taken`."""
-        return taken + self.delay < self.max_steps
+        return self.read_from[taken] <= self.max_steps
 
     def due(self, step: int) -> int | None:
         """The step whose matrix is installed before this one; None: that of the step before stays."""
-        taken = step - self.delay - 1
-        return taken if taken > 0 and self.is_taken(taken) else None
+        return max((taken for taken, read in self.read_from.items() if read == step), default=None)
 
     def pending(self, step: int) -> list[int]:
-        """The steps whose matrices are on their way after this one: at most one, with every=1 two."""
-        return [t for t in range(max(1, step - self.delay), step + 1) if self.is_taken(t)]
+        """The steps whose matrices are on their way after this one: two at most."""
+        return [taken for taken, read in self.read_from.items() if taken <= step < read]
 
     def to_come(self, step: int) -> list[int]:
         """The steps whose matrices arrive in the rest of a run that has done so many steps."""
-        first = max(1, step - self.delay)
-        return [t for t in range(first, self.max_steps) if self.is_taken(t) and self.is_sent(t)]
+        return [taken for taken, read in self.read_from.items() if step < read <= self.max_steps]
 
 
 @dataclass(frozen=True)
@@ -198,5 +205,5 @@ def make_refresher(
     blocks = [engine.module for engine in engines if isinstance(engine.module, Block)]
     if not config.shares_head or len(partition.blocks) == 1:
         return None
-    timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)
+    timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps, config.local.head_refresh_ramp)
     return Refresher(blocks, timetable, world, links, config.precision)

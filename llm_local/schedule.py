@@ -6,15 +6,15 @@ the next block sent back, O optimizer step; drawn by simulate.py). Local learnin
     stage 0 | FBFBFBFBOFBFBFBFBO
     stage 1 |  FBFBFBFBOFBFBFBFBO
 
-Overlapping blocks, OverlapSchedule: one gradient comes back over each boundary, from the next block and no further.
-
-    stage 0 | FBFBGFBGFBGGOFBFBGFBGFBGGO
-    stage 1 |  FBFB FB FBO  FBFB FB FBO
-
 Backpropagation, DeepSpeed's TrainSchedule (1F1B):
 
     stage 0 | FF BFBFB BOFF BFBFB BO
     stage 1 |  FBFBFBFBO  FBFBFBFBO
+
+Overlapping blocks, OverlapSchedule: one gradient comes back over each boundary, from the next block and no further.
+
+    stage 0 | FBFBGFBGFBGGOFBFBGFBGFBGGO
+    stage 1 |  FBFB FB FBO  FBFB FB FBO
 
 A local stage never waits for a later one, so it starts the next step at once and the pipe stays full.
 """

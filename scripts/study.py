@@ -40,6 +40,7 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(20, 7))
     points = [point for point in comparison["points"] if point["runs"]]
@@ -53,10 +54,11 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
             where = [row[axis] for row in curves[0]]
             panel.plot(where, losses, style, color=color, linewidth=1, alpha=0.7)
             panel.plot(where[-1:], losses[-1:], marker, color=color, markersize=7, label=point["name"])
-    for (_, title), panel in zip(AXES.items(), panels, strict=True):
+    for (axis, title), panel in zip(AXES.items(), panels, strict=True):
         panel.set_xlabel(title)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        if axis != "tokens":
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())  # else they write over each other
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation loss of the last block (nats a token)")
     if points:

@@ -28,7 +28,7 @@ OURS = {f"--{name}" for name in RunConfig().flat()}
 # of the launchers and of tools, in commands that the pages show
 LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
-    --num_processes --main_process_port --help""".split()  # noqa: SIM905
+    --num_processes --main_process_port --help --jobs --export --prompt --assistant""".split()  # noqa: SIM905
 )
 
 
@@ -83,7 +83,8 @@ def test_the_readme_shows_the_schedules_own_pictures():
 
 
 def test_every_metric_is_described():
-    described = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
+    section = README.partition("## What is written")[2].partition("\n## ")[0]
+    described = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
     assert re.findall(r"`(\w+)`", " ".join(described)) == list(Record.__dataclass_fields__)
 
 

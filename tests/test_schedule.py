@@ -40,7 +40,7 @@ def names(schedule_of_stage):
 def test_docstring_shows_what_the_simulation_draws():
     drawn = [
         picture(simulate(lambda stage, make=make: make(4, 2, stage), num_stages=2, num_steps=2))
-        for make in (LocalSchedule, OverlapSchedule, TrainSchedule)
+        for make in (LocalSchedule, TrainSchedule, OverlapSchedule)
     ]
     lines = [line for line in schedule.__doc__.splitlines() if line.lstrip().startswith("stage ")]
     assert textwrap.dedent("\n".join(lines)) == "\n".join(drawn)
