@@ -14,7 +14,7 @@ DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test unit lint types check clean
+.PHONY: help setup pretrain study test unit lint types check clean
 # `make -j check` still runs lint, types and test in that order.
 .NOTPARALLEL:
 
@@ -33,6 +33,9 @@ pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder,
 	$(DEVICE) $(BIN)/deepspeed --quiet --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml \
 		--output_dir $(OUTPUT_DIR) $(if $(filter runs/quickstart,$(OUTPUT_DIR)),--overwrite_output_dir) $(ARGS)
 	$(BIN)/python scripts/plot.py $(OUTPUT_DIR)
+
+study: setup  ## the small study of methods and heads, half an hour on two cores; ARGS="--jobs 2"
+	$(BIN)/python scripts/study.py configs/studies/cpu.yaml $(ARGS)
 
 test: setup  ## all tests
 	$(BIN)/pytest

@@ -58,7 +58,6 @@ class Layout:
     overlap: int
     head: str
     head_refresh_steps: int
-    head_refresh_ramp: float
     head_layers: list[int]
     head_rank: int | None
     head_token_fraction: float
@@ -84,7 +83,6 @@ def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_
         overlap=partition.overlap,
         head="linear" if config.local.method == "backprop" else config.local.head,
         head_refresh_steps=config.local.head_refresh_steps if config.shares_head else 0,
-        head_refresh_ramp=config.local.head_refresh_ramp if config.shares_head else 0.0,
         head_layers=[len(partition.private_layers(b, schedule)) for b in range(len(partition.blocks))],
         head_rank=config.local.head_rank,
         head_token_fraction=config.local.head_token_fraction,

@@ -109,9 +109,6 @@ class LocalArguments:
     head_rank: int | None = _option(None, "Rank of the private layers' matrices; default: full.")
     head_token_fraction: float = _option(1.0, "Share of the positions that heads but the last one's see in training.")
     head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
-    head_refresh_ramp: float = _option(
-        0.0, "Refresh more often at first: as soon as this share of the steps done has passed; 0: no ramp."
-    )
     head_features: bool = _option(False, "Heads in training also see what entered their block.")
     block_loss_weights: str | None = _option(
         None, "Weight of each block's loss, as '0.5,1'; the last number holds for the blocks behind."

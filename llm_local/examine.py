@@ -24,6 +24,7 @@ from llm_local.config import RunConfig, parse
 from llm_local.heads import LossLinear
 from llm_local.partition import Partition
 from llm_local.preflight import plan_partition
+from llm_local.refresh import INSTALLED
 from llm_local.sequences import Sequences
 from llm_local.shared_head import install
 from llm_local.slices import Seam
@@ -81,7 +82,7 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
             blocks.append(block.eval().to(device))
             if block.temperature is not None:  # its matrix is no parameter
                 place = Place.of(stage, partition.num_stages, partition.num_stages)
-                matrix = load_shared_head(folder, place)["installed"]
+                matrix = load_shared_head(folder, place)[INSTALLED]
                 install(block.head, matrix.to(device, torch.float32))
     return TrainedRun(config, int(manifest["step"]), partition, blocks)
 

@@ -16,8 +16,6 @@ def head_problems(config: RunConfig) -> list[str]:
     problems = _schedule_problems(config)
     if not 0 < local.head_token_fraction <= 1:
         problems.append(f"head_token_fraction={local.head_token_fraction} must lie in (0, 1]")
-    if not 0 <= local.head_refresh_ramp < 1:
-        problems.append(f"head_refresh_ramp={local.head_refresh_ramp} must lie in [0, 1)")
     if local.method == "backprop":
         defaults = type(local)()
         given = [name for name in ONE_HEAD if getattr(local, name) != getattr(defaults, name)]

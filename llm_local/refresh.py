@@ -9,8 +9,6 @@ pipe stays full. S = 4:
     taken               *           *           *       after the step
     read       0  0  0  0  0  0  4  4  4  4  8  8       0: what the last block started with
 
-A matrix changes fastest at first. With --head_refresh_ramp r, S is r times the steps done as long as that is less.
-
 On each boundary it goes by a link of its own, from the last stage to the first. A thread of each stage on the way takes
 it and hands it on at once, whatever its training does; the training waits only for what is due and not there.
 """
@@ -21,7 +19,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from queue import Empty, Queue
 from typing import Any
 
@@ -37,7 +34,7 @@ from llm_local.shared_head import install, installed
 from llm_local.stage import Block
 from llm_local.world import World
 
-_INSTALLED = "installed"
+INSTALLED = "installed"
 
 
 @dataclass(frozen=True)
@@ -46,37 +43,33 @@ class Timetable:
 
     every: int
     max_steps: int
-    ramp: float = 0.0
 
-    @cached_property
-    def read_from(self) -> dict[int, int]:
-        """By the step after which the matrix is taken, in order, the first step that reads it."""
-        steps, taken = {}, 0
-        while taken < self.max_steps:
-            between = min(self.every, max(1, int(self.ramp * taken))) if self.ramp else self.every
-            taken += between
-            steps[taken] = taken + (between + 1) // 2 + 1
-        return steps
+    @property
+    def delay(self) -> int:
+        """Steps that a matrix may travel: it is read from the step after these on."""
+        return (self.every + 1) // 2
 
     def is_taken(self, step: int) -> bool:
         """Whether the matrix is taken after this step; near the end, too, for a run that goes on from there."""
-        return step in self.read_from
+        return step % self.every == 0
 
     def is_sent(self, taken: int) -> bool:
         """Whether a step of this run will read the matrix that was taken after step `taken`."""
-        return self.read_from[taken] <= self.max_steps
+        return taken + self.delay < self.max_steps
 
     def due(self, step: int) -> int | None:
         """The step whose matrix is installed before this one; None: that of the step before stays."""
-        return max((taken for taken, read in self.read_from.items() if read == step), default=None)
+        taken = step - self.delay - 1
+        return taken if taken > 0 and self.is_taken(taken) else None
 
     def pending(self, step: int) -> list[int]:
-        """The steps whose matrices are on their way after this one: two at most."""
-        return [taken for taken, read in self.read_from.items() if taken <= step < read]
+        """The steps whose matrices are on their way after this one: at most one, with every=1 two."""
+        return [t for t in range(max(1, step - self.delay), step + 1) if self.is_taken(t)]
 
     def to_come(self, step: int) -> list[int]:
         """The steps whose matrices arrive in the rest of a run that has done so many steps."""
-        return [taken for taken, read in self.read_from.items() if step < read <= self.max_steps]
+        first = max(1, step - self.delay)
+        return [t for t in range(first, self.max_steps) if self.is_taken(t) and self.is_sent(t)]
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,8 @@ class Refresher:
         leaves again."""
         if state:
             if self._readers:
-                self._install(state[_INSTALLED])
-            self._pending = {int(name): matrix for name, matrix in state.items() if name != _INSTALLED}
+                self._install(state[INSTALLED])
+            self._pending = {int(name): matrix for name, matrix in state.items() if name != INSTALLED}
         for taken, matrix in sorted(self._pending.items()):
             self._send(taken, matrix)
         if self._receiver is not None:
@@ -144,7 +137,7 @@ class Refresher:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint after this step needs: the copy that is read, and what is on its way, by the step."""
-        now = {_INSTALLED: installed(self._readers[0])} if self._readers else {}
+        now = {INSTALLED: installed(self._readers[0])} if self._readers else {}
         return now | {str(taken): matrix for taken, matrix in self._pending.items()}
 
     def close(self, step: int) -> None:
@@ -205,5 +198,5 @@ def make_refresher(
     blocks = [engine.module for engine in engines if isinstance(engine.module, Block)]
     if not config.shares_head or len(partition.blocks) == 1:
         return None
-    timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps, config.local.head_refresh_ramp)
+    timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)
     return Refresher(blocks, timetable, world, links, config.precision)

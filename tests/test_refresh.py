@@ -12,7 +12,7 @@ from ranks import run_ranks
 from test_links import meet
 
 from llm_local.links import LinkError, Links
-from llm_local.refresh import Refresher, Timetable
+from llm_local.refresh import INSTALLED, Refresher, Timetable
 
 
 def read_in(timetable: Timetable) -> list[int]:
@@ -38,18 +38,10 @@ def test_a_matrix_is_read_half_a_period_after_it_was_taken(every: int, read: lis
     assert read_in(Timetable(every, 12)) == read
 
 
-def test_a_ramp_refreshes_more_often_at_first():
-    timetable = Timetable(5, 40, ramp=0.2)
-    taken = [step for step in range(1, 41) if timetable.is_taken(step)]
-    assert taken == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 19, 22, 26, 31, 36]
-    assert read_in(timetable)[:14] == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 12]
-
-
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 20])
 @pytest.mark.parametrize("max_steps", [1, 2, 7, 23])
-@pytest.mark.parametrize("ramp", [0.0, 0.3])
-def test_what_is_sent_is_what_is_read_and_little_is_on_its_way(every: int, max_steps: int, ramp: float):
-    timetable = Timetable(every, max_steps, ramp)
+def test_what_is_sent_is_what_is_read_and_little_is_on_its_way(every: int, max_steps: int):
+    timetable = Timetable(every, max_steps)
     taken = [step for step in range(1, max_steps + 1) if timetable.is_taken(step)]
     wanted = sorted(set(read_in(timetable)) - {0})
     assert [step for step in taken if timetable.is_sent(step)] == wanted == timetable.to_come(0)
@@ -58,7 +50,7 @@ def test_what_is_sent_is_what_is_read_and_little_is_on_its_way(every: int, max_s
         assert timetable.to_come(step) == arriving
         pending = timetable.pending(step)
         assert [t for t in pending if timetable.is_sent(t)] == [t for t in arriving if t <= step]
-        assert len(pending) <= (1 if every > 1 and not ramp else 2)
+        assert len(pending) <= (1 if every > 1 else 2)
 
 
 V, D = 11, 3
@@ -85,7 +77,7 @@ def relay(every: int, max_steps: int, resume_at: int) -> Any:
     if resume_at:
         now = read_in(timetable)[resume_at - 1]
         pending = {str(t): torch.full((V, D), float(t)) for t in timetable.pending(resume_at)}
-        state = pending if is_last else {"installed": torch.full((V, D), float(now))}
+        state = pending if is_last else {INSTALLED: torch.full((V, D), float(now))}
     refresher.start(resume_at, state)
     read, sent = [], []
     for step in range(resume_at + 1, max_steps + 1):
