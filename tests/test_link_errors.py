@@ -109,7 +109,7 @@ def never_link() -> str:
     if world.place.is_first_stage:
         world.fetch("seen", 30.0, "stage 1 to give up")
         return ""
-    said = error_of(world, Receiver, world)
+    said = error_of(world, Receiver, world, 0)
     world.publish("seen", "1")
     return said
 
