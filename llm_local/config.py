@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -34,6 +34,12 @@ class ConfigError(ValueError):
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {line}" for line in self.problems))
 
 
+def some_of(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    first, *more = sorted(names)
+    return f"{first} and {len(more)} more" if more else first
+
+
 def from_here(path: Path | str) -> str:
     """What a message about a path that does not exist adds to it: where a relative one was looked for."""
     return "" if Path(path).is_absolute() else f" (relative to {Path.cwd()})"
@@ -48,7 +54,6 @@ INSTEAD = {
     "eval_strategy": "use --eval_steps",
     "save_strategy": "use --save_steps",
     "torch_dtype": "use --bf16 or --fp16",
-    "model_type": "use --config_name with a JSON file",
     "do_train": "leave it out: a run trains",
     "do_eval": "leave it out: a run evaluates, unless --eval_batches is 0",
 }
@@ -66,7 +71,9 @@ def _option(default: Any, text: str) -> Any:
 @dataclass(frozen=True)
 class ModelArguments:
     model_name_or_path: str | None = _option(None, "Pretrained model to go on from: directory or hub name.")
+    gguf_file: str | None = _option(None, "GGUF file in that directory; its weights are dequantised to train them.")
     config_name: str | None = _option(None, "JSON file (or directory) with the config of a new model.")
+    model_type: str | None = _option(None, "Type of a new model with the type's default config, as 'llama'.")
     config_overrides: str | None = _option(None, "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'.")
     tokenizer_name: str | None = _option(
         None, "Tokenizer: directory or hub name; default: the model's, else one trained on the built-in corpus."
@@ -87,6 +94,11 @@ class DataArguments:
     text_column_name: str = _option("text", "Column that holds the text.")
     streaming: bool = _option(False, "Read the dataset as a stream.")
     seq_length: int = _option(512, "Tokens of a training sequence.")
+    document_mask: bool = _option(
+        False,
+        "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
+        "is then read and not predicted; losses are means over the other tokens of a micro-batch.",
+    )
     preprocessing_num_workers: int = _option(1, "Processes that tokenise.")
     cache_dir: str | None = _option(None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.")
 
@@ -109,6 +121,9 @@ class LocalArguments:
     head_rank: int | None = _option(None, "Rank of the private layers' matrices; default: full.")
     head_token_fraction: float = _option(1.0, "Share of the positions that heads but the last one's see in training.")
     head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
+    head_warmup_steps: int = _option(
+        0, "First steps in which all heads but the last block's train alone, and the layers below them do not."
+    )
     head_features: bool = _option(False, "Heads in training also see what entered their block.")
     block_loss_weights: str | None = _option(
         None, "Weight of each block's loss, as '0.5,1'; the last number holds for the blocks behind."
@@ -142,12 +157,16 @@ class TrainArguments:
     deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.")
     logging_steps: int = _option(10, "Steps between metric records.")
     eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.")
+    eval_on_start: bool = _option(False, "Evaluate before the first step, too.")
     eval_batches: int = _option(8, "Micro-batches of one evaluation on each replica; 0: never evaluate.")
     save_steps: int = _option(0, "Steps between checkpoints; 0: none.")
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
     resume_from_checkpoint: str | None = _option(None, "Checkpoint or run folder; 'true': newest in output_dir.")
     report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
     ddp_timeout: int = _option(1800, "Longest wait for start-up and data preparation, in seconds.")
+    export_dtype: str = _option(
+        "auto", "Weights of exported models: fp32 (the optimizer's own), bf16, fp16; auto: as the run computes."
+    )
     sample_prompt: str | None = _option(None, "Print what the exported model writes after this text.")
 
 
@@ -175,6 +194,10 @@ class RunConfig:
     @property
     def wire_dtype(self) -> str:
         return self.precision if self.local.wire_dtype == "auto" else self.local.wire_dtype
+
+    @property
+    def export_dtype(self) -> str:
+        return self.precision if self.train.export_dtype == "auto" else self.train.export_dtype
 
     @property
     def is_pipelined(self) -> bool:

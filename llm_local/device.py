@@ -77,19 +77,5 @@ def synchronize(device: torch.device) -> None:
         _accelerator().synchronize(device.index)
 
 
-def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Random states of the process as uint8 tensors: 'cpu', and 'device' on a GPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = _accelerator().get_rng_state(device.index)
-    return states
-
-
-def restore_rng_states(device: torch.device, states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu":
-        _accelerator().set_rng_state(states["device"], device.index)
-
-
 def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)  # seeds every device's generator as well

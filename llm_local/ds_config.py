@@ -65,6 +65,12 @@ def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
             "ZeRO stage 3 does not work with distillation_weight, which reads a head outside its forward pass; "
             "use 0, 1 or 2"
         )
+    theirs = [name for name in ("optimizer", "scheduler") if name in settings]
+    if config.local.head_warmup_steps > 0 and theirs:
+        problems.append(
+            f"head_warmup_steps={config.local.head_warmup_steps} sets learning rates of its own; "
+            f"remove {' and '.join(theirs)} from {config.train.deepspeed}"
+        )
     if "pipeline" in settings and not config.is_pipelined:
         problems.append(f"the pipeline section of {config.train.deepspeed} is for method=backprop; remove it")
     return problems or _deepspeeds_own_problems(config, settings)

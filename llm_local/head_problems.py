@@ -7,7 +7,14 @@ from llm_local.head_plan import parse_weights
 from llm_local.partition import Partition
 
 # what says nothing of a single head
-ONE_HEAD = ("head_rank", "head_token_fraction", "head_features", "block_loss_weights", "distillation_weight")
+ONE_HEAD = (
+    "head_rank",
+    "head_token_fraction",
+    "head_warmup_steps",
+    "head_features",
+    "block_loss_weights",
+    "distillation_weight",
+)
 
 
 def head_problems(config: RunConfig) -> list[str]:

@@ -37,6 +37,7 @@ NOT_NEGATIVE = (
     "save_steps",
     "head_layers",
     "final_backprop_steps",
+    "head_warmup_steps",
     "distillation_weight",
 )
 
@@ -67,6 +68,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
     local, train = config.local, config.train
     problems = _one_of("method", local.method, METHODS) + _one_of("head", local.head, HEADS)
     problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
+    problems += _one_of("export_dtype", train.export_dtype, WIRE_DTYPES)
     problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
     problems += _one_of("report_to", train.report_to, REPORTERS)
     sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]
@@ -74,10 +76,17 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append("both dataset_name and train_file are given; keep one")
     if config.data.validation_file and not config.data.train_file:
         problems.append("validation_file needs train_file")
-    if config.model.model_name_or_path and config.model.config_name:
-        problems.append("both model_name_or_path and config_name are given; keep one")
-    if not config.model.model_name_or_path and not config.model.config_name:
-        problems.append("no model: give config_name (a new model) or model_name_or_path (a pretrained one)")
+    models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(config.model, n)]
+    if len(models) > 1:
+        problems.append(f"both {' and '.join(models)} are given; keep one")
+    if not models:
+        problems.append(
+            "no model: give config_name or model_type (a new model) or model_name_or_path (a pretrained one)"
+        )
+    if config.model.gguf_file and not config.model.model_name_or_path:
+        problems.append(f"gguf_file={config.model.gguf_file} needs model_name_or_path, the directory that it is in")
+    if train.eval_on_start and not train.eval_batches:
+        problems.append("eval_on_start=True with eval_batches=0 evaluates nothing; use eval_batches=1 or more")
     return problems
 
 
@@ -129,6 +138,13 @@ def _method_problems(config: RunConfig) -> list[str]:
     steps = local.final_backprop_steps
     if steps > 0 and local.method == "backprop":
         problems.append(f"final_backprop_steps={steps}: every step of method=backprop is one; leave it out")
+    warmup = local.head_warmup_steps
+    if warmup > 0 and warmup + steps >= config.train.max_steps:
+        after = f" after the {steps} of final_backprop_steps" if steps else ""
+        problems.append(
+            f"head_warmup_steps={warmup} leaves no step of max_steps={config.train.max_steps} for the layers{after}; "
+            "lower it"
+        )
     if steps > config.train.max_steps:
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
     return problems

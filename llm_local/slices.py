@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +19,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.anatomy import Anatomy, SliceError
-from llm_local.config import ConfigError
+from llm_local.config import some_of
 from llm_local.partition import Span
-from llm_local.standins import Border, Seam, StandIn, prune
+from llm_local.standins import Border, Seam, StandIn, prune, take_head
 
 
 @dataclass(frozen=True)
@@ -120,59 +118,29 @@ def new_slice(
     unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
     if unset:
         raise SliceError(
-            f"model type {config.model_type!r} leaves {unset[0]} and {len(unset) - 1} more unset in a new model; "
+            f"model type {config.model_type!r} leaves {some_of(unset)} unset in a new model; "
             "start from a pretrained one (--model_name_or_path)"
         )
     return Slice(model, anatomy, span, has_head, border)
 
 
-def load_slice(
-    path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, has_head: bool = True, **model_args: Any
-) -> Slice:
-    """The slice of a pretrained model; only its own tensors are read.
+def try_slices(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Runs slices of a model without weights, made of it in place one after the other; it is of no use afterwards.
 
-    Raises ConfigError naming the directory and the tensors that are missing.
+    Raises SliceError where the class looks for something in layers of other slices.
     """
-    whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    borders: list[Border] = []
-
-    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        whole.__init__(self, config, *args, **kwargs)
-        borders.append(prune(self, anatomy, span, has_head))
-
-    others = "|".join(str(i) for i in range(anatomy.num_layers) if not span.start <= i < span.stop)
-    elsewhere = [rf"^{re.escape(anatomy.layers)}\.({others})\."] if others else []
-    elsewhere += [] if has_head else [rf"^{re.escape(name)}\." for name in anatomy.after]
-    renamed: dict[str, str] = {}
-    if span.start > 0:
-        elsewhere += [rf"^{re.escape(name)}\." for name in anatomy.before]
-        with torch.device("meta"), no_init_weights():
-            tied = whole(copy.deepcopy(config)).all_tied_weights_keys or {}
-        renamed = {f"^{re.escape(source)}$": target for target, source in tied.items()}
-    ignored = [*(whole._keys_to_ignore_on_load_unexpected or []), *elsewhere]
-    members = {"__init__": __init__, "__module__": whole.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
-    sliced: Any = type(whole.__name__, (whole,), members)
-    if renamed:
-        model_args["key_mapping"] = renamed
+    ids, hidden = torch.full((2, 8), 3, dtype=torch.long), torch.zeros(2, 8, anatomy.hidden_size)
+    lowest, nothing = Span(0, 1), Span(1, 1)
     try:
-        model, info = sliced.from_pretrained(
-            path, config=copy.deepcopy(config), dtype=torch.float32, output_loading_info=True, **model_args
-        )
-    except OSError as error:
-        raise ConfigError([f"model_name_or_path={path}: {str(error).splitlines()[0]}"]) from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise ConfigError([f"model_name_or_path={path} lacks {absent[0]} and {len(absent) - 1} more tensors"])
-    if renamed and getattr(model, "_weight_conversions", None):
-        # transformers keeps the renaming and would turn it round when saving
-        model._weight_conversions = [
-            c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
-        ]
-    return Slice(model, anatomy, span, has_head, borders[-1])
-
-
-def _as_list(patterns: Any) -> list[str]:
-    return patterns if isinstance(patterns, list) else [patterns]
+        first = Slice(model, anatomy, lowest, True, prune(model, anatomy, lowest, has_head=True))
+        first(None, input_ids=ids)
+        head = Slice(model, anatomy, nothing, True, prune(model, anatomy, nothing, has_head=True))
+        head(hidden, input_ids=ids)
+        take_head(model, anatomy)
+        head(hidden, input_ids=ids)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SliceError(f"a slice of it does not run ({reason})") from error
 
 
 def _materialise(model: PreTrainedModel) -> None:

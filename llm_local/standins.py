@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from llm_local.partition import Span
 def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) -> Border:
     """Puts stand-ins where other slices' modules were, in place."""
     border = Border()
+    uncalled = _uncalled(model, anatomy)
     layers = model.get_submodule(anatomy.layers)
     assert isinstance(layers, nn.ModuleList)
     for index in range(anatomy.num_layers):
@@ -23,10 +25,15 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
             layers[index] = AbsentLayer(layers[index], border, anatomy, enters=index == span.start - 1)
     if len(span):
         layers[span.stop - 1].register_forward_hook(_leave(border))
-    for name in () if has_head else anatomy.after:
-        model.set_submodule(name, PassedBy())
+    if not has_head:
+        take_head(model, anatomy)
     if span.start > 0:
         _replace_preamble(model, anatomy, border)
+    for name in uncalled:
+        if span.start > 0:
+            model.set_submodule(name, PassedBy(model.get_submodule(name)))
+        else:  # text does not train them; the first slice keeps them for the export
+            model.get_submodule(name).requires_grad_(False)
     if span.start > 0 or not has_head:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
@@ -35,11 +42,31 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
     return border
 
 
+def take_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Puts stand-ins where norm and output matrix were, in place."""
+    for name in _outermost(anatomy.after):
+        model.set_submodule(name, PassedBy(model.get_submodule(name)))
+
+
+def _outermost(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _uncalled(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    """Modules with parameters that do not run on text: the vision tower of a model that also sees, and the like."""
+    known = [f"{name}." for name in (anatomy.layers, *anatomy.before, *anatomy.after)]
+    found = [
+        name
+        for name, module in model.named_modules()
+        if next(module.parameters(), None) is not None
+        and not any(f"{name}.".startswith(other) or other.startswith(f"{name}.") for other in known)
+    ]
+    return _outermost([name for name in found if name])
+
+
 def _replace_preamble(model: PreTrainedModel, anatomy: Anatomy, border: Border) -> None:
     """Stand-ins for what has parameters and runs before the layers."""
-    for name in anatomy.before:
-        if any(name.startswith(f"{other}.") for other in anatomy.before):
-            continue
+    for name in _outermost(anatomy.before):
         original = model.get_submodule(name)
         if name == anatomy.embedding:
             model.set_submodule(name, AbsentEmbedding(original, border))
@@ -90,11 +117,15 @@ class StandIn(nn.Module):
 
     def __init__(self, original: nn.Module, border: Border):
         super().__init__()
-        self.__dict__["border"] = border
+        self.__dict__ |= {"border": border, "original": original}
         # models ask their layers and embeddings for plain facts (layer_type, padding_idx, ...)
         for name, value in original.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (str, int, float, type(None))):
                 self.__dict__.setdefault(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # what a model looks up in its layers, or sets there, while it is initialised: done to what has no memory
+        return getattr(self.__dict__["original"], name)
 
     def zeros(self) -> torch.Tensor:
         # a fresh tensor each time: some models scale it in place
@@ -138,7 +169,14 @@ class AbsentModule(StandIn):
 
 
 class PassedBy(nn.Module):
-    """A head module that a slice without a loss does not have."""
+    """A head module that a slice without a loss does not have, or one that text does not run."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.__dict__["original"] = original  # without memory: code that initialises a model may look at it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
 
     def forward(self, hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return hidden

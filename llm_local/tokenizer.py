@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from llm_local import corpus
 from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.gguf_cache import weights_path
 
 VOCAB_SIZE = 4096
 SPACE_MARK = "\u2581"
@@ -54,10 +55,13 @@ WORD = Regex(" *[^ ]+| +")
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """tokenizer_name, else that of model_name_or_path, else the built-in one. Raises ConfigError if there is none."""
+    """tokenizer_name, else that of model_name_or_path or of its GGUF (which must be converted by now), else the
+    built-in one. Raises ConfigError if there is none."""
     model = config.model
     field = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
     name = model.tokenizer_name or model.model_name_or_path
+    if model.gguf_file is not None and not model.tokenizer_name:
+        name = weights_path(config)
     if name is None:
         return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
     try:

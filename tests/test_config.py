@@ -339,9 +339,10 @@ class TestStaticProblems:
             ({"dataset_name": "d", "train_file": "t"}, "both dataset_name and train_file are given; keep one"),
             ({"validation_file": "v"}, "validation_file needs train_file"),
             ({"model_name_or_path": "m"}, "both model_name_or_path and config_name are given; keep one"),
+            ({"model_type": "llama"}, "both config_name and model_type are given; keep one"),
             (
                 {"config_name": None},
-                "no model: give config_name (a new model) or model_name_or_path (a pretrained one)",
+                "no model: give config_name or model_type (a new model) or model_name_or_path (a pretrained one)",
             ),
             ({"adam_beta1": 1}, "adam_beta1=1 must lie in [0, 1)"),
             ({"adam_beta2": -0.1}, "adam_beta2=-0.1 must lie in [0, 1)"),

@@ -83,6 +83,25 @@ def test_a_config_that_contradicts_itself(load):
         load(TINY | {"num_attention_heads": 0})
 
 
+def test_a_types_default_config_and_changes_to_it():
+    """What the type derives from a value follows the value; nothing else is made up."""
+    assert load_model_config(ModelArguments(model_type="gpt2")).n_layer == 12
+    overrides = "hidden_size=64,num_attention_heads=4,num_hidden_layers=3"
+    config = load_model_config(ModelArguments(model_type="llama", config_overrides=overrides))
+    assert (config.head_dim, config.num_key_value_heads, config.num_hidden_layers) == (16, 4, 3)
+    assert config.vocab_size == 32000
+
+
+def test_a_type_that_is_none():
+    assert refusal(model_type="lama").startswith(
+        "model_type='lama' is unknown to transformers; did you mean one of llama"
+    )
+    assert refusal(model_type="llama", config_overrides="hidden_size=30").startswith(
+        "config_overrides='hidden_size=30': Class validation error for validator 'validate_architecture': "
+        "ValueError: The hidden size (30) is not a multiple of the number of attention heads"
+    )
+
+
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path):
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "config.json").write_text("{}")

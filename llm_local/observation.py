@@ -1,0 +1,187 @@
+"""What a model does in one forward pass, as hooks see it, and whether its layers could run apart from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+ROWS, TOKENS = 2, 8
+
+
+class SliceError(ValueError):
+    """The model cannot be cut into stages; the message says why."""
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part that describes the decoder, where a config has several."""
+    return config.get_text_config(decoder=True)
+
+
+@dataclass
+class Events:
+    """What the hooks saw, in order."""
+
+    order: list[tuple[str, str]] = field(default_factory=list)
+    inputs: dict[int, tuple[tuple, dict, dict]] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    logits: torch.Tensor | None = None
+
+
+def check_parameters(model: PreTrainedModel, name: str, layers: nn.ModuleList, events: Events) -> None:
+    """Whether each parameter is used where a slice would look for it."""
+    owners: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        for key, parameter in layer.named_parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise SliceError(f"its layers {owners[id(parameter)]} and {index} share the parameter {key}")
+    called = {what for kind, what in events.order if kind == "module"}
+    around = sorted(what for what in called if not what or name.startswith(f"{what}."))
+    if around:
+        raise SliceError(f"{around[0] or 'the model'} has parameters of its own, beside its layers")
+    known = owners.keys() | {id(p) for what in called for p in model.get_submodule(what).parameters()}
+    unknown = _used_parameters(events.logits) - known
+    for key, parameter in model.named_parameters():
+        if id(parameter) in unknown:
+            raise SliceError(f"it uses {key} without calling the module that has it")
+
+
+def _used_parameters(output: torch.Tensor | None) -> set[int]:
+    """The ids of the leaves that the output's graph ends in."""
+    found: set[int] = set()
+    seen, pending = set(), [None if output is None else output.grad_fn]
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending += [following for following, _ in node.next_functions]
+    return found
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The outermost module list with num_hidden_layers entries."""
+    wanted = getattr(text_config(model.config), "num_hidden_layers", None)
+    found = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    outer = [(k, m) for k, m in found if not any(k.startswith(f"{other}.") for other, _ in found)]
+    if len(outer) > 1:  # one of them reads images or sound
+        outer = _called(model, outer)
+    if len(outer) > 1:
+        decoder_layers = set(model._no_split_modules or [])
+        outer = [(k, m) for k, m in outer if any(type(layer).__name__ in decoder_layers for layer in m)]
+    if len(outer) != 1:
+        names = ", ".join(k for k, _ in found) or "none"
+        raise SliceError(f"there is not one list of num_hidden_layers={wanted} layers (found: {names})")
+    return outer[0]
+
+
+def _called(model: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Those whose layers run on text."""
+    ran: set[str] = set()
+    handles = [layers[0].register_forward_pre_hook(lambda *_, key=key: ran.add(key)) for key, layers in lists]
+    model.eval()
+    model(input_ids=_example(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [(key, layers) for key, layers in lists if key in ran]
+
+
+def _example() -> torch.Tensor:
+    return torch.full((ROWS, TOKENS), 3, dtype=torch.long)
+
+
+def watch(model: PreTrainedModel, layers: nn.ModuleList) -> Events:
+    events = Events()
+    inside = {id(module) for module in layers.modules()}
+    handles = []
+
+    def enter_layer(index: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            sizes = {k: len(v) for k, v in [*enumerate(args), *kwargs.items()] if isinstance(v, (dict, list))}
+            events.order.append(("layer", str(index)))
+            events.inputs[index] = (args, kwargs, sizes)
+
+        return hook
+
+    def leave_layer(index: int):
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            events.outputs[index] = output
+
+        return hook
+
+    def enter_module(name: str):
+        return lambda _module, _args: events.order.append(("module", name))
+
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(enter_layer(index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave_layer(index)))
+    for name, module in model.named_modules():
+        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
+            handles.append(module.register_forward_pre_hook(enter_module(name)))
+    model.eval()
+    with torch.enable_grad():  # side inputs that depend on parameters show by requires_grad
+        events.logits = model(input_ids=_example(), use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return events
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def find_output_length(events: Events) -> int | None:
+    lengths = set()
+    for index, output in events.outputs.items():
+        if isinstance(output, torch.Tensor):
+            lengths.add(None)
+        elif isinstance(output, (tuple, list)):
+            lengths.add(len(output))
+        else:
+            raise SliceError(f"layer {index} returns {type(output).__name__}, not hidden states")
+    if len(lengths) != 1:
+        raise SliceError("its layers return different kinds of output")
+    return lengths.pop()
+
+
+def find_argument(events: Events) -> int | str:
+    """Where each layer takes the one before's output, unchanged and as the only thing that links them."""
+    found: set[int | str] = set()
+    side_outputs: list[torch.Tensor] = []
+    for index in range(1, len(events.inputs)):
+        output = events.outputs[index - 1]
+        previous = first_tensor(output)
+        if not isinstance(output, torch.Tensor):
+            side_outputs += [t for _, t in _tensors(list(output[1:]), "")]
+        args, kwargs, sizes = events.inputs[index]
+        matches = [k for k, v in [*enumerate(args), *kwargs.items()] if v is previous]
+        if len(matches) != 1:
+            raise SliceError(f"layer {index} does not take layer {index - 1}'s output as exactly one of its arguments")
+        found.add(matches[0])
+        if sizes != events.inputs[0][2]:
+            raise SliceError(f"its layers pass things on in a container argument ({', '.join(map(str, sizes))})")
+        for name, tensor in [*_tensors(args, "argument "), *_tensors(kwargs, "argument ")]:
+            if any(tensor is side for side in side_outputs):
+                raise SliceError(f"layer {index} takes {name}, a side output of an earlier layer")
+            if tensor is not previous and tensor.requires_grad:
+                raise SliceError(f"layer {index} also takes {name}, which depends on parameters outside it")
+    if len(found) > 1:
+        raise SliceError("its hidden states move between arguments")
+    return found.pop() if found else 0
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}{index}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}{key}")

@@ -1,0 +1,181 @@
+"""A model from a GGUF file: dequantised once into safetensors, and refused with the file's name where it cannot be."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Trainer, records, weights
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel  # pyright: ignore[reportAttributeAccessIssue]
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llm_local.anatomy import load_model_config
+from llm_local.config import ConfigError, from_flat, parse
+from llm_local.gguf_cache import convert, gguf_path, weights_path
+from llm_local.preflight import preflight
+from llm_local.problems import static_problems
+from llm_local.tokenizer import load_tokenizer
+
+gguf: Any = pytest.importorskip("gguf")
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in NAMES:
+        return f"{NAMES[stem]}.weight"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{PARTS[part]}.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with model.gguf: the tiny Llama, its MLPs in 8 bits, and a tokenizer of single bytes."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
+    tokens = ["<|endoftext|>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "th"]
+    tokens += [f"<{index}>" for index in range(len(tokens), TINY["vocab_size"])]
+    path = tmp_path / "weights" / "model.gguf"
+    path.parent.mkdir()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(TINY["max_position_embeddings"])
+    writer.add_embedding_length(TINY["hidden_size"])
+    writer.add_block_count(TINY["num_hidden_layers"])
+    writer.add_feed_forward_length(TINY["intermediate_size"])
+    writer.add_head_count(TINY["num_attention_heads"])
+    writer.add_head_count_kv(TINY["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(TINY["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in model.state_dict().items():
+        array, kind = tensor.numpy(), None
+        if ".mlp." in name:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quants.quantize(array, kind)
+        writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.parent
+
+
+def settings(folder: Path, cache_dir: Path, name: str = "model.gguf", **more: Any) -> Any:
+    return from_flat({"model_name_or_path": str(folder), "gguf_file": name, "cache_dir": str(cache_dir), **more})
+
+
+def test_it_is_converted_once(folder: Path, tmp_path: Path):
+    config = settings(folder, tmp_path / "cache")
+    assert load_model_config(config.model).hidden_size == TINY["hidden_size"]
+    convert(config)
+    target = Path(weights_path(config))
+    assert target.parent == tmp_path / "cache" / "gguf"
+    written = (target / "model.safetensors").stat().st_mtime_ns
+    convert(config)
+    assert (target / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in target.parent.iterdir()] == [target.name], "nothing unfinished is left"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf").state_dict()
+    ours = load_file(target / "model.safetensors")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name].float()) for name in ours)
+    tokenizer = load_tokenizer(config)
+    assert len(tokenizer) == TINY["vocab_size"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("the").input_ids)[-2:] == ["th", "e"]
+    os.utime(folder / "model.gguf", (1, 1))
+    assert Path(weights_path(config)) != target, "a file that has changed is another one"
+
+
+def test_two_at_a_time_get_the_same(folder: Path, tmp_path: Path):
+    config = settings(folder, tmp_path / "cache")
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(convert, [config, config])) == [None, None]
+    assert [str(path) for path in (tmp_path / "cache" / "gguf").iterdir()] == [weights_path(config)]
+
+
+def test_a_directory_that_cannot_be_put_in_place_is_an_error(folder: Path, tmp_path: Path):
+    config = settings(folder, tmp_path / "cache")
+    target = Path(weights_path(config))
+    target.parent.mkdir(parents=True)
+    target.write_text("in the way")
+    with pytest.raises(OSError):  # noqa: PT011 -- whichever the system raises
+        convert(config)
+
+
+def refusal(config: Any, step: Any = convert) -> str:
+    with pytest.raises(ConfigError) as refused:
+        step(config)
+    (problem,) = refused.value.problems
+    assert "\n" not in problem
+    return problem
+
+
+def test_a_file_that_will_not_do_is_named(folder: Path, tmp_path: Path):
+    named = f"gguf_file={folder}"
+    said = f"gguf_file=no.gguf is not in model_name_or_path={folder}; check the name"
+    assert refusal(settings(folder, tmp_path, "no.gguf")) == said
+    assert refusal(settings(Path("no/such/model"), tmp_path)).startswith("model_name_or_path=no/such/model: ")
+    (folder / "text.gguf").write_text("no weights")
+    said = f"{named}/text.gguf is no GGUF file; name one, or leave gguf_file out"
+    assert refusal(settings(folder, tmp_path, "text.gguf")) == said
+    whole = (folder / "model.gguf").read_bytes()
+    (folder / "half.gguf").write_bytes(whole[: len(whole) // 2])
+    assert refusal(settings(folder, tmp_path, "half.gguf")).startswith(f"{named}/half.gguf cannot be read (")
+    (folder / "other.gguf").write_bytes(whole.replace(b"llama", b"lhama"))
+    other = settings(folder, tmp_path, "other.gguf")
+    said = f"{named}/other.gguf cannot be read ("
+    assert refusal(other, lambda config: load_model_config(config.model)).startswith(said)
+    model = settings(folder / "model.gguf", tmp_path).model
+    said = f"model_name_or_path={folder}/model.gguf is a file; use model_name_or_path={folder} and gguf_file=model.gguf"
+    assert refusal(model, load_model_config) == said
+
+
+def test_flags_that_do_not_go_with_it():
+    config = from_flat({"config_name": "c", "gguf_file": "x.gguf"})
+    said = "gguf_file=x.gguf needs model_name_or_path, the directory that it is in"
+    assert said in static_problems(config, 1, True, True)
+
+
+def test_without_the_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llm_local.gguf_cache.is_gguf_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"gguf_file=model\.gguf needs the package gguf; pip install gguf"):
+        gguf_path(settings(folder, tmp_path).model)
+
+
+@pytest.mark.processes
+def test_stages_train_from_it(trainer: Trainer, folder: Path):
+    """As from the safetensors that it became; run.yaml keeps the file's name."""
+    common = {"config_name": None, "num_stages": 2, "max_steps": 1, "eval_on_start": True}
+    output = trainer.run("run", 2, model_name_or_path=folder, gguf_file="model.gguf", **common)
+    config = parse(trainer.flags("run", model_name_or_path=folder, gguf_file="model.gguf", **common))
+    again = trainer.run("again", 2, model_name_or_path=weights_path(config), **common)
+    assert [r["loss"] for r in records(output, 1, "eval")] == [r["loss"] for r in records(again, 1, "eval")]
+    mine, theirs = weights(output / "export"), weights(again / "export")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert len(AutoTokenizer.from_pretrained(output / "export")) == TINY["vocab_size"]
+    assert "gguf_file: model.gguf" in (output / "run.yaml").read_text()
+
+
+def test_overrides_that_make_another_model_are_refused(trainer: Trainer, folder: Path):
+    flags = {"config_name": None, "model_name_or_path": folder, "gguf_file": "model.gguf"}
+    with pytest.raises(ConfigError, match="in shape 32x64, its config with config_overrides='intermediate_size=128'"):
+        preflight(parse(trainer.flags("run", **flags, config_overrides="intermediate_size=128")), 1)
