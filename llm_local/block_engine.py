@@ -7,21 +7,30 @@ blocks train alike wherever they run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llm_local.config import RunConfig
 from llm_local.stage import Block
 
+WAITS = "waits"  # key of the parameter groups that are not trained while heads train alone
+
 
 class BlockEngine(DeepSpeedEngine):
-    """An ordinary DeepSpeed engine that also knows the gradient norm where DeepSpeed keeps none (fp32, ZeRO 0)."""
+    """An ordinary DeepSpeed engine that also knows the gradient norm where DeepSpeed keeps none (fp32, ZeRO 0).
+
+    waiting_steps: first steps in which only the block's head is trained.
+    """
+
+    waiting_steps = 0
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
@@ -36,7 +45,25 @@ class BlockEngine(DeepSpeedEngine):
             module: Any = self.module
             grads = [p.grad for p in module.parameters() if p.grad is not None]
             self._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+        if self.waiting_steps and self.lr_scheduler is not None:
+            scheduler: Any = self.lr_scheduler
+            if scheduler.last_epoch == self.waiting_steps:
+                _forget_waiting(self)
         super()._take_model_step(lr_kwargs)
+
+
+def _forget_waiting(engine: DeepSpeedEngine) -> None:
+    """Lets Adam begin with the layers that have waited: steps on no gradient count in its bias corrections, and the
+    first updates would be several times too large."""
+    zero: Any = engine.optimizer
+    inner = getattr(zero, "optimizer", zero)
+    for number, group in enumerate(inner.param_groups):
+        holders = group["params"]
+        if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3 fills in the group's tensors one by one, in its step
+            subgroups = zero.sub_group_to_group_id.items()
+            holders = [zero.fp32_partitioned_groups_flat[sub] for sub, owner in subgroups if owner == number]
+        for holder in holders if group.get(WAITS) else ():
+            inner.state.pop(holder, None)
 
 
 def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
@@ -51,23 +78,50 @@ def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 def parameter_groups(config: RunConfig, module: torch.nn.Module) -> list[dict[str, Any]]:
-    """Weight decay on all but biases and norms, as transformers' Trainer has it, and the numbers of a block's own."""
+    """Weight decay on all but biases and norms, as transformers' Trainer has it, and the numbers of a block's own.
+
+    Where a block's head is to train alone at first, the body is in groups of its own, behind the head's.
+    """
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     forbidden += [r"^temperature\.", r"^feature_scale$"]
     decayed = set(get_parameter_names(module, [torch.nn.LayerNorm], forbidden))
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if n in decayed], "weight_decay": config.train.weight_decay},
-        {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
-    ]
+    # what head and body share, tied embeddings, is the body's
+    waiting = {n for n, _ in trained if n.startswith("body_model.")} if _waits(config, module) else set()
+    groups = []
+    for waits in (False, True):
+        some = [(name, p) for name, p in trained if (name in waiting) == waits]
+        marks = {WAITS: True} if waits else {}
+        decay = config.train.weight_decay
+        groups.append({"params": [p for n, p in some if n in decayed], "weight_decay": decay, **marks})
+        groups.append({"params": [p for n, p in some if n not in decayed], "weight_decay": 0.0, **marks})
     return [group for group in groups if group["params"]]
 
 
+def _waits(config: RunConfig, module: torch.nn.Module) -> bool:
+    """Whether the body of the block waits while heads train alone; that of the last one does not."""
+    return config.local.head_warmup_steps > 0 and isinstance(module, Block) and not module.body.is_last
+
+
 def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
-    train = config.train
-    return lambda optimizer: get_scheduler(
-        train.lr_scheduler_type, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.max_steps
-    )
+    """The learning rate of the flags; that of what waits is 0 as long as it does, and then what it is for all."""
+    train, steps = config.train, config.local.head_warmup_steps
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        scheduler: Any = get_scheduler(
+            train.lr_scheduler_type, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.max_steps
+        )
+        if not any(group.get(WAITS) for group in optimizer.param_groups):
+            return scheduler
+
+        def after(step: int, factor: Callable[[int], float]) -> float:
+            return factor(step) if step >= steps else 0.0
+
+        groups = zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+        factors = [partial(after, factor=factor) if group.get(WAITS) else factor for group, factor in groups]
+        return LambdaLR(optimizer, factors)
+
+    return make
 
 
 def engine_arguments(config: RunConfig, module: torch.nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +144,7 @@ def make_block_engine(config: RunConfig, block: Block, settings: dict[str, Any])
     """A DeepSpeed engine around one block. Every replica of the stage must call."""
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     engine = BlockEngine(config_class=DeepSpeedConfig(settings), **engine_arguments(config, block, settings))
+    engine.waiting_steps = config.local.head_warmup_steps if _waits(config, block) else 0
     restore_buffers(block, buffers)
     undo_dummy_step(engine)
     return engine
