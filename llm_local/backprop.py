@@ -20,7 +20,10 @@ from transformers import PretrainedConfig
 from llm_local.anatomy import Anatomy
 from llm_local.block_engine import engine_arguments, restore_buffers, undo_dummy_step
 from llm_local.config import RunConfig
+from llm_local.device import seed_everything
+from llm_local.document_mask import DocumentMask
 from llm_local.engine import NonFiniteLoss, StepResult
+from llm_local.head_plan import seed_of
 from llm_local.heads import head_logits, head_loss
 from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.partition import Partition, Span
@@ -30,10 +33,18 @@ from llm_local.stage import build_slice
 class PipeSlice(nn.Module):
     """A slice as a layer of a PipelineModule: token ids travel along with the hidden states."""
 
-    def __init__(self, config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, span: Span):
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: PretrainedConfig,
+        anatomy: Anatomy,
+        span: Span,
+        documents: DocumentMask | None = None,
+    ):
         super().__init__()
         self.part = build_slice(config, model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
         self.model = self.part.model
+        self.documents = documents
         self.return_logits = False
         for parameter in self.parameters():
             # else DeepSpeed clips by the gradient norm of stage 0 alone
@@ -42,17 +53,22 @@ class PipeSlice(nn.Module):
     def forward(self, inputs: Any) -> Any:
         """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end."""
         hidden, ids = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
-        leaving, normed = self.part(hidden, input_ids=ids)
+        documents = None if self.return_logits else self.documents  # as in a Block
+        told = documents.inputs(self.part.base(), ids, {}) if documents else {}
+        leaving, normed = self.part(hidden, input_ids=ids, **told)
         if not self.part.is_last:
             return leaving, ids
-        return head_logits(self.part, normed, ids) if self.return_logits else head_loss(self.part, normed, ids, None)
+        if self.return_logits:
+            return head_logits(self.part, normed, ids)
+        return head_loss(self.part, normed, ids, documents.labels(ids) if documents else None)
 
 
 class BackpropEngine:
     """The stock pipeline behind LocalEngine's interface. Every rank calls every method."""
 
-    def __init__(self, engine: PipelineEngine, load: Callable[[int, int, int], Packet] | None):
+    def __init__(self, engine: PipelineEngine, load: Callable[[int, int, int], Packet] | None, seed: int):
         self.engines = [engine]
+        self._seed = seed
         self._engine = engine
         self._load = load
 
@@ -65,6 +81,7 @@ class BackpropEngine:
     def train_batch(self, step: int) -> StepResult:
         """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""
         lr = float(self._engine.get_lr()[0])
+        seed_everything(seed_of(f"dropout:{self._seed}:{step}:{self._engine.global_rank}"))
         loss = self._engine.train_batch(data_iter=self._micro_batches(TRAIN, step))
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
@@ -108,9 +125,10 @@ def make_backprop_engine(
     partition: Partition,
     settings: dict[str, Any],
     load: Callable[[int, int, int], Packet] | None,
+    documents: DocumentMask | None = None,
 ) -> BackpropEngine:
     """Every rank must call; only this stage's slice is built."""
-    specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span) for span in partition.blocks]
+    specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span, documents) for span in partition.blocks]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
         module = PipelineModule(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -119,4 +137,4 @@ def make_backprop_engine(
     engine = PipelineEngine(config_class=DeepSpeedConfig(settings, mpu), mpu=mpu, **arguments)
     restore_buffers(module, buffers)
     undo_dummy_step(engine)
-    return BackpropEngine(engine, load)
+    return BackpropEngine(engine, load, config.train.seed)

@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.pipe import schedule as instructions
 
 from llm_local.block_engine import BlockEngine
+from llm_local.device import seed_everything
 from llm_local.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.head_plan import HeadPlan
 from llm_local.links import Links
@@ -126,6 +127,8 @@ class LocalEngine:
             logits, hidden, _ = engine(hidden=hidden, return_logits=True, **inputs)
         if self._links.sender is not None:
             self._links.sender.send(dataclasses.replace(entered.packet, hidden=hidden))
+        for engine in self.engines:
+            engine.empty_partition_cache()  # ZeRO-3 has fetched for a backward pass, and an export gathers by itself
         return logits
 
     @torch.no_grad()
@@ -166,12 +169,15 @@ class LocalEngine:
         sends_back = self._schedule in (OverlapSchedule, GlobalSchedule)
         if sends_back and entering is not None:
             entering.requires_grad_()
-        detach_head = self._schedule is GlobalSchedule and not self._is_last(block)
+        alone = self._schedule is GlobalSchedule or self._heads.is_warmup(self._step)
+        detach_head = alone and not self._is_last(block)
         inputs: dict[str, Any] = self._inputs(batch.packet)
         if self._kind == TRAIN:
+            seed_everything(self._heads.dropout_seed(self._step, batch.index, block))
             inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs["input_ids"])
         distils = self._schedule is DistillationSchedule
-        inputs |= {"detach_head": detach_head, "keep_normed": distils}
+        body_waits = detach_head and self._schedule is not GlobalSchedule
+        inputs |= {"detach_head": detach_head, "keep_normed": distils, "body_waits": body_waits}
         loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
         batch.losses[block] = self._heads.weights[block] * loss
         if sends_back:

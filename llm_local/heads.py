@@ -29,10 +29,11 @@ def chunk_rows(vocab_size: int) -> int:
 
 
 class _Echo:
-    """Takes the base model's place and returns hidden states that are there already."""
+    """Takes the base model's place and returns hidden states, and router logits, that are there already."""
 
-    def __init__(self, normed: torch.Tensor, base: nn.Module):
+    def __init__(self, normed: torch.Tensor, base: nn.Module, router_logits: tuple[torch.Tensor, ...] | None):
         self.last_hidden_state = normed
+        self.router_logits = router_logits
         self._base = base
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> _Echo:
@@ -42,20 +43,29 @@ class _Echo:
         return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> Any:
-        # a part of the base model (OPT's head calls model.decoder) echoes too; caches, attentions and the like are none
-        return self if isinstance(getattr(self._base, name, None), nn.Module) else None
+        # a part of the base model (OPT's head calls model.decoder) echoes too, a number is itself (Falcon-H1 scales its
+        # logits by one); caches, attentions and the like are none
+        value = getattr(self._base, name, None)
+        return self if isinstance(value, nn.Module) else value if isinstance(value, (int, float)) else None
 
 
-def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
+def without_layers(
+    part: Slice, normed: torch.Tensor, router_logits: tuple[torch.Tensor, ...] | None = None
+) -> PreTrainedModel:
+    """The slice's model with its layers run already: for a call of the class's forward, not of the model, as hooks of
+    an engine around the model belong to the real one."""
     model, name = part.model, part.anatomy.base
     twin = object.__new__(type(model))
     twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
     base = twin._modules.pop(name)
     assert base is not None
-    twin.__dict__[name] = _Echo(normed, base)
-    # the class's forward, not a call: hooks of an engine around the model belong to the real one
-    return type(model).forward(twin, input_ids=input_ids, use_cache=False).logits
+    twin.__dict__[name] = _Echo(normed, base, router_logits)
+    return twin
+
+
+def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
+    return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, use_cache=False).logits
 
 
 class LossLinear(nn.Linear):
@@ -128,6 +138,8 @@ def fit_head(part: Slice) -> None:
         raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
     output: Any = model.get_output_embeddings()
     chunked = hasattr(F, "linear_cross_entropy") and type(output) is nn.Linear
+    chunked = chunked and output.in_features == normed.shape[-1]  # else more of the head runs before it
     if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
-        model.set_output_embeddings(LossLinear.of(output))
+        # by name: the class's own setter may tie more than the matrix
+        model.set_submodule(next(k for k, m in model.named_modules() if m is output), LossLinear.of(output))
     model.train(was_training)
