@@ -46,8 +46,9 @@ def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) 
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
-        return make_backprop_engine(config, model_config, plan.anatomy, plan.partition, settings, feed), Links()
-    blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage)
+        model = (model_config, plan.anatomy, plan.partition)
+        return make_backprop_engine(config, *model, settings, feed, plan.documents), Links()
+    blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage, plan.documents)
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 else None
@@ -67,12 +68,19 @@ def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) 
         refresh_dtype=config.precision if config.shares_head else None,
     )
     micro_batches = config.train.gradient_accumulation_steps
+
+    def schedule_of(step: int) -> type[LocalSchedule]:
+        if config.is_global(step):
+            return GlobalSchedule
+        # heads that train alone send no gradient down
+        return LocalSchedule if schedule is OverlapSchedule and step <= local.head_warmup_steps else schedule
+
     engine = LocalEngine(
         engines,
         place.stage,
         place.num_stages,
         micro_batches,
-        lambda step: GlobalSchedule if config.is_global(step) else schedule,
+        schedule_of,
         feed,
         links,
         HeadPlan.of(config, plan.partition, place.stage, place.replica, place.num_replicas),

@@ -1,43 +1,42 @@
-"""Checkpoints: DeepSpeed's files for each block, and a manifest that is written last.
+"""Checkpoints: what a folder of one holds, which one to go on from, and reading it at any layout.
 
-    OUTPUT/checkpoints/step-00000200/stage-00/block-000/...   DeepSpeed's own files
-    OUTPUT/checkpoints/step-00000200/stage-00/rng-00.safetensors
-    OUTPUT/checkpoints/step-00000200/stage-00/shared-head.safetensors    with --head shared: see refresh.py
-    OUTPUT/checkpoints/step-00000200/manifest.json            the commit mark
+    OUTPUT/checkpoints/step-00000200/stage-00/replica-00.safetensors    this rank's stretch of every tensor of its stage
+    OUTPUT/checkpoints/step-00000200/stage-00/state.json                schedulers and loss scales of the stage's blocks
+    OUTPUT/checkpoints/step-00000200/manifest.json                      the commit mark, written last
 
-No stage waits for another to save: whoever finishes last writes the manifest. A folder without one is half written
-and is never picked. Loading runs no code from the files: only tensors and DeepSpeed's own few classes are unpickled.
+Tensors have the model's names (shards.py) and lie flat, in the safetensors format of torch.distributed.checkpoint
+(hf_storage.py), so a reader takes the elements it wants wherever they lie. Loading runs no code from the files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from transformers import PretrainedConfig
 
 from llm_local.config import ConfigError, RunConfig, from_here
-from llm_local.device import restore_rng_states, rng_states
 from llm_local.ds_config import load_json, zero_stage
-from llm_local.head_plan import loss_weights
 from llm_local.partition import Partition
-from llm_local.world import Place, World
+from llm_local.shards import SCALAR, STATE, Stretch
 
 MANIFEST = "manifest.json"
-SHARED_HEAD = "shared-head.safetensors"
-_TAG = "state"
+STATE_FILE = "state.json"
 
 
 class BrokenCheckpoint(RuntimeError):
@@ -49,53 +48,60 @@ class BrokenCheckpoint(RuntimeError):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a run must share with a checkpoint to go on from it."""
+    """How a run is laid out; what must_match must be that of the checkpoint that it goes on from."""
 
     method: str
     num_stages: int
     replicas: int
     blocks: list[list[int]]
-    overlap: int
-    head: str
-    head_refresh_steps: int
-    head_layers: list[int]
-    head_rank: int | None
-    head_token_fraction: float
-    head_features: bool
-    block_loss_weights: list[float]
-    distillation: list[float]
     zero_stage: int
     precision: str
     sequences_per_step: int
     seq_length: int
     seed: int
-    model: str
+    model: dict[str, Any]
+
+
+MUST_MATCH = {
+    "seq_length": "rows of another length are other rows",
+    "seed": "another seed puts the data in another order",
+}
+# of a model's config, what says nothing of its weights or of how they are used
+# flags that say nothing of what is trained
+_OF_NO_WEIGHT = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "cache_dir"),
+    *("max_steps", "logging_steps", "eval_steps", "eval_batches", "eval_on_start", "report_to", "sample_prompt"),
+    *("ddp_timeout", "link_timeout_seconds", "preprocessing_num_workers", "export_dtype", "model"),
+}
+_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
 def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
-    shape = json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str)
-    train, schedule = config.train, config.head_layers_schedule
+    train = config.train
+    model = json.loads(json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str))
     return Layout(
         method=config.local.method,
         num_stages=partition.num_stages,
         replicas=num_replicas,
         blocks=[[b.start, b.stop] for b in partition.blocks],
-        overlap=partition.overlap,
-        head="linear" if config.local.method == "backprop" else config.local.head,
-        head_refresh_steps=config.local.head_refresh_steps if config.shares_head else 0,
-        head_layers=[len(partition.private_layers(b, schedule)) for b in range(len(partition.blocks))],
-        head_rank=config.local.head_rank,
-        head_token_fraction=config.local.head_token_fraction,
-        head_features=config.local.head_features,
-        block_loss_weights=list(loss_weights(config, len(partition.blocks))),
-        distillation=[weight, config.local.distillation_top_k] if (weight := config.local.distillation_weight) else [],
         zero_stage=zero_stage(load_json(config)),
         precision=config.precision,
         sequences_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * num_replicas,
         seq_length=config.data.seq_length,
         seed=train.seed,
-        model=f"{model_config.model_type}-{hashlib.sha256(shape.encode()).hexdigest()[:8]}",
+        model={name: value for name, value in model.items() if name not in _INCIDENTAL},
     )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's."""
+
+    step: int
+    rows: int
+    layout: Layout
+    flags: dict[str, Any]
+    versions: dict[str, str]
 
 
 def resumes(config: RunConfig) -> bool:
@@ -123,168 +129,140 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return committed[-1].parent
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """Raises ConfigError naming the file if it is no manifest of ours."""
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        return {name: manifest[name] for name in ("step", "layout", "carried_over")}
+        values = json.loads(path.read_text())
+        return Manifest(**values | {"layout": Layout(**values["layout"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
 
 
-def read_step(checkpoint: Path) -> int:
-    return int(read_manifest(checkpoint)["step"])
-
-
 def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
-    """Where the run differs from the checkpoint's, naming both sides."""
-    saved = read_manifest(checkpoint)["layout"]
-    wanted = asdict(layout)
-    return [
-        f"{checkpoint} was written with {name}={saved.get(name)}, this run has {name}={value}; "
-        "resuming with another layout is not built yet"
-        for name, value in wanted.items()
-        if saved.get(name) != value
+    """Why the run cannot go on from the checkpoint, naming both sides."""
+    saved, instead = read_manifest(checkpoint).layout, "start a new run from its export (--model_name_or_path)"
+    problems = [
+        f"{checkpoint} was written with {name}={getattr(saved, name)}, this run has {name}={getattr(layout, name)}: "
+        f"{why}; {instead}"
+        for name, why in MUST_MATCH.items()
+        if getattr(saved, name) != getattr(layout, name)
     ]
+    names = sorted(set(saved.model) | set(layout.model))
+    differing = [name for name in names if saved.model.get(name) != layout.model.get(name)]
+    if differing:
+        theirs, ours = (", ".join(f"{n}={m.get(n)}" for n in differing[:3]) for m in (saved.model, layout.model))
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        problems.append(f"{checkpoint} holds another model ({theirs}{more}); this run's has {ours}{more}")
+    return problems
 
 
-CARRIED_OVER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+def layout_changes(saved: Manifest, layout: Layout, flags: dict[str, Any]) -> list[str]:
+    """What differs from the run that wrote a checkpoint, and is followed: 'num_stages 2 → 4'."""
+    theirs, ours = saved.flags | asdict(saved.layout), flags | asdict(layout)
+    names = [name for name in ours if name not in _OF_NO_WEIGHT]
+    return [f"{name} {theirs.get(name)} → {ours[name]}" for name in names if theirs.get(name) != ours[name]]
 
 
-def carried_over(config: RunConfig, checkpoint: Path | None) -> dict[str, float]:
-    """Values that an optimizer's or a scheduler's saved state brings back, whatever the flags of a resumed run say."""
-    if checkpoint is not None:
-        return dict(read_manifest(checkpoint)["carried_over"])
-    return {name: getattr(config.train, name) for name in CARRIED_OVER}
+class _StretchPlanner(DefaultLoadPlanner):
+    """Reads stretches of flat tensors, in which torch.distributed.checkpoint sees whole ones."""
+
+    def __init__(self, wanted: Mapping[str, Stretch]):
+        super().__init__()
+        self._wanted = wanted
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for name, stretch in self._wanted.items():
+            here = ChunkStorageMetadata(torch.Size([stretch.start]), torch.Size([len(stretch.values)]))
+            saved: Any = self.metadata.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, saved, [here])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._wanted[index.fqn].values
 
 
-def resume_warnings(checkpoint: Path, config: RunConfig) -> tuple[str, ...]:
-    """Flags whose new value a resumed run does not follow."""
-    saved = carried_over(config, checkpoint)
-    return tuple(
-        f"{name}={value} is not followed: the state in {checkpoint} goes on with {saved[name]}"
-        for name, value in carried_over(config, None).items()
-        if saved[name] != value
-    )
+class Catalog:
+    """What a checkpoint holds, by name. Raises BrokenCheckpoint naming the file that is missing or damaged.
 
-
-def save_checkpoint(
-    world: World,
-    config: RunConfig,
-    layout: Layout,
-    engines: Sequence[DeepSpeedEngine],
-    step: int,
-    carried: dict[str, float],
-    shared_head: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes this rank's part; the last of all ranks commits. Only this stage's replicas wait for each other.
-
-    carried: the values that the saved states hold, which are not the flags' in a resumed run. shared_head: the state
-    of the stage's Refresher, where it has one.
+    blocks: state.json of all stages. states, scalars: what the optimizer kept of a parameter, by its name.
     """
-    root = config.output_dir / "checkpoints" / f"step-{step:08d}"
-    folder = root / f"stage-{world.place.stage:02d}"
-    if world.place.is_recorder:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half written
-        folder.mkdir(parents=True)
-    world.stage_barrier()
-    for path, engine in _engine_folders(root, world.place, layout, engines):
-        engine.save_checkpoint(str(path), tag=_TAG, save_latest=False)
-    save_tensors(rng_states(world.device), folder / f"rng-{world.place.replica:02d}.safetensors")
-    if shared_head is not None and world.place.is_recorder:
-        save_tensors(shared_head, folder / SHARED_HEAD)
-    world.stage_barrier()  # a file that another replica still writes has a passing name
-    _to_disk(folder)
-    if world.count(f"saved/{step}") == world.place.world_size:
-        _write_manifest(root, layout, carried, step)
-        _remove_old(root.parent, config.train.save_total_limit)
 
+    def __init__(self, checkpoint: Path):
+        self.path = checkpoint
+        self.manifest = read_manifest(checkpoint)
+        self.blocks: list[dict[str, Any]] = []
+        self.states: dict[str, list[str]] = {}
+        self.scalars: dict[str, list[str]] = {}
+        self._numels: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._folders: dict[str, Path] = {}
+        for stage in range(self.manifest.layout.num_stages):
+            self._add(checkpoint / f"stage-{stage:02d}")
 
-def load_checkpoint(checkpoint: Path, world: World, layout: Layout, engines: Sequence[DeepSpeedEngine]) -> int:
-    """Restores this rank as it was; returns the step that the checkpoint was written after."""
-    for path, engine in _engine_folders(checkpoint, world.place, layout, engines):
-        engine.checkpoint_engine = TensorsOnly()
+    def _add(self, folder: Path) -> None:
         try:
-            found, _ = engine.load_checkpoint(str(path), tag=_TAG)
-        except AssertionError as error:  # DeepSpeed's answer to a missing *_model_states.pt
-            raise BrokenCheckpoint(path, "a file is missing") from error
-        if found is None:
-            raise BrokenCheckpoint(path, f"files are missing although {checkpoint / MANIFEST} exists")
-    rng = checkpoint / f"stage-{world.place.stage:02d}" / f"rng-{world.place.replica:02d}.safetensors"
-    restore_rng_states(world.device, _load_tensors(rng))
-    return read_step(checkpoint)
+            self.blocks += json.loads((folder / STATE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise BrokenCheckpoint(folder / STATE_FILE, error) from error
+        for replica in range(self.manifest.layout.replicas):
+            path = folder / replica_file(replica)
+            try:
+                with safe_open(path, "pt"):  # a truncated file shows by its header
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise BrokenCheckpoint(path, error) from error
+        for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+            tensor: Any = found
+            self._folders[name] = folder
+            self._numels[name], self._dtypes[name] = tensor.size.numel(), tensor.properties.dtype
+            for kept, mark in ((self.states, STATE), (self.scalars, SCALAR)):
+                if mark in name:
+                    kept.setdefault(name.partition(mark)[0], []).append(name)
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the parameters and buffers."""
+        return [name for name in self._numels if STATE not in name and SCALAR not in name]
+
+    def source(self, name: str, numel: int) -> str | None:
+        """The name under which the checkpoint has a tensor of so many elements; another one where it was tied."""
+        if name not in self._numels:
+            name = next((block["tied"][name] for block in self.blocks if name in block["tied"]), name)
+        return name if self._numels.get(name) == numel else None
+
+    def read(self, wanted: Mapping[str, Stretch]) -> None:
+        """Fills the stretches, in whatever dtype they have, from the tensors of these names."""
+        folders: dict[Path, dict[str, Stretch]] = {}
+        for name, stretch in wanted.items():
+            folders.setdefault(self._folders[name], {})[name] = stretch
+        for folder, some in folders.items():
+            reader, planner = HuggingFaceStorageReader(str(folder)), _StretchPlanner(some)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({n: s.values for n, s in some.items()}, storage_reader=reader, planner=planner, no_dist=True)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole of one, flat."""
+        whole = torch.empty(self._numels[name], dtype=self._dtypes[name])
+        self.read({name: Stretch(whole.numel(), 0, whole)})
+        return whole
 
 
-def load_shared_head(checkpoint: Path, place: Place) -> dict[str, torch.Tensor]:
-    """What save_checkpoint was given as the stage's shared_head."""
-    return _load_tensors(checkpoint / f"stage-{place.stage:02d}" / SHARED_HEAD)
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BrokenCheckpoint(path, error) from error
+def replica_file(replica: int) -> str:
+    return f"replica-{replica:02d}.safetensors"
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file that others may read as far as the umask lets them; the library's own are for the owner."""
     save_file(tensors, path, metadata=metadata)
-    mask = os.umask(0o077)  # there is no way to read it but to set it
+    path.chmod(0o666 & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no way to read it but to set it, for all threads
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-class TensorsOnly(TorchCheckpointEngine):
-    """DeepSpeed's reader without its trust: a pickle that names anything but these classes is refused."""
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        try:
-            with torch.serialization.safe_globals(_deepspeed_classes()):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-            raise BrokenCheckpoint(Path(path), error) from error
-
-
-def _deepspeed_classes() -> list[Any]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def _engine_folders(root: Path, place: Place, layout: Layout, engines: Sequence[DeepSpeedEngine]):
-    if layout.method == "backprop" and layout.num_stages > 1:  # one engine spans the stages and names its own files
-        return [(root / "pipeline", engines[0])]
-    folder = root / f"stage-{place.stage:02d}"
-    return [(folder / f"block-{index:03d}", engine) for index, engine in enumerate(engines)]
-
-
-def _write_manifest(root: Path, layout: Layout, carried: dict[str, float], step: int) -> None:
-    import deepspeed
-
-    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    manifest = {"step": step, "layout": asdict(layout), "carried_over": carried, "versions": versions}
-    text = json.dumps(manifest, indent=1)
-    draft = root / f"{MANIFEST}.draft"
-    draft.write_text(text + "\n")
-    _to_disk(draft)
-    os.replace(draft, root / MANIFEST)
-
-
-def _to_disk(path: Path) -> None:
-    """Forces a file, or all files below a folder, out of the page cache: the manifest must not overtake them."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _remove_old(folder: Path, limit: int | None) -> None:
-    committed = sorted(manifest.parent for manifest in folder.glob(f"step-*/{MANIFEST}"))
-    for old in committed[: -limit if limit else 0]:
-        (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is not one
-        shutil.rmtree(old)
+    return mask

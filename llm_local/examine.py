@@ -19,17 +19,15 @@ import torch
 from torch import nn
 
 from llm_local.anatomy import load_model_config, probe
-from llm_local.checkpoint import MANIFEST, TensorsOnly, load_shared_head, read_manifest
+from llm_local.checkpoint import MANIFEST, Catalog, read_manifest
 from llm_local.config import RunConfig, parse
 from llm_local.heads import LossLinear
+from llm_local.loader import fill_block
 from llm_local.partition import Partition
-from llm_local.preflight import plan_partition
-from llm_local.refresh import INSTALLED
+from llm_local.preflight import document_mask, plan_partition
 from llm_local.sequences import Sequences
-from llm_local.shared_head import install
 from llm_local.slices import Seam
 from llm_local.stage import Block, build_blocks
-from llm_local.world import Place
 
 READOUT_LEARNING_RATE = 1e-2
 
@@ -64,27 +62,18 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
         raise ValueError(f"{run} has no run.yaml; name the --output_dir of a run")
     config = parse([str(run / "run.yaml")])
     folder = find_committed(run, checkpoint)
-    manifest = read_manifest(folder)
-    layout = manifest["layout"]
-    if layout["method"] == "backprop":
+    if read_manifest(folder).layout.method == "backprop":
         raise ValueError(f"{folder} was trained with method=backprop: one loss for all layers, no local gradient")
-    if layout["zero_stage"] == 3:
-        raise ValueError(
-            f"{folder} was written with ZeRO-3: each rank has a part of the weights; train with ZeRO 0 to 2"
-        )
+    catalog = Catalog(folder)
     model_config = load_model_config(config.model)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, model_config, anatomy)
-    blocks = []
+    blocks: list[Block] = []
     for stage in range(partition.num_stages):
-        for index, block in enumerate(build_blocks(config, model_config, anatomy, partition, stage)):
-            _load_weights(block, folder / f"stage-{stage:02d}" / f"block-{index:03d}")
-            blocks.append(block.eval().to(device))
-            if block.temperature is not None:  # its matrix is no parameter
-                place = Place.of(stage, partition.num_stages, partition.num_stages)
-                matrix = load_shared_head(folder, place)[INSTALLED]
-                install(block.head, matrix.to(device, torch.float32))
-    return TrainedRun(config, int(manifest["step"]), partition, blocks)
+        blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config))
+    for block in blocks:
+        fill_block(catalog, block)
+    return TrainedRun(config, catalog.manifest.step, partition, [block.eval().to(device) for block in blocks])
 
 
 def find_committed(run: Path, checkpoint: str | None) -> Path:
@@ -99,16 +88,6 @@ def find_committed(run: Path, checkpoint: str | None) -> Path:
             return folder
     names = ", ".join(folder.name for folder in committed) or "none"
     raise ValueError(f"{run} has no complete checkpoint {checkpoint} (it has {names})")
-
-
-def _load_weights(block: Block, folder: Path) -> None:
-    path = folder / "state" / "mp_rank_00_model_states.pt"
-    state = TensorsOnly().load(str(path), map_location="cpu")["module"]
-    try:
-        block.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} does not fit the model that run.yaml describes: {reason}") from error
 
 
 def compare_gradients(run: TrainedRun, ids: torch.Tensor) -> list[Gradients]:

@@ -14,6 +14,11 @@ from llm_local.config import RunConfig
 from llm_local.partition import Partition, held
 
 
+def seed_of(text: str) -> int:
+    """A seed for a generator that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
 def parse_weights(text: str) -> tuple[float, ...] | None:
     """'0.5,1' → (0.5, 1.0); None if the text is no list of finite numbers."""
     try:
@@ -41,7 +46,8 @@ class HeadPlan:
     """The heads of one rank's blocks in training, by their number in the stage.
 
     weights: of the blocks' losses. first_block: number of the stage's first block in the model, which has num_blocks.
-    fraction: share of the positions that all heads but the model's last see.
+    fraction: share of the positions that all heads but the model's last see. warmup_steps: first steps in which those
+    heads train alone.
     """
 
     weights: tuple[float, ...]
@@ -51,13 +57,24 @@ class HeadPlan:
     seed: int = 0
     replica: int = 0
     num_replicas: int = 1
+    warmup_steps: int = 0
 
     @staticmethod
     def of(config: RunConfig, partition: Partition, stage: int, replica: int, num_replicas: int) -> HeadPlan:
         blocks, count = partition.stages[stage], len(partition.blocks)
         weights = loss_weights(config, count)[blocks.start : blocks.stop]
         fraction = config.local.head_token_fraction
-        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, replica, num_replicas)
+        warmup = config.local.head_warmup_steps
+        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, replica, num_replicas, warmup)
+
+    def is_warmup(self, step: int) -> bool:
+        """Whether heads train alone in this step, but the model's last block as a whole."""
+        return step <= self.warmup_steps
+
+    def dropout_seed(self, step: int, index: int, block: int) -> int:
+        """Of the stage's block in micro-batch `index`: the same wherever the block runs, and after a resume."""
+        number = self.first_block + block
+        return seed_of(f"dropout:{self.seed}:{step}:{index}:{number}:{self.replica}")
 
     def window(self, step: int, index: int, block: int, num_rows: int, num_positions: int) -> list[range] | None:
         """Positions that the head of the stage's block sees of each row of micro-batch `index`; None: of all, all."""

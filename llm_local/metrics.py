@@ -2,7 +2,8 @@
 
 Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
 tokens and what is sent and received are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
-the step was blocked on links, inside step_seconds. DeepSpeed's own pipeline (--method backprop) has no links of ours:
+the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that checkpoints have held the training
+up since the record before. DeepSpeed's own pipeline (--method backprop) has no links of ours:
 what is counted on them is null there.
 """
 
@@ -31,6 +32,7 @@ class Record:
     received_bytes: int | None = None
     sent_gradient_bytes: int | None = None
     sent_refresh_bytes: int | None = None
+    save_seconds: float | None = None
     peak_memory_bytes: int | None = None
 
 

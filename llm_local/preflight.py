@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import AutoTokenizer, PretrainedConfig
@@ -14,25 +15,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
 from llm_local.checkpoint import (
-    carried_over,
+    BrokenCheckpoint,
+    Catalog,
     find_checkpoint,
     layout_of,
     layout_problems,
-    read_step,
-    resume_warnings,
     resumes,
 )
+from llm_local.class_problems import class_problems
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data import data_problems
 from llm_local.device import supports
+from llm_local.document_mask import DocumentMask
 from llm_local.ds_config import deepspeed_problems
+from llm_local.exit_check import exit_warnings, refused_exits
+from llm_local.gguf_cache import convert
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.lowrank import rank_problems
+from llm_local.model_folder import draft_of, predecessor_of
 from llm_local.partition import Partition, Span, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.router_loss import wants_router_loss
+from llm_local.slices import try_slices
 from llm_local.tokenizer import load_tokenizer
+from llm_local.trial import document_problems, router_problems
+from llm_local.weight_problems import weight_problems
 
-OURS = ("run.yaml", "metrics", "checkpoints", "export", "tensorboard", "csv")
+_EXPORT = Path("export")
+OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
+OURS += ("tensorboard", "csv")
 READ = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
 
 
@@ -44,7 +55,8 @@ class Plan:
     partition: Partition
     checkpoint: str | None
     warnings: tuple[str, ...] = ()
-    carried_over: dict[str, float] = field(default_factory=dict)
+    documents: DocumentMask | None = None
+    refused_exits: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -55,8 +67,11 @@ class Plan:
         cut = values["partition"]
         blocks, stages = (tuple(Span(**span) for span in cut[name]) for name in ("blocks", "stages"))
         anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
-        partition, warnings = Partition(blocks, stages, cut["overlap"]), tuple(values["warnings"])
-        return Plan(anatomy, partition, values["checkpoint"], warnings, values["carried_over"])
+        partition = Partition(blocks, stages, cut["overlap"])
+        documents = DocumentMask(**values["documents"]) if values["documents"] else None
+        return Plan(
+            anatomy, partition, values["checkpoint"], tuple(values["warnings"]), documents, values["refused_exits"]
+        )
 
 
 def preflight(config: RunConfig, world_size: int) -> Plan:
@@ -67,7 +82,7 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
     cache_problems = _unwritable("cache_dir", config.cache_dir)
     problems += cache_problems
     found = _Model()
-    if (config.model.config_name or config.model.model_name_or_path) and not cache_problems:
+    if (config.model.config_name or config.model.model_name_or_path or config.model.model_type) and not cache_problems:
         problems += found.look(config, world_size)
     if not problems:
         assert found.anatomy is not None
@@ -76,10 +91,10 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
         checkpoint, more = _resume(config, found.config, found.partition, world_size)
         problems += more
         if not problems:
-            warnings = _tokenizer_warnings(config, found.config) + head_warnings(config)
-            warnings += resume_warnings(Path(checkpoint), config) if checkpoint else ()
-            carried = carried_over(config, Path(checkpoint) if checkpoint else None)
-            return Plan(found.anatomy, found.partition, checkpoint, warnings, carried)
+            warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
+            refused = refused_exits(config, found.config, found.anatomy, found.partition)
+            warnings += exit_warnings(found.config.model_type, refused)
+            return Plan(found.anatomy, found.partition, checkpoint, warnings, document_mask(config), refused)
     raise ConfigError(problems)
 
 
@@ -90,16 +105,24 @@ class _Model:
         self.config: PretrainedConfig | None = None
         self.anatomy: Anatomy | None = None
         self.partition: Partition | None = None
+        self.warnings: tuple[str, ...] = ()
 
     def look(self, config: RunConfig, world_size: int) -> list[str]:
         try:
             self.config = load_model_config(config.model)
-            self.anatomy = probe(self.config, config.model)
+            self.anatomy = probe(self.config, config.model, try_slices)
+            convert(config)
         except ConfigError as error:
             return error.problems
         except SliceError as error:
             return [_attention_problem(config, error.__cause__) or str(error)]
-        problems = _size_problems(config, self.config) + _support_problems(config, self.config)
+        problems, self.warnings = weight_problems(config, self.config)
+        problems += _size_problems(config, self.config) + _support_problems(config, self.config)
+        problems += class_problems(config, self.config, self.anatomy)
+        if config.data.document_mask:
+            problems += document_problems(config, self.config, self.anatomy)
+        if wants_router_loss(self.config):
+            problems += router_problems(config, self.config, self.anatomy)
         if config.local.num_stages > 0:
             try:
                 self.partition = plan_partition(config, self.config, self.anatomy)
@@ -116,6 +139,12 @@ def _attention_problem(config: RunConfig, cause: BaseException | None) -> str:
     if not wanted or not (isinstance(cause, ImportError) or "attn_implementation" in reason):
         return ""
     return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"
+
+
+def document_mask(config: RunConfig) -> DocumentMask | None:
+    """How the run keeps packed documents apart, if it does."""
+    end: Any = load_tokenizer(config).eos_token_id if config.data.document_mask else None
+    return None if end is None else DocumentMask(end)  # data.py refuses a tokenizer without
 
 
 def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> Partition:
@@ -160,7 +189,11 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
     if text.vocab_size < tokens:
         problems.append(
             f"the model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {tokens}; "
-            f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
+            + (
+                "choose another tokenizer (--tokenizer_name): a pretrained model has weights for no more tokens"
+                if config.model.model_name_or_path
+                else f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
+            )
         )
     return problems
 
@@ -187,8 +220,6 @@ def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list
     problems = []
     if getattr(text, "layerdrop", 0) or getattr(text, "decoder_layerdrop", 0):
         problems.append("the model's config has layerdrop, which would skip a stage's border; set layerdrop=0.0")
-    if getattr(text, "output_router_logits", False):
-        problems.append("output_router_logits=true: the router loss is not built yet; set it to false")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if config.train.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
         problems.append(f"model type {model_config.model_type!r} does not support gradient_checkpointing; leave it off")
@@ -245,9 +276,12 @@ def _resume(
         if checkpoint is None:
             return None, []
         problems = layout_problems(checkpoint, layout)
+        step = Catalog(checkpoint).manifest.step
     except ConfigError as error:
         return None, error.problems
-    if read_step(checkpoint) > config.train.max_steps:
+    except BrokenCheckpoint as error:
+        return None, [str(error)]
+    if step > config.train.max_steps:
         problems.append(f"{checkpoint} is beyond max_steps={config.train.max_steps}; raise max_steps")
     return str(checkpoint), problems
 
@@ -258,6 +292,7 @@ def open_output(config: RunConfig, plan: Plan) -> None:
     if config.train.overwrite_output_dir and plan.checkpoint is None:
         for name in OURS:
             _remove(folder / name)
+    _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
     (folder / "run.yaml").write_text(f"# {plan.partition.describe()}\n{text}")

@@ -105,12 +105,14 @@ class Refresher:
             self._install(installed(self._readers[0]))
 
     def start(self, step: int, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Goes on after so many steps. Of a resumed run, state is what `state` returned then: what is still on its way
-        leaves again."""
-        if state:
+        """Goes on after so many steps. Of a resumed run, state is what `state` returned then, on any stage, as far as
+        it was saved: what is still on its way leaves again. All replicas must call."""
+        if state is not None:
             if self._readers:
                 self._install(state[INSTALLED])
-            self._pending = {int(name): matrix for name, matrix in state.items() if name != INSTALLED}
+            if self._source is not None:  # with another interval than before, some have not been taken
+                on_their_way = self.timetable.pending(step)
+                self._pending = {t: state[str(t)] if str(t) in state else self._take() for t in on_their_way}
         for taken, matrix in sorted(self._pending.items()):
             self._send(taken, matrix)
         if self._receiver is not None:
@@ -130,10 +132,15 @@ class Refresher:
     def after(self, step: int) -> None:
         """Takes the matrix as it is after this step, on the last stage. All its replicas must call."""
         if self._source is not None and self.timetable.is_taken(step):
-            weight = self._source.weight
-            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
-                self._pending[step] = weight.detach().to("cpu", copy=True)
+            self._pending[step] = self._take()
             self._send(step, self._pending[step])
+
+    def _take(self) -> torch.Tensor:
+        """The last block's output matrix as it is, (V, D) in host memory. All replicas must call."""
+        assert self._source is not None
+        weight = self._source.weight
+        with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            return weight.detach().to("cpu", copy=True)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint after this step needs: the copy that is read, and what is on its way, by the step."""

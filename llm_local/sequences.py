@@ -26,8 +26,8 @@ class Sequences(Protocol):
         """Different sequences, after which the list begins again; None for a stream, which does not know."""
         ...
 
-    def batch(self, index: int, rows: int) -> torch.Tensor:
-        """Sequences index*rows to (index+1)*rows of the list: (rows, seq_length) int64."""
+    def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
+        """Sequences first + index*rows to first + (index+1)*rows of the list: (rows, seq_length) int64."""
         ...
 
 
@@ -77,11 +77,15 @@ class StoredSequences:
         """Tokens in all, those of the dropped tail included."""
         return self._tokens.num_tokens
 
-    def batch(self, index: int, rows: int) -> torch.Tensor:
-        """Sequences index*rows to (index+1)*rows: (rows, seq_length) int64. Raises ValueError if there are none."""
+    def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
+        """Sequences first + index*rows to first + (index+1)*rows: (rows, seq_length) int64.
+
+        Raises ValueError if there are none.
+        """
         if not self.num_sequences:
             raise ValueError(f"no sequence to read: {self.num_tokens} tokens are less than {self._tokens.seq_length}")
-        numbers = [self._number(position) for position in range(index * rows, (index + 1) * rows)]
+        start = first + index * rows
+        numbers = [self._number(position) for position in range(start, start + rows)]
         return torch.from_numpy(np.stack([self._tokens.row(number) for number in numbers]))
 
     def _number(self, position: int) -> int:
@@ -119,15 +123,15 @@ class StreamedSequences:
         self._position = 0
         self._ahead = self._endless()
 
-    def batch(self, index: int, rows: int) -> torch.Tensor:
-        """Sequences index*rows to (index+1)*rows: (rows, seq_length) int64.
+    def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
+        """Sequences first + index*rows to first + (index+1)*rows: (rows, seq_length) int64.
 
         Raises ValueError if a whole epoch of the stream holds no sequence.
         """
-        first = index * rows
-        if first < self._position:
+        start = first + index * rows
+        if start < self._position:
             self._ahead, self._position = self._endless(), 0
-        while self._position < first:
+        while self._position < start:
             self._next()
         return torch.from_numpy(np.stack([self._next() for _ in range(rows)]))
 

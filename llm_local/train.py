@@ -15,30 +15,27 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine, make_engine
-from llm_local.checkpoint import (
-    BrokenCheckpoint,
-    Layout,
-    layout_of,
-    load_checkpoint,
-    load_shared_head,
-    save_checkpoint,
-)
+from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import Sequences, prepare
-from llm_local.device import peak_memory_bytes, seed_everything, synchronize
+from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.feed import Feed
 from llm_local.finish import finish
 from llm_local.links import Links
+from llm_local.loader import load_shared_head, take_up
 from llm_local.metrics import MetricsFile, Record, total_norm
+from llm_local.model_folder import ExportError
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.refresh import Refresher, make_refresher
+from llm_local.saver import Saver, UnsavedCheckpoint
 from llm_local.tokenizer import load_tokenizer
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 from llm_local.world import (
@@ -57,6 +54,7 @@ from llm_local.world import (
 Sources = tuple[Sequences, Sequences]  # training and validation
 
 REFUSED = 2
+PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, ExportError)  # their message says all there is to say
 LAUNCHER_SECONDS = 10.0
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0
@@ -76,7 +74,13 @@ class Run:
     refresher: Refresher | None
     metrics: MetricsFile | None
     progress: Progress
+    saver: Saver
     first_step: int
+    first_row: int
+
+    def rows_after(self, step: int) -> int:
+        """Sequences of the training data that are used up after the step."""
+        return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -101,7 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = build(config, launch, watchdog, plan, sources)
         train(run)
-        finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress)
+        rows = run.rows_after(config.train.max_steps)
+        finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows)
         run.links.close(config.train.max_steps)
         if run.refresher is not None:
             run.refresher.close(config.train.max_steps)
@@ -169,9 +174,9 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
     """Ends the process with a message that names what ended the run first; only a defect shows its traceback."""
     ours = str(error).splitlines()[0] if str(error) else type(error).__name__
     # A collective or the store that loses a peer raises a plain RuntimeError.
-    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, (NonFiniteLoss, BrokenCheckpoint))
+    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, PLAIN)
     cause = watchdog.explain() if by_a_peer else None
-    if not cause and not isinstance(error, (LostPeer, NonFiniteLoss, BrokenCheckpoint)):
+    if not cause and not isinstance(error, (LostPeer, *PLAIN)):
         traceback.print_exc()
     watchdog.fail(ours, cause)
 
@@ -189,13 +194,15 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
     join_stage(world, one_world=config.is_pipelined)
     model_config = load_model_config(config.model)
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
-    feed = _make_feed(config, place, sources) if place.is_first_stage else None
-    seed_everything(config.train.seed + place.rank)
+    catalog = Catalog(Path(plan.checkpoint)) if plan.checkpoint else None
+    first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
+    feed = _make_feed(config, place, sources, (first_step, first_row)) if place.is_first_stage else None
     engine, links = make_engine(config, plan, world, feed)
-    first_step = load_checkpoint(Path(plan.checkpoint), world, layout, engine.engines) if plan.checkpoint else 0
+    news = take_up(catalog, config, layout, world, engine.engines) if catalog else ()
     refresher = make_refresher(config, plan.partition, world, links, engine.engines)
     if refresher is not None:
-        refresher.start(first_step, load_shared_head(Path(plan.checkpoint), place) if plan.checkpoint else None)
+        block: Any = engine.engines[-1].module
+        refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
     metrics = None
     if place.is_recorder:
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
@@ -203,22 +210,29 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
     progress = Progress(world, config.train.max_steps, first_step, tokens)
     for warning in plan.warnings:
         progress.say(f"llm_local: warning: {warning}")
+    for line in news:
+        progress.say(f"llm_local: {line}")
     layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
     progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
-    return Run(config, plan, layout, world, engine, feed, links, refresher, metrics, progress, first_step)
+    saver = Saver(world, config, layout)
+    return Run(
+        config, plan, layout, world, engine, feed, links, refresher, metrics, progress, saver, first_step, first_row
+    )
 
 
-def _make_feed(config: RunConfig, place: Place, sources: Sources | None) -> Feed:
+def _make_feed(config: RunConfig, place: Place, sources: Sources | None, start: tuple[int, int]) -> Feed:
     """Rank 0 has prepared the data before it published the plan; the other replicas find it in the cache."""
     sources = sources or prepare(config, load_tokenizer(config))
     train = config.train
     rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(*sources, place, rows, micro_batches, train.eval_batches)
+    return Feed(*sources, place, rows, micro_batches, train.eval_batches, start)
 
 
 def train(run: Run) -> None:
     """The steps from the first to the last. No stage waits for a later one, but by the packets in flight."""
     train = run.config.train
+    if train.eval_on_start and run.first_step == 0:
+        _evaluate(run, 0)
     for step in range(run.first_step + 1, train.max_steps + 1):
         last = step == train.max_steps
         run.world.watchdog.step = step
@@ -231,11 +245,11 @@ def train(run: Run) -> None:
             _evaluate(run, step)
         if train.save_steps and step % train.save_steps == 0:
             shared_head = run.refresher.state() if run.refresher else None
-            save_checkpoint(
-                run.world, run.config, run.layout, run.engine.engines, step, run.plan.carried_over, shared_head
-            )
+            run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head)
+        run.saver.check()
     if train.eval_batches:
         _evaluate(run, train.max_steps)
+    run.saver.wait()
     run.progress.close()
 
 
@@ -290,6 +304,7 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
                 received_bytes=round(received * replicas) if counted else None,
                 sent_gradient_bytes=round(gradients * replicas) if counted else None,
                 sent_refresh_bytes=round(refreshes * replicas) if counted else None,
+                save_seconds=run.saver.take_seconds(),
                 peak_memory_bytes=peak_memory_bytes(run.world.device),
             )
         )

@@ -125,9 +125,6 @@ def test_a_schedule_of_private_layers_trains_exports_and_resumes(trainer: Traine
     again = trainer.run("straight", 2, **settings, resume_from_checkpoint="true")
     found = weights(again / "export/exits/stage-00")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    changed = settings | {"head_layers_schedule": "1", "resume_from_checkpoint": "true"}
-    with pytest.raises(ConfigError, match=r"head_layers=\[2, 1, 0, 0, 0\], this run has head_layers=\[1, 1, 1, 1, 0\]"):
-        preflight(parse(trainer.flags("straight", **changed)), 2)
 
 
 def test_refusals_that_need_the_model(trainer: Trainer):

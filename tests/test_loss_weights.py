@@ -9,9 +9,6 @@ import pytest
 import torch
 from conftest import Trainer, block_losses, records, weights
 
-from llm_local.config import ConfigError, parse
-from llm_local.preflight import preflight
-
 pytestmark = pytest.mark.processes
 RATE = 0.5
 
@@ -61,12 +58,3 @@ def test_where_two_losses_meet_each_has_its_weight(trainer: Trainer, plain: dict
         moved |= {(name.partition("layers.")[2][:1], k) for k, d in enumerate((ours, above)) if d.abs().max() > 1e-5}
     assert {("2", 0), ("2", 1), ("0", 0), ("3", 1)} <= moved
     assert ("0", 1) not in moved
-
-
-def test_a_resume_with_other_weights_is_refused(trainer: Trainer):
-    trainer.run("run", 2, num_stages=2, max_steps=1, save_steps=1, block_loss_weights="0.5", eval_batches=0)
-    flags = trainer.flags("run", num_stages=2, block_loss_weights="0.5,1", resume_from_checkpoint="true")
-    with pytest.raises(ConfigError, match=r"block_loss_weights=\[0.5, 0.5\], this run has block_loss_weights=\[0.5, 1"):
-        preflight(parse(flags), 2)
-    same = trainer.flags("run", num_stages=2, block_loss_weights="0.5,0.5", resume_from_checkpoint="true")
-    assert preflight(parse(same), 2).checkpoint

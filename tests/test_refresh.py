@@ -73,7 +73,7 @@ def relay(every: int, max_steps: int, resume_at: int) -> Any:
     output = block.head.model.get_output_embeddings()
     timetable = Timetable(every, max_steps)
     refresher = Refresher([block], timetable, world, links, "fp32")
-    state = {}
+    state = None
     if resume_at:
         now = read_in(timetable)[resume_at - 1]
         pending = {str(t): torch.full((V, D), float(t)) for t in timetable.pending(resume_at)}

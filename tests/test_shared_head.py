@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.anatomy import SliceError, probe
 from llm_local.block_engine import parameter_groups
-from llm_local.config import ConfigError, RunConfig, from_flat, parse
+from llm_local.config import RunConfig, from_flat, parse
 from llm_local.partition import Costs, make_partition
 from llm_local.preflight import preflight
 from llm_local.shared_head import install, installed, make_read_only, matrix_name
@@ -293,9 +293,6 @@ def test_resume_in_the_middle_of_a_transit_equals_never_having_stopped(trainer: 
         for folder in ("export", "export/exits/stage-00"):
             mine, theirs = weights(resumed / folder), weights(straight / folder)
             assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
-    other = common | {"head_refresh_steps": 5, "max_steps": 9, "resume_from_checkpoint": checkpoint}
-    with pytest.raises(ConfigError, match="written with head_refresh_steps=4, this run has head_refresh_steps=5"):
-        preflight(parse(trainer.flags("other", **other)), ranks)
 
 
 @pytest.mark.processes

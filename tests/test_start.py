@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from ranks import run_ranks
 from torch.distributed import PrefixStore, TCPStore
 from transformers import AutoTokenizer
 
-from llm_local.anatomy import load_model_config
-from llm_local.checkpoint import carried_over, layout_of
 from llm_local.config import ConfigError, parse
 from llm_local.packet import TRAIN
 from llm_local.preflight import Plan, preflight
@@ -105,30 +102,19 @@ def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
     class Rows:
         num_sequences = None
 
-        def batch(self, index: int, rows: int) -> torch.Tensor:
+        def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
             return torch.full((rows, 32), index)
 
     config = parse(trainer.flags("run", train_file="not there"))
-    feed = _make_feed(config, Place(0, 1, 1), (Rows(), Rows()))
+    feed = _make_feed(config, Place(0, 1, 1), (Rows(), Rows()), (0, 0))
     assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
     with pytest.raises(ConfigError, match="does not exist"):
-        _make_feed(config, Place(0, 1, 1), None)
+        _make_feed(config, Place(0, 1, 1), None, (0, 0))
 
 
-def test_a_resumed_run_goes_on_to_record_what_its_checkpoint_holds(trainer: Trainer, tmp_path: Path):
-    """The flag of a first resume is not what a second one must be compared with."""
-    config = parse(trainer.flags("run"))
-    plan = preflight(config, 1)
-    assert plan.carried_over == carried_over(config, None)
-    layout = layout_of(config, plan.partition, 1, load_model_config(config.model))
-    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
-    folder.mkdir(parents=True)
-    manifest = {"step": 2, "layout": asdict(layout), "carried_over": plan.carried_over}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    again = preflight(parse(trainer.flags("run", resume_from_checkpoint="true", learning_rate=1.0)), 1)
-    assert again.carried_over["learning_rate"] == config.train.learning_rate
-    assert "learning_rate=1.0 is not followed" in again.warnings[0]
-    assert Plan.from_json(again.to_json()) == again
+def test_a_plan_survives_the_store(trainer: Trainer):
+    plan = preflight(parse(trainer.flags("run", method="overlapping")), 1)
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
