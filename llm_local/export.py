@@ -10,24 +10,20 @@ links to the layers it shares. Each exported model is loaded back and its logits
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PretrainedConfig
 
 from llm_local.anatomy import text_config
-from llm_local.checkpoint import save_tensors
 from llm_local.lowrank import multiplied
+from llm_local.masters import Masters
+from llm_local.model_folder import complete, link, original_names, shard_name, tied_names, write_shard
 from llm_local.partition import Partition
 from llm_local.slices import Slice
 
@@ -43,17 +39,24 @@ class StageTensors:
 
 
 def collect(
-    bodies: Sequence[Slice], head: Slice | None, zero3: bool, keep: bool, folded: dict[str, torch.Tensor]
+    bodies: Sequence[Slice],
+    head: Slice | None,
+    zero3: bool,
+    keep: bool,
+    folded: dict[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    masters: Masters | None = None,
 ) -> StageTensors:
     """The tensors of a stage's layers, and of its last block's head where that is a slice of its own, on the CPU.
 
-    Every replica must call under ZeRO-3, where the parameters are gathered one by one; `keep` says who gets them.
-    folded: tensors of the head that take the place of its own.
+    Every replica must call under ZeRO-3 and with masters, where the parameters are gathered one by one; `keep` says who
+    gets them. folded: tensors of the head that take the place of its own. dtype: of the parameters, by default the
+    model's own. masters: where they are read from instead of the model.
     """
     body: dict[str, torch.Tensor] = {}
     heads: dict[str, torch.Tensor] = {}
     for part in bodies:
-        tensors = _state(part, zero3, keep)
+        tensors = _cast(part, _state(part, zero3, keep, masters), dtype)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
         after = tuple(f"{name}." for name in part.anatomy.after)
         body |= _original_names(part, {k: v for k, v in tensors.items() if not k.startswith(before + after)})
@@ -62,17 +65,22 @@ def collect(
     if head is not None:
         layers = [f"{head.anatomy.layers}.{index}." for index in range(head.span.start, head.span.stop)]
         names = (*layers, *(f"{name}." for name in head.anatomy.after))
-        tensors = multiplied(head, _state(head, zero3, keep)) | (folded if keep else {})
+        tensors = multiplied(head, _state(head, zero3, keep, masters)) | (folded if keep else {})
+        tensors = _cast(head, tensors, dtype)
         heads = _original_names(head, {k: v for k, v in tensors.items() if k.startswith(names)})
     return StageTensors(body, heads)
 
 
-def _state(part: Slice, zero3: bool, keep: bool) -> dict[str, torch.Tensor]:
+def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
     ignored = set(part.model._keys_to_ignore_on_save or [])
     named = {k: v for k, v in part.model.state_dict(keep_vars=True).items() if k not in ignored}
     kept = {}
     for name, tensor in named.items():
-        if zero3 and isinstance(tensor, torch.nn.Parameter):
+        master = None if masters is None else masters(tensor)
+        if master is not None:
+            if keep:
+                kept[name] = master.detach().to("cpu", copy=True)
+        elif zero3 and isinstance(tensor, torch.nn.Parameter):
             with deepspeed.zero.GatheredParameters([tensor]):
                 if keep:
                     kept[name] = tensor.detach().cpu().clone()
@@ -81,27 +89,32 @@ def _state(part: Slice, zero3: bool, keep: bool) -> dict[str, torch.Tensor]:
     return kept
 
 
+def _cast(part: Slice, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Parameters in the dtype; buffers have one of their own."""
+    buffers = {name for name, _ in part.model.named_buffers()}
+    return {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and name not in buffers else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _original_names(part: Slice, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers fuses experts and renames when it loads; a checkpoint has the names from before."""
-    return {k: v.contiguous() for k, v in revert_weight_conversion(part.model, tensors).items()} if tensors else {}
+    return original_names(part.model, tensors)
+
+
+def exit_name(stage: int) -> str:
+    return f"stage-{stage:02d}"
 
 
 def exit_folder(export: Path, stage: int) -> Path:
-    return export / "exits" / f"stage-{stage:02d}"
-
-
-def shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+    return export / "exits" / exit_name(stage)
 
 
 def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors, has_head: bool) -> None:
     """Writes what belongs to one stage: its layers into the whole model, its head into its exit."""
-    export.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors.body, export / shard_name(stage, num_stages + 1), metadata={"format": "pt"})
+    write_shard(export / shard_name(stage, num_stages + 1), tensors.body)
     if has_head:
-        folder = exit_folder(export, stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors.head, folder / shard_name(stage + 1, stage + 2), metadata={"format": "pt"})
+        write_shard(exit_folder(export, stage) / shard_name(stage + 1, stage + 2), tensors.head)
 
 
 def compose(
@@ -114,83 +127,37 @@ def compose(
     exits: bool,
 ) -> None:
     """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
-    last = partition.num_stages - 1
+    last, tied = partition.num_stages - 1, tied_names(config)
     for stage in range(last + 1) if exits else (last,):
         folder, count = exit_folder(export, stage), stage + 2
         for index in range(stage + 1):
-            _link(export / shard_name(index, last + 2), folder / shard_name(index, count))
+            link(export / shard_name(index, last + 2), folder / shard_name(index, count))
         private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
         trimmed = trim_config(config, private.stop)
-        _write_model(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer)
+        complete(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer, tied)
     whole = exit_folder(export, last)
-    _link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
+    link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
     shards = [export / shard_name(index, last + 2) for index in range(last + 2)]
-    _write_model(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer)
+    complete(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer, tied)
     if not exits:
         shutil.rmtree(export / "exits")
 
 
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-
-
-def _write_model(folder: Path, shards: Iterable[Path], config: PretrainedConfig, class_name: str, tokenizer: Any):
-    weight_map: dict[str, str] = {}
-    size = 0
-    for shard in shards:
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                assert name not in weight_map, f"{name} is in {weight_map.get(name)} and in {shard.name}"
-                weight_map[name] = shard.name
-        size += shard.stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    config = copy.deepcopy(config)
-    config.architectures = [class_name]
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of the first num_layers layers, with an output matrix of its own."""
+    """The config of the first num_layers layers."""
     config = copy.deepcopy(config)
-    text = text_config(config)
-    whole = text.num_hidden_layers
+    whole = text_config(config).num_hidden_layers
+    # of a config for encoder and decoder text_config is a copy
+    text = config if config.is_encoder_decoder else text_config(config)
+    different = text.to_dict().get("per_layer_config")  # where single layers have values of their own, by number
+    if different:
+        text.per_layer_config = None
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == whole and name != "architectures":
             setattr(text, name, type(value)(value[:num_layers]))
-    text.num_hidden_layers = num_layers
-    config.tie_word_embeddings = text.tie_word_embeddings = False
+    for name in ("num_hidden_layers", "decoder_layers", "num_blocks"):
+        if getattr(text, name, None) == whole:
+            setattr(text, name, num_layers)
+    if different:
+        text.per_layer_config = {int(k): v for k, v in different.items() if int(k) < num_layers}
     return config
-
-
-def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, **model_args: Any) -> str:
-    """Loads an export and compares its logits (1, T, V) with the pipeline's; returns a line that says how it went.
-
-    Raises RuntimeError naming the folder if tensors are missing or left over, or the logits differ by more than
-    tolerance, relative to the largest.
-    """
-    size = sum(shard.stat().st_size for shard in folder.glob("model-*.safetensors"))
-    free = psutil.virtual_memory().available
-    if free < 1.5 * size:
-        return f"{folder}: not checked, {size >> 20} MiB of weights and {free >> 20} MiB of free memory"
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise RuntimeError(f"export {folder}: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
-    with torch.no_grad():
-        again = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    logits = logits.cpu().float()
-    difference = float((again - logits).abs().max() / logits.abs().max().clamp(min=1e-12))
-    if not difference <= tolerance:
-        raise RuntimeError(f"export {folder}: its logits differ from the pipeline's by {difference:.2g} of the largest")
-    same = (
-        "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"
-    )
-    return f"{folder}: loads with no missing or unexpected key, logits {same}"

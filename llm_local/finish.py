@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,24 @@ from transformers import AutoModelForCausalLM
 from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine
 from llm_local.backprop import BackpropEngine
+from llm_local.checkpoint import MANIFEST
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
-from llm_local.engine import LocalEngine
-from llm_local.export import LOGITS_TOLERANCE, check_export, collect, compose, exit_folder, write_stage
+from llm_local.export import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
 from llm_local.feed import Feed
+from llm_local.masters import masters_of
+from llm_local.model_card import Training, installed_versions, model_card, perplexity
+from llm_local.model_folder import (
+    CARD,
+    UnwrittenExport,
+    WrongExport,
+    check_export,
+    draft_of,
+    put_in_place,
+    write_text,
+    writing,
+)
 from llm_local.packet import CHECK
 from llm_local.preflight import Plan
 from llm_local.progress import Progress
@@ -25,43 +38,80 @@ from llm_local.shared_head import folded
 from llm_local.slices import Slice
 from llm_local.stage import Block
 from llm_local.tokenizer import load_tokenizer
-from llm_local.world import World
+from llm_local.world import Place, World
 
 SAMPLE_TOKENS = 80
 CHECK_FILE = "check.safetensors"
 
 
-def finish(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, progress: Progress) -> None:
-    """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports."""
-    place = world.place
+def finish(
+    config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, progress: Progress, rows: int
+) -> None:
+    """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports.
+
+    rows: sequences of the training data that were used up. Raises UnwrittenExport where the disk takes no more, and
+    WrongExport where the whole model is not the pipeline's; what was exported before is there in both cases.
+    """
     export = config.output_dir / "export"
-    exits = isinstance(engine, LocalEngine) and not config.local.head_features
+    try:
+        _export(config, plan, world, engine, feed, draft_of(export))
+        if world.place.rank == 0:
+            _report(config, plan, world, progress, rows, export)
+    except UnwrittenExport as error:
+        shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
+        raise UnwrittenExport(f"{error}{_again(config)}") from error
+
+
+def _again(config: RunConfig) -> str:
+    """Where an export that failed can start from."""
+    committed = sorted(config.output_dir.glob(f"checkpoints/step-*/{MANIFEST}"))
+    if not committed:
+        return ", by another run: this one saved no checkpoint (save_steps)"
+    return f", from the checkpoint {committed[-1].parent} (--resume_from_checkpoint true)"
+
+
+def _export(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, export: Path) -> None:
+    place = world.place
+    has_head = _has_exits(config) or place.is_last_stage
     logits = engine.check_logits()
     bodies, head = _slices(engine)
-    zero3 = zero_stage(load_json(config)) == 3
-    tensors = collect(bodies, head, zero3, place.is_recorder, _folded(engine))
     seconds = float(config.train.ddp_timeout)
-    has_head = exits or place.is_last_stage
+    tensors = collect(
+        bodies,
+        head,
+        zero_stage(load_json(config)) == 3,
+        place.is_recorder,
+        _folded(engine),
+        None if config.train.export_dtype == "auto" else DTYPES[config.export_dtype],
+        masters_of(engine.engines, place.replica) if config.export_dtype == "fp32" != config.precision else None,
+    )
     if place.is_recorder:
         write_stage(export, place.stage, place.num_stages, tensors, has_head)
         world.publish(f"export/{place.stage}", "written")
     if place.rank == 0:
         for stage in range(place.num_stages):
             world.fetch(f"export/{stage}", seconds, f"stage {stage} to write its shard")
-        tokenizer = load_tokenizer(config)
-        model_config = load_model_config(config.model)
-        model_config.dtype = DTYPES[config.precision]
         assert feed is not None, "rank 0 reads the data"
-        save_file(feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
-        name = type(bodies[0].model).__name__
-        compose(export, plan.partition, config.head_layers_schedule, model_config, name, tokenizer, exits)
+        with writing(export / CHECK_FILE):
+            save_file(feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
+        _compose(config, plan, type(bodies[0].model).__name__, export)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
         world.fetch("export/all", seconds, "rank 0 to compose the export")
         assert logits is not None
-        _check(config, world, logits)
-    if place.rank == 0:
-        _report(config, world, progress, seconds, exits)
+        world.publish(f"checked/{place.stage}", check_stage(config, plan, place, export, logits))
+
+
+def _has_exits(config: RunConfig) -> bool:
+    return not config.is_pipelined and not config.local.head_features
+
+
+def _compose(config: RunConfig, plan: Plan, class_name: str, export: Path) -> None:
+    model_config = load_model_config(config.model)
+    model_config.dtype = DTYPES[config.export_dtype]
+    tokenizer = load_tokenizer(config)
+    exits = _has_exits(config)
+    compose(export, plan.partition, config.head_layers_schedule, model_config, class_name, tokenizer, exits)
 
 
 def _slices(engine: Engine) -> tuple[list[Slice], Slice | None]:
@@ -78,35 +128,79 @@ def _folded(engine: Engine) -> dict[str, torch.Tensor]:
     return folded(last.head, last.temperature) if isinstance(last, Block) else {}
 
 
-def _check(config: RunConfig, world: World, logits: torch.Tensor) -> None:
-    """Compares this stage's exit, as transformers loads it, with the pipeline's logits on the same row of text."""
-    place = world.place
-    export = config.output_dir / "export"
-    folder = export if place.is_last_stage else exit_folder(export, place.stage)
+def check_stage(config: RunConfig, plan: Plan, place: Place, export: Path, logits: torch.Tensor) -> str:
+    """Compares this stage's exit, as transformers loads it, with the pipeline's logits on the same row of text.
+
+    Returns a line for a person. An exit that is no model of its own is removed; the whole model must be one.
+    """
+    final = config.output_dir / "export"
+    if place.is_last_stage:
+        return f"{final}: {_compare(config, export, export, logits)}"
+    folder = exit_folder(export, place.stage)
+    reason = plan.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
+    if reason is None:
+        try:
+            return f"{exit_folder(final, place.stage)}: {_compare(config, export, folder, logits)}"
+        except WrongExport as error:
+            reason = error.reason
+    shutil.rmtree(folder)
+    return f"no exit {exit_name(place.stage)}, as it is no model of its own: {reason}"
+
+
+def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor) -> str:
     ids = load_file(export / CHECK_FILE)["input_ids"]
-    coarsest = max((config.precision, config.wire_dtype), key=LOGITS_TOLERANCE.__getitem__)
-    options = {"trust_remote_code": config.model.trust_remote_code}
-    line = check_export(folder, ids, logits, LOGITS_TOLERANCE[coarsest], **options)
-    world.publish(f"checked/{place.stage}", line)
+    roundings = (config.precision, config.wire_dtype, config.export_dtype)
+    tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in roundings)
+    return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
-def _report(config: RunConfig, world: World, progress: Progress, seconds: float, exits: bool) -> None:
-    """What a person sees at the end: the exports, every stage's validation loss, and some text."""
-    place = world.place
-    for stage in range(place.num_stages) if exits else (place.num_stages - 1,):
+def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, rows: int, export: Path) -> None:
+    """Puts the checked exports in their place, and says what a person sees at the end: the exports, every stage's
+    validation loss, and some text."""
+    seconds, draft, stages = float(config.train.ddp_timeout), draft_of(export), range(world.place.num_stages)
+    for stage in stages if _has_exits(config) else stages[-1:]:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
-    export = config.output_dir / "export"
-    (export / CHECK_FILE).unlink()
-    if config.train.eval_batches:
-        for stage in range(place.num_stages):
-            loss = float(world.fetch(f"eval/{config.train.max_steps}/{stage}", seconds, f"stage {stage} to evaluate"))
-            progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.1f}")
-    early = f"an exit a stage: {export / 'exits'}; " if exits else ""
+    losses = []
+    for stage in stages:
+        key = f"eval/{config.train.max_steps}/{stage}"
+        loss = world.fetch(key, seconds, f"stage {stage} to evaluate") if config.train.eval_batches else None
+        losses.append(None if loss is None else float(loss))
+    exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
+    _write_cards(_training(config, plan, world.place, rows, tuple(losses), exits), draft)
+    (draft / CHECK_FILE).unlink()
+    put_in_place(export)
+    for stage, loss in enumerate(losses):
+        if loss is not None:
+            progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {perplexity(loss):,.1f}")
+    early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
+
+
+def _training(
+    config: RunConfig, plan: Plan, place: Place, rows: int, losses: tuple[float | None, ...], exits: tuple[int, ...]
+) -> Training:
+    return Training(
+        config=config,
+        partition=plan.partition,
+        num_replicas=place.num_replicas,
+        model_type=load_model_config(config.model).model_type,
+        steps=config.train.max_steps,
+        tokens=rows * config.data.seq_length,
+        losses=losses,
+        exits=exits,
+        deepspeed=load_json(config),
+        versions=installed_versions(),
+    )
+
+
+def _write_cards(training: Training, export: Path) -> None:
+    write_text(export / CARD, model_card(training))
+    for stage in training.exits:
+        write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
 
 
 def _sample(config: RunConfig, prompt: str) -> str:

@@ -1,0 +1,145 @@
+"""A model from a checkpoint, on one CPU, without the ranks that wrote it; scripts/export.py is the command.
+
+Blocks are made and filled one after the other, and a stage's tensors go to disk before the next stage is read: memory
+is that of about one stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llm_local.anatomy import Anatomy, load_model_config, probe
+from llm_local.checkpoint import Catalog
+from llm_local.config import RunConfig, from_flat
+from llm_local.device import DTYPES
+from llm_local.ds_config import load_json
+from llm_local.exit_check import refused_exits
+from llm_local.export import collect, exit_name, trim_config
+from llm_local.loader import fill, fill_block
+from llm_local.model_card import Training, installed_versions, model_card
+from llm_local.model_folder import (
+    CARD,
+    complete,
+    draft_of,
+    put_in_place,
+    shard_name,
+    tied_names,
+    write_shard,
+    write_text,
+)
+from llm_local.partition import Partition
+from llm_local.preflight import plan_partition
+from llm_local.shards import EXITS
+from llm_local.shared_head import folded
+from llm_local.stage import build_block, build_slice
+from llm_local.tokenizer import load_tokenizer
+
+
+class NoSuchExit(ValueError):
+    """The checkpoint has no exit of that name."""
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, exit: str | None, dtype: str, say: Callable[[str], None] = lambda _line: None
+) -> None:
+    """Writes the model, or the exit of a stage ('stage-01'), as a folder for from_pretrained.
+
+    dtype: fp32, bf16, fp16, or auto for that of the training. Raises BrokenCheckpoint, ConfigError and UnwrittenExport,
+    which name a file, and NoSuchExit.
+    """
+    catalog = Catalog(checkpoint)
+    config = from_flat(catalog.manifest.flags)
+    model_config = load_model_config(config.model)
+    anatomy = probe(model_config, config.model)
+    partition = plan_partition(config, model_config, anatomy)
+    last = _stage_of(exit, catalog, partition)
+    reason = refused_exits(config, model_config, anatomy, partition).get(exit or "")
+    if reason:
+        raise NoSuchExit(f"{exit} of {checkpoint} is no model of its own: {reason}")
+    tied, draft = tied_names(model_config), draft_of(out)
+    model_config.dtype = DTYPES[config.precision if dtype == "auto" else dtype]
+    shutil.rmtree(draft, ignore_errors=True)
+    shards = [draft / shard_name(index, last + 2) for index in range(last + 2)]
+    class_name = ""
+    try:
+        for stage in range(last + 1):
+            say(f"stage {stage}: {partition.describe().split(' | ')[stage].partition(': ')[2]}")
+            class_name = _write_stage(
+                catalog, config, anatomy, partition, stage, shards[stage:], stage == last, model_config.dtype
+            )
+        depth = partition.private_layers(partition.stages[last].stop - 1, config.head_layers_schedule).stop
+        complete(draft, shards, trim_config(model_config, depth), class_name, load_tokenizer(config), tied)
+        training = _training(catalog, config, partition, model_config.model_type)
+        write_text(draft / CARD, model_card(training, None if exit is None else last))
+        put_in_place(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:
+    last = partition.num_stages - 1
+    if exit is None or exit == exit_name(last):
+        return last
+    names = [exit_name(stage) for stage in range(last + 1)]
+    if exit not in names:
+        raise NoSuchExit(f"{catalog.path} has no exit {exit}; it has {', '.join(names)}")
+    stage = names.index(exit)
+    below = partition.layers_of(stage).stop
+    if not any(name.startswith(f"{EXITS}{below}.") for name in catalog.weights):
+        raise NoSuchExit(f"{catalog.path} has no head of its own for {exit}: method=backprop trains the last one alone")
+    if any(name.startswith(f"{EXITS}{below}.feature_scale") for name in catalog.weights):
+        raise NoSuchExit(f"{catalog.path}: {exit} is no model of its own, as its head reads more (head_features)")
+    return stage
+
+
+def _write_stage(
+    catalog: Catalog,
+    config: RunConfig,
+    anatomy: Anatomy,
+    partition: Partition,
+    stage: int,
+    shards: list[Path],
+    with_head: bool,
+    dtype: torch.dtype,
+) -> str:
+    """The first of the shards gets the stage's layers, with_head the second one the head of its last block."""
+    model_config = load_model_config(config.model)
+    numbers, bodies, heads, class_name = partition.stages[stage], {}, {}, ""
+    for index in range(numbers.start, numbers.stop):
+        if with_head and index == numbers.stop - 1:
+            block = build_block(config, model_config, anatomy, partition, index)
+            fill_block(catalog, block)
+            body = block.body
+            found = collect([body], block.head, False, True, folded(block.head, block.temperature), dtype)
+            heads = found.head
+        else:
+            body = build_slice(config, model_config, anatomy, partition.blocks[index], has_head=False)
+            fill(catalog, dict(body.model.state_dict(keep_vars=True)))
+            found = collect([body], None, False, True, {}, dtype)
+        bodies |= found.body
+        class_name = type(body.model).__name__
+    write_shard(shards[0], bodies)
+    if with_head:
+        write_shard(shards[1], heads)
+    return class_name
+
+
+def _training(catalog: Catalog, config: RunConfig, partition: Partition, model_type: str) -> Training:
+    manifest = catalog.manifest
+    return Training(
+        config=config,
+        partition=partition,
+        num_replicas=manifest.layout.replicas,
+        model_type=model_type,
+        steps=manifest.step,
+        tokens=manifest.rows * config.data.seq_length,
+        losses=(None,) * partition.num_stages,
+        exits=(),
+        deepspeed=load_json(config),
+        versions=installed_versions() | manifest.versions,
+    )

@@ -1,0 +1,52 @@
+"""Makes a Hugging Face model of a checkpoint, on one CPU, without the ranks that wrote it.
+
+python scripts/export.py runs/quickstart/checkpoints/step-00000200 OUT [--exit stage-00] [--dtype fp32]
+
+Without --exit it is the whole model. An OUT that exists is replaced once the new one is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
+
+from llm_local.anatomy import SliceError
+from llm_local.checkpoint import MANIFEST, BrokenCheckpoint
+from llm_local.config import ConfigError
+from llm_local.model_folder import ExportError
+from llm_local.offline_export import NoSuchExit, export_checkpoint
+from llm_local.train import quiet_libraries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="Folder of a checkpoint, with a manifest.json.")
+    parser.add_argument("out", type=Path, help="Folder of the model.")
+    parser.add_argument("--exit", help="Stage whose exit is wanted, as stage-00; default: the whole model.")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="Of the weights.")
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        if not (given.checkpoint / MANIFEST).is_file():
+            raise ConfigError([f"{given.checkpoint} has no {MANIFEST}: it is no checkpoint, or half written"])
+        export_checkpoint(given.checkpoint, given.out, given.exit, given.dtype, say)
+    except ConfigError as error:
+        say("; ".join(error.problems))
+        return 2
+    except (BrokenCheckpoint, ExportError, NoSuchExit, SliceError) as error:
+        say(str(error))
+        return 2
+    say(f"model: {given.out}")
+    return 0
+
+
+def say(line: str) -> None:
+    print(f"export.py: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
