@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 
 import llm_local
 from llm_local import schedule
-from llm_local.config import RunConfig, parse
+from llm_local.config import ModelArguments, RunConfig, parse
 from llm_local.ds_config import resolve, zero_stage
 from llm_local.metrics import Record
 from llm_local.problems import static_problems
@@ -28,7 +29,8 @@ OURS = {f"--{name}" for name in RunConfig().flat()}
 # of the launchers and of tools, in commands that the pages show
 LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
-    --num_processes --main_process_port --help --jobs --export --prompt --assistant""".split()  # noqa: SIM905
+    --num_processes --main_process_port --help --jobs --export --prompt --assistant
+    --exit --dtype --model --model_args --tasks""".split()  # noqa: SIM905
 )
 
 
@@ -70,8 +72,8 @@ def test_commands_parse():
     commands = [line.partition("#")[0] for line in blocks.splitlines() if "scripts/pretrain.py" in line]
     assert len(commands) >= 8
     for command in commands:
-        arguments = command.partition("scripts/pretrain.py")[2].replace("CONFIG.yaml", file_name(RUNS[0])).split()
-        parse(arguments)
+        arguments = command.partition("scripts/pretrain.py")[2].replace("CONFIG.yaml", file_name(RUNS[0]))
+        parse(shlex.split(arguments))
 
 
 def test_the_readme_shows_the_schedules_own_pictures():
@@ -111,6 +113,8 @@ def test_the_makefile_has_its_targets():
 @pytest.mark.parametrize("path", RUNS, ids=file_name)
 def test_run_configs_are_free_of_problems(path: Path):
     config = parse([file_name(path)])
+    if config.model == ModelArguments():  # where a pretrained model lies is said on the command line
+        config = parse([file_name(path), "--model_name_or_path", "somewhere"])
     ranks = 2 * config.local.num_stages
     assert static_problems(config, ranks, fp16_supported=True, bf16_supported=True) == []
     for name in (config.model.config_name, config.train.deepspeed):

@@ -10,11 +10,14 @@ import llm_local
 LADDER = """
 config partition costs head_plan head_problems problems schedule simulate
 device watchdog world packet links
-anatomy standins slices heads shared_head distillation lowrank windows stage refresh
+gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
+shared_head distillation lowrank windows head_start stage refresh
 corpus tokenizer source_problems sources sequences data feed
 ds_config block_engine engine backprop
-checkpoint export metrics progress preflight examine assembly finish train
-points comparison study
+shards checkpoint saver loader
+masters model_folder export model_card metrics progress
+tiny trial exit_check class_problems weight_problems preflight examine assembly finish train
+offline_export points comparison study coverage coverage_run coverage_report
 """.split()  # noqa: SIM905
 
 MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")
