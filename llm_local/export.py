@@ -25,6 +25,7 @@ from llm_local.lowrank import multiplied
 from llm_local.masters import Masters
 from llm_local.model_folder import complete, link, original_names, shard_name, tied_names, write_shard
 from llm_local.partition import Partition
+from llm_local.router_loss import want_none
 from llm_local.slices import Slice
 
 LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
@@ -144,9 +145,12 @@ def compose(
 
 
 def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of the first num_layers layers."""
+    """The config of the first num_layers layers. Of fewer than all, it asks for no router loss: none of them may have a
+    router."""
     config = copy.deepcopy(config)
     whole = text_config(config).num_hidden_layers
+    if num_layers < whole:
+        want_none(config)
     # of a config for encoder and decoder text_config is a copy
     text = config if config.is_encoder_decoder else text_config(config)
     different = text.to_dict().get("per_layer_config")  # where single layers have values of their own, by number

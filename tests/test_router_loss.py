@@ -154,6 +154,15 @@ def test_zero_3_has_the_same_losses(trainer: Trainer):
     )
 
 
+@pytest.mark.processes
+def test_an_exit_without_experts_asks_for_none(trainer: Trainer):
+    """Its class fails where router losses are asked for and no layer has a router; the whole model has some."""
+    dense_first = KINDS["qwen3_moe"] | {"model_type": "qwen3_moe", "mlp_only_layers": [0, 1], "vocab_size": 4096}
+    export = trainer.run("run", 2, num_stages=2, max_steps=1, config_name=trainer.model(dense_first)) / "export"
+    asked = [AutoConfig.from_pretrained(f).output_router_logits for f in (export, export / "exits/stage-00")]
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "line"),
     [
