@@ -58,7 +58,9 @@ def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) 
     schedule = DistillationSchedule if local.distillation_weight else LocalSchedule
     if local.method == "overlapping":
         schedule = OverlapSchedule
-    back_dtype = "fp32" if local.distillation_weight else config.wire_dtype  # there are token numbers among the targets
+    # a gradient's few large numbers would cost the others their digits; token numbers are among the soft targets
+    back_dtype = config.precision if config.wire_dtype == "int8" else config.wire_dtype
+    back_dtype = "fp32" if local.distillation_weight else back_dtype
     sends_back = schedule is not LocalSchedule or local.final_backprop_steps > 0
     links = Links.join(
         world,

@@ -20,7 +20,8 @@ from transformers import HfArgumentParser
 
 METHODS = ("backprop", "greedy", "chunked", "overlapping")
 HEADS = ("linear", "decoder", "shared")
-WIRE_DTYPES = ("auto", "fp32", "bf16", "fp16")
+EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
+WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 REPORTERS = ("none", "tensorboard", "csv")
 
@@ -130,7 +131,9 @@ class LocalArguments:
     )
     distillation_weight: float = _option(0.0, "Weight of the next exit's predictions as soft targets; 0: none.")
     distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.")
-    wire_dtype: str = _option("auto", "Hidden states on a link: fp32, bf16, fp16; auto: that of the model.")
+    wire_dtype: str = _option(
+        "auto", "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token; auto: that of the model."
+    )
     max_packets_in_flight: int = _option(4, "Micro-batches a stage may be ahead of the next one's receives.")
     link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.")
 

@@ -149,7 +149,7 @@ def check_stage(config: RunConfig, plan: Plan, place: Place, export: Path, logit
 
 def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor) -> str:
     ids = load_file(export / CHECK_FILE)["input_ids"]
-    roundings = (config.precision, config.wire_dtype, config.export_dtype)
+    roundings = (config.precision, config.export_dtype)
     tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in roundings)
     return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 

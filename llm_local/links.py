@@ -22,14 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_local.device import DTYPES
-from llm_local.packet import END, INTEGER_PARTS, KINDS, Packet
+from llm_local.packet import CHECK, END, INTEGER_PARTS, KINDS, Packet
 from llm_local.watchdog import LostPeer, Peer
+from llm_local.wire import CODES, decode, encode, expected, wire_dtype_of
 from llm_local.world import World
 
 _MAGIC = 0x10CA1
 _HEADER_INTS = 10
-_WIRE_CODES = ("fp32", "bf16", "fp16")
 _SENDER, _RECEIVER = 0, 1
 # of a thread that waits for what comes every so many steps; the watchdog knows who is gone
 _PATIENCE = timedelta(days=365)
@@ -151,17 +150,20 @@ class Sender(_End):
         self._bound(0)
 
     def _post(self, packet: Packet) -> list[tuple[Any, Any]]:
-        parts = packet.integer_parts()
+        parts = {name: part.to(torch.int32) for name, part in packet.integer_parts().items()}
         mask = sum(1 << INTEGER_PARTS.index(name) for name in parts)
         shaped = packet.input_ids if packet.hidden is None else packet.hidden
         rows, tokens = (0, 0) if shaped is None else shaped.shape[:2]
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
-        code = _WIRE_CODES.index(self._wire)
+        # an export is compared with what comes out of the pipe: nothing is rounded then
+        exact = packet.kind == CHECK and packet.hidden is not None
+        wire = wire_dtype_of(packet.hidden) if exact else self._wire
+        code = CODES.index(wire)
         header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
         tensors: list[tuple[_Gloo | _Nccl, torch.Tensor]] = [(self.control, header)]
         tensors += [(self.control, part) for part in parts.values()]
         if packet.hidden is not None:
-            tensors.append((self.payload, packet.hidden.to(DTYPES[self._wire])))
+            tensors += [(self.payload, part) for part in encode(packet.hidden, wire)]
         self.bytes += sum(t.numel() * t.element_size() for _, t in tensors)
         # The work does not own the tensor: both stay in the list until the peer has it.
         return [(way, (way.send(tensor), tensor)) for way, tensor in tensors]
@@ -236,12 +238,12 @@ class Receiver(_End):
         if kind == END:
             return Packet(END, step, index)
         names = [name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1]
-        parts = {name: self.control.receive((rows, tokens), torch.int64) for name in names}
-        wire = DTYPES[_WIRE_CODES[code]]
-        hidden = self.payload.receive((rows, tokens, width), wire) if width else None
-        self.bytes += 8 * _HEADER_INTS + 8 * rows * tokens * len(parts)
-        self.bytes += hidden.numel() * hidden.element_size() if hidden is not None else 0
-        return Packet(kind, step, index, hidden=hidden, **parts)
+        integers = [self.control.receive((rows, tokens), torch.int32) for _ in names]
+        shapes = expected(CODES[code], (rows, tokens, width)) if width else []
+        numbers = [self.payload.receive(*shape) for shape in shapes]
+        self.bytes += 8 * _HEADER_INTS + sum(t.numel() * t.element_size() for t in (*integers, *numbers))
+        parts = {name: part.long() for name, part in zip(names, integers, strict=True)}
+        return Packet(kind, step, index, hidden=decode(numbers) if numbers else None, **parts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_local.config import HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
+from llm_local.config import EXPORT_DTYPES, HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
 from llm_local.head_problems import head_problems
 
 POSITIVE = (
@@ -68,7 +68,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
     local, train = config.local, config.train
     problems = _one_of("method", local.method, METHODS) + _one_of("head", local.head, HEADS)
     problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
-    problems += _one_of("export_dtype", train.export_dtype, WIRE_DTYPES)
+    problems += _one_of("export_dtype", train.export_dtype, EXPORT_DTYPES)
     problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
     problems += _one_of("report_to", train.report_to, REPORTERS)
     sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]

@@ -228,7 +228,7 @@ def test_the_same_blocks_train_alike_on_any_number_of_stages(trainer: Trainer):
     ]
     for one, two in splits:
         torch.testing.assert_close(two, one, rtol=1e-5, atol=0.0)
-    assert records(runs[1], 0)[0]["sent_bytes"] == 80 + 2 * 32 * 8 + 2 * 32 * TINY["hidden_size"] * 4
+    assert records(runs[1], 0)[0]["sent_bytes"] == 80 + 2 * 32 * 4 + 2 * 32 * TINY["hidden_size"] * 4
     unmasked = trainer.run("unmasked", 1, **local | {"document_mask": False})
     assert abs(block_losses(unmasked, 1)[0][0] - block_losses(runs[0], 1)[0][0]) > 1e-4
     windows = data | {"method": "overlapping", "layers_per_block": 2}

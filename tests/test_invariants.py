@@ -80,7 +80,7 @@ def test_zero_stages_agree_in_bf16(trainer: Trainer):
 def test_nothing_goes_backward_and_what_goes_forward_is_counted(trainer: Trainer):
     """One way: a header, the ids and the hidden states go forward; the last stage sends nothing."""
     output = trainer.run("way", 3, num_stages=3, wire_dtype="bf16", per_device_train_batch_size=2)
-    packet = 10 * 8 + 2 * 32 * 8 + 2 * 32 * TINY["hidden_size"] * 2
+    packet = 10 * 8 + 2 * 32 * 4 + 2 * 32 * TINY["hidden_size"] * 2
     for stage, sent in ((0, packet), (1, packet), (2, 0)):
         assert [record["sent_bytes"] for record in records(output, stage)] == [sent] * 4
     # the receiver is a packet ahead: a step may count the next one's, or an evaluation's

@@ -9,7 +9,7 @@ import llm_local
 
 LADDER = """
 config partition costs head_plan head_problems problems schedule simulate
-device watchdog world packet links
+device watchdog world packet wire links
 gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
 shared_head distillation lowrank windows head_start stage refresh
 corpus tokenizer source_problems sources sequences data feed

@@ -56,7 +56,7 @@ def exchange() -> Any:
 def test_packets_arrive_as_they_were_sent():
     sent, received = run_ranks(exchange, 2)
     header = 80
-    assert sent == (header + 3 * 12 * 8 + 2 * 6 * 4 * 2) + (header + 2 * 8 + 2 * 4 * 2) + header
+    assert sent == (header + 3 * 12 * 4 + 2 * 6 * 4 * 2) + (header + 2 * 4 + 2 * 4 * 2) + header
     assert received == sent - header, "the goodbye carries nothing"
 
 

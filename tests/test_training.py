@@ -131,10 +131,11 @@ def test_resuming_a_finished_run_only_exports(trainer: Trainer):
     assert [r["step"] for r in records(output, 0, "eval")] == [4]
 
 
-def test_bf16_on_the_wire_is_close_to_fp32(trainer: Trainer):
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+def test_fewer_bits_on_the_wire_are_close_to_fp32(trainer: Trainer, wire: str):
     whole = trainer.run("fp32", 2, num_stages=2)
-    half = trainer.run("bf16", 2, num_stages=2, wire_dtype="bf16")
-    ours, theirs = torch.tensor(block_losses(half, 2)), torch.tensor(block_losses(whole, 2))
+    fewer = trainer.run(wire, 2, num_stages=2, wire_dtype=wire)
+    ours, theirs = torch.tensor(block_losses(fewer, 2)), torch.tensor(block_losses(whole, 2))
     assert torch.equal(ours[:, 0], theirs[:, 0])
     assert not torch.equal(ours[:, 1], theirs[:, 1])
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0.0)
