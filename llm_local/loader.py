@@ -130,7 +130,8 @@ def fill_block(catalog: Catalog, block: Block) -> None:
 def load_shared_head(catalog: Catalog, head: Slice) -> dict[str, torch.Tensor]:
     """For Refresher.start: the copy that heads read, and those on their way. Of a run that shared none, the output
     matrix is the copy. head: that of any block."""
-    shape, names = installed(head).shape, [name for name in catalog.weights if name.startswith(SHARED)]
+    matrix, names = installed(head), [name for name in catalog.weights if name.startswith(SHARED)]
+    shape = getattr(matrix, "ds_shape", matrix.shape)  # the last block's is a parameter, sharded under ZeRO-3
     found = {name.removeprefix(SHARED): catalog.tensor(name).view(shape) for name in names}
     if INSTALLED not in found:
         source = catalog.source(matrix_name(head), shape.numel())

@@ -205,4 +205,4 @@ def test_only_a_launcher_takes_its_ranks_with_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert launcher_pids() == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert launcher_pids() == [os.getppid()]
+    assert launcher_pids() == [None if os.getppid() == 1 else os.getppid()]  # None: adopted by the init process
