@@ -157,6 +157,7 @@ class TrainArguments:
     bf16: bool = _option(False, "Train in bfloat16.")
     fp16: bool = _option(False, "Train in float16, where the accelerator can.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass (non-reentrant).")
+    torch_compile: bool = _option(False, "Compile the layers with torch.compile, each by itself.")
     deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.")
     logging_steps: int = _option(10, "Steps between metric records.")
     eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.")

@@ -47,6 +47,21 @@ def supports(precision: str) -> bool:
     return DTYPES[precision] in accelerator.supported_dtypes()
 
 
+def missing_for_compile() -> str:
+    """What torch.compile needs on this machine and does not find; '' if it can go ahead."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if _accelerator().device_name() != "cpu":
+        return "" if has_triton() else "triton"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler, as g++"
+    return ""
+
+
 def prepare_cpu(device: torch.device, local_world_size: int) -> None:
     """Shares the cores among the host's ranks and spares the start the build of DeepSpeed's shared-memory helper.
 

@@ -25,7 +25,7 @@ from llm_local.checkpoint import (
 from llm_local.class_problems import class_problems
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data import data_problems
-from llm_local.device import supports
+from llm_local.device import missing_for_compile, supports
 from llm_local.document_mask import DocumentMask
 from llm_local.ds_config import deepspeed_problems
 from llm_local.exit_check import exit_warnings, refused_exits
@@ -223,6 +223,8 @@ def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if config.train.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
         problems.append(f"model type {model_config.model_type!r} does not support gradient_checkpointing; leave it off")
+    if config.train.torch_compile and (missing := missing_for_compile()):
+        problems.append(f"torch_compile=True needs {missing}, which is not there; install it, or leave it off")
     return problems
 
 

@@ -171,6 +171,10 @@ def build_slice(
     if config.train.gradient_checkpointing:
         # reentrant checkpointing would drop the gradients of a stage whose input needs none
         part.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.torch_compile:
+        layers: Any = part.model.get_submodule(anatomy.layers)
+        for layer in layers[span.start : span.stop]:
+            layer.compile()  # one by one, they are compiled once for all
     return part
 
 

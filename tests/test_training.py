@@ -12,7 +12,8 @@ from conftest import TINY, Trainer, block_losses, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerFast
 
-from llm_local.config import from_flat, parse
+from llm_local.config import ConfigError, from_flat, parse
+from llm_local.device import missing_for_compile
 from llm_local.metrics import Record
 from llm_local.preflight import preflight
 
@@ -64,6 +65,23 @@ def test_checkpointed_activations_change_nothing(trainer: Trainer, zero: int):
     recomputed = trainer.run("recomputed", 2, **settings, gradient_checkpointing=True)
     assert block_losses(recomputed, 2) == block_losses(plain, 2)
     assert [r["grad_norm"] for r in records(recomputed, 1)] == [r["grad_norm"] for r in records(plain, 1)]
+
+
+def test_compiled_layers_change_nothing(trainer: Trainer):
+    """But the order of sums. Layers are alike, so there is one to compile."""
+    if missing_for_compile():
+        pytest.skip("no compiler")
+    settings = {"num_stages": 2, "max_steps": 2}
+    plain, compiled = (trainer.run(str(on), 2, **settings, torch_compile=on) for on in (False, True))
+    torch.testing.assert_close(
+        torch.tensor(block_losses(compiled, 2)), torch.tensor(block_losses(plain, 2)), rtol=1e-5, atol=0.0
+    )
+
+
+def test_compiling_without_a_compiler_is_refused(trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"torch_compile=True needs a C\+\+ compiler, as g\+\+, which is not there"):
+        preflight(parse(trainer.flags("run", torch_compile=True)), 1)
 
 
 def test_a_stream_trains_through_two_stages(trainer: Trainer):
