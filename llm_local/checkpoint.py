@@ -37,6 +37,7 @@ from llm_local.shards import SCALAR, STATE, Stretch
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
+DATA_FILE = "data.json"  # of the first stage, which reads: the place in a stream
 
 
 class BrokenCheckpoint(RuntimeError):
@@ -137,6 +138,17 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest(**values | {"layout": Layout(**values["layout"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
+
+
+def read_data_state(checkpoint: Path) -> dict[str, Any]:
+    """Where the training data stood, beyond the number of rows; empty if that says it all. Raises BrokenCheckpoint."""
+    path = checkpoint / "stage-00" / DATA_FILE
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(path, error) from error
 
 
 def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:

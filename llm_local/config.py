@@ -89,8 +89,18 @@ class DataArguments:
         None, "Hub name, a folder from save_to_disk, or 'builtin' (the running Python's library sources)."
     )
     dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
-    train_file: str | None = _option(None, "Training text: .txt, .jsonl with a text column, or .parquet.")
+    dataset_split: str | None = _option(None, "Split of the dataset to train on; default: train.")
+    dataset_revision: str | None = _option(None, "Branch, tag or commit of the hub dataset.")
+    data_mixture: str | None = _option(None, "YAML file with several weighted sources, or one as in configs/data.")
+    train_file: str | None = _option(
+        None,
+        "Training text: .txt, .jsonl or .csv (also .gz, .zst), .parquet or .arrow; a file, a directory or a glob. "
+        "One .txt is one running text; of several, each is a document.",
+    )
     validation_file: str | None = _option(None, "Validation text, as train_file.")
+    validation_files: str | None = _option(
+        None, "Validation texts by name, as 'wiki=a.jsonl,code=b.txt'; each is evaluated and reported by itself."
+    )
     validation_split_percentage: int = _option(5, "Percent of the training documents held out for validation.")
     text_column_name: str = _option("text", "Column that holds the text.")
     streaming: bool = _option(False, "Read the dataset as a stream.")
@@ -170,6 +180,11 @@ class TrainArguments:
     ddp_timeout: int = _option(1800, "Longest wait for start-up and data preparation, in seconds.")
     export_dtype: str = _option(
         "auto", "Weights of exported models: fp32 (the optimizer's own), bf16, fp16; auto: as the run computes."
+    )
+    trace: bool = _option(
+        False,
+        "Record each instruction of each stage in OUTPUT/trace. On a GPU every instruction then waits for the device, "
+        "which costs speed.",
     )
     sample_prompt: str | None = _option(None, "Print what the exported model writes after this text.")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from llm_local.packet import EVAL, TRAIN, Packet
@@ -21,34 +24,50 @@ class Feed:
     def __init__(
         self,
         train: Sequences,
-        validation: Sequences,
+        validation: Sequence[Sequences],
         place: Place,
         rows: int,
         micro_batches: int,
         eval_batches: int,
         start: tuple[int, int] = (0, 0),
     ):
-        self._sources = {TRAIN: (train, micro_batches), EVAL: (validation, eval_batches)}
+        self._train = train
+        self._validation = validation
+        self._number = 0
+        self._micro_batches = {TRAIN: micro_batches, EVAL: eval_batches}
         self._start = start
         self._place = place
         self._rows = rows
-        self._held: tuple[tuple[int, int], torch.Tensor] | None = None
+        self._held: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
-        if kind in self._sources:
+        if kind in self._micro_batches:
             ids = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
         else:
             rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
             ids = rows[:1, :CHECK_TOKENS].contiguous()
         return Packet(kind, step, index, input_ids=ids)
 
+    def validate_on(self, number: int) -> None:
+        """The next evaluation reads this one of the validation sets."""
+        self._number = number
+
+    def state(self) -> dict[str, Any]:
+        """Where the training data stands after the last step, beyond the number of rows; empty if that says it all."""
+        return self._train.state()
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Takes up what state() gave; False where it is of other data."""
+        return self._train.restore(state)
+
     def _share(self, kind: int, step: int) -> torch.Tensor:
         """This replica's rows of the step, (rows · micro-batches, T); an evaluation always has the same ones."""
-        if self._held is None or self._held[0] != (kind, step):
-            source, micro_batches = self._sources[kind]
+        key = (kind, step, self._number)
+        if self._held is None or self._held[0] != key:
+            source = self._train if kind == TRAIN else self._validation[self._number]
             replicas = self._place.num_replicas
             done, first = self._start if kind == TRAIN else (step - 1, 0)
-            batch = source.batch(step - 1 - done, self._rows * micro_batches * replicas, first)
-            self._held = ((kind, step), batch[self._place.replica :: replicas].contiguous())
+            batch = source.batch(step - 1 - done, self._rows * self._micro_batches[kind] * replicas, first)
+            self._held = (key, batch[self._place.replica :: replicas].contiguous())
         return self._held[1]

@@ -17,10 +17,11 @@ from llm_local.checkpoint import MANIFEST
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
+from llm_local.evaluation import EvalSet, learn
 from llm_local.export import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
 from llm_local.feed import Feed
 from llm_local.masters import masters_of
-from llm_local.model_card import Training, installed_versions, model_card, perplexity
+from llm_local.model_card import Training, installed_versions, model_card
 from llm_local.model_folder import (
     CARD,
     UnwrittenExport,
@@ -161,23 +162,26 @@ def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, row
     for stage in stages if _has_exits(config) else stages[-1:]:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
-    losses = []
-    for stage in stages:
-        key = f"eval/{config.train.max_steps}/{stage}"
-        loss = world.fetch(key, seconds, f"stage {stage} to evaluate") if config.train.eval_batches else None
-        losses.append(None if loss is None else float(loss))
+    sets = learn(world, config) if config.train.eval_batches else ()
+    found = [[_last_loss(config, world, each, stage) for each in sets] for stage in stages]
+    losses = [scores[0] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
     _write_cards(_training(config, plan, world.place, rows, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
-    for stage, loss in enumerate(losses):
-        if loss is not None:
-            progress.say(f"stage {stage}: validation loss {loss:.4f}, perplexity {perplexity(loss):,.1f}")
+    for stage, scores in enumerate(found):
+        for each, loss in zip(sets, scores, strict=True):
+            progress.say(f"stage {stage}: {each.describe(loss)}")
     early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
+
+
+def _last_loss(config: RunConfig, world: World, each: EvalSet, stage: int) -> float:
+    key, seconds = f"{each.split}/{config.train.max_steps}/{stage}", float(config.train.ddp_timeout)
+    return float(world.fetch(key, seconds, f"stage {stage} to evaluate"))
 
 
 def _training(

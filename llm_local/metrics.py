@@ -3,7 +3,8 @@
 Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
 tokens and what is sent and received are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
 the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that checkpoints have held the training
-up since the record before. DeepSpeed's own pipeline (--method backprop) has no links of ours:
+up since the record before. name, perplexity and bits_per_byte are of an evaluation: split is "eval" for the first
+validation set and "eval_NAME" for the others. DeepSpeed's own pipeline (--method backprop) has no links of ours:
 what is counted on them is null there.
 """
 
@@ -34,6 +35,9 @@ class Record:
     sent_refresh_bytes: int | None = None
     save_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    name: str | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
 
 
 def total_norm(norms: tuple[float, ...]) -> float | None:
@@ -63,7 +67,7 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:
-            names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds")
+            names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds", "perplexity", "bits_per_byte")
             values = [(name, getattr(record, name)) for name in names]
             events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
             self._monitor.write_events(events)

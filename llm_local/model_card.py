@@ -126,6 +126,8 @@ def _hub_name(name: str | None) -> str | None:
 def _data(config: RunConfig) -> str:
     if uses_builtin(config):
         return DATA
+    if config.data.data_mixture:
+        return f"the mixture {Path(config.data.data_mixture).name}"
     part = f" ({config.data.dataset_config_name})" if config.data.dataset_config_name else ""
     return Path(config.data.train_file).name if config.data.train_file else f"{config.data.dataset_name}{part}"
 

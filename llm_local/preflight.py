@@ -38,13 +38,15 @@ from llm_local.problems import parse_stage_layers, static_problems
 from llm_local.router_loss import wants_router_loss
 from llm_local.slices import try_slices
 from llm_local.tokenizer import load_tokenizer
+from llm_local.trace import FOLDER as TRACE
 from llm_local.trial import document_problems, router_problems
 from llm_local.weight_problems import weight_problems
 
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("tensorboard", "csv")
+OURS += ("tensorboard", "csv", TRACE)
 READ = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
+READ += ("data_mixture",)
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,10 @@ def _resume(
         return None, [str(error)]
     if step > config.train.max_steps:
         problems.append(f"{checkpoint} is beyond max_steps={config.train.max_steps}; raise max_steps")
+    if config.train.trace and step == config.train.max_steps:
+        problems.append(
+            f"trace=True finds no step to record: {checkpoint} is at max_steps; raise it, or leave trace off"
+        )
     return str(checkpoint), problems
 
 
@@ -294,6 +300,8 @@ def open_output(config: RunConfig, plan: Plan) -> None:
     if config.train.overwrite_output_dir and plan.checkpoint is None:
         for name in OURS:
             _remove(folder / name)
+    if config.train.trace:  # of the part of the run that is gone on from
+        _remove(folder / TRACE)
     _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from llm_local.config import EXPORT_DTYPES, HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
@@ -52,6 +53,12 @@ def parse_stage_layers(text: str) -> list[int] | None:
     return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
 
 
+def parse_named_files(text: str) -> list[tuple[str, str]]:
+    """'wiki=a.txt,code=b.txt' → the pairs; '' for a name or a file that is missing."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    return [(name.strip(), file.strip()) for name, _, file in pairs]
+
+
 def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:
     """Every problem that the values show without looking at the model, the data or the disk."""
     return (
@@ -71,11 +78,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
     problems += _one_of("export_dtype", train.export_dtype, EXPORT_DTYPES)
     problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
     problems += _one_of("report_to", train.report_to, REPORTERS)
-    sources = [n for n in ("dataset_name", "train_file") if getattr(config.data, n)]
-    if len(sources) > 1:
-        problems.append("both dataset_name and train_file are given; keep one")
-    if config.data.validation_file and not config.data.train_file:
-        problems.append("validation_file needs train_file")
+    problems += _data_problems(config)
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(config.model, n)]
     if len(models) > 1:
         problems.append(f"both {' and '.join(models)} are given; keep one")
@@ -87,6 +90,30 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"gguf_file={config.model.gguf_file} needs model_name_or_path, the directory that it is in")
     if train.eval_on_start and not train.eval_batches:
         problems.append("eval_on_start=True with eval_batches=0 evaluates nothing; use eval_batches=1 or more")
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    data = config.data
+    sources = [n for n in ("dataset_name", "train_file", "data_mixture") if getattr(data, n)]
+    problems = []
+    if len(sources) > 1:
+        problems.append(f"{'both ' if len(sources) == 2 else ''}{' and '.join(sources)} are given; keep one")
+    if data.validation_file and not (data.train_file or data.data_mixture):
+        problems.append("validation_file needs train_file")
+    for name in ("dataset_config_name", "dataset_split", "dataset_revision"):
+        if getattr(data, name) and not data.dataset_name:
+            where = "; say it in the mixture file" if data.data_mixture else ""
+            problems.append(f"{name}={getattr(data, name)} needs dataset_name{where}")
+    pairs = parse_named_files(data.validation_files or "")
+    names = [name for name, _ in pairs]
+    for name, file in pairs:
+        if not re.fullmatch(r"\w[\w.-]*", name) or not file:
+            problems.append(f"validation_files={data.validation_files!r} is not a list such as wiki=a.jsonl,code=b.txt")
+            break
+    for name in sorted(set(names)):
+        if names.count(name) > 1 or (name == "validation" and data.validation_file):
+            problems.append(f"validation_files={data.validation_files!r} gives the name {name!r} again; choose another")
     return problems
 
 

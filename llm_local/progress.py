@@ -55,8 +55,9 @@ class Progress:
                 return
             self._waiting.pop(0)
             rate = self._tokens_per_step * len(self._seconds) / sum(self._seconds) if self._seconds else 0.0
-            if split == "eval":
-                self.say(f"step {step}  validation loss by stage: {losses}")
+            if split.startswith("eval"):
+                on = split.replace("eval_", " on ", 1) if split != "eval" else ""
+                self.say(f"step {step}  validation loss{on} by stage: {losses}")
             elif self._bar is not None:
                 self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, step {step} loss by stage {losses}")
             else:

@@ -22,6 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim.lr_scheduler import LambdaLR
 
 from llm_local.checkpoint import (
+    DATA_FILE,
     MANIFEST,
     STATE_FILE,
     Layout,
@@ -62,10 +63,12 @@ class Saver:
         step: int,
         rows: int,
         shared_head: Mapping[str, torch.Tensor] | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        shared_head: the state of the stage's Refresher. Raises UnsavedCheckpoint if the save before has failed.
+        shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises UnsavedCheckpoint
+        if the save before has failed.
         """
         start = time.perf_counter()
         self.wait()
@@ -82,6 +85,8 @@ class Saver:
             for name, matrix in (shared_head or {}).items():
                 tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
             files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
+            if data:
+                files[DATA_FILE] = json.dumps(data)
         manifest = Manifest(step, rows, self._layout, self._flags, _versions())
         arguments = (root, folder, tensors, starts, files, manifest)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)

@@ -1,21 +1,17 @@
 """Tokens cut into sequences, and their order: an endless list of which a batch is a slice.
 
 Because a batch is given by its number alone, a run resumes by remembering one number, and the order is the same
-whatever the stages, replicas or micro-batches that read it.
+whatever the stages, replicas or micro-batches that read it. A stream has a state besides, from which it finds the place
+of that number without reading what lies before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import IterableDataset
-
-SHUFFLE_BUFFER = 10_000  # documents of a stream that wait in memory to be drawn from
-READ_BATCH = 64  # documents of a stream that are tokenised together
 
 
 class Sequences(Protocol):
@@ -23,11 +19,19 @@ class Sequences(Protocol):
 
     @property
     def num_sequences(self) -> int | None:
-        """Different sequences, after which the list begins again; None for a stream, which does not know."""
+        """Different sequences, after which the list begins again; None where that is not known."""
         ...
 
     def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
         """Sequences first + index*rows to first + (index+1)*rows of the list: (rows, seq_length) int64."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the last batch ended, to be kept as JSON; empty for a list that can be read anywhere."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Takes up a state; False where it is not one of this list, which then reads up to where it is asked for."""
         ...
 
 
@@ -88,6 +92,12 @@ class StoredSequences:
         numbers = [self._number(position) for position in range(start, start + rows)]
         return torch.from_numpy(np.stack([self._tokens.row(number) for number in numbers]))
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        return True
+
     def _number(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_sequences)
         if epoch != self._epoch:
@@ -96,75 +106,59 @@ class StoredSequences:
         return int(self._permutation[offset])
 
 
-class StreamedSequences:
-    """Sequences packed while a stream is read, its documents shuffled in a buffer by (seed, epoch) if there is a seed.
+CYCLE = 10_000  # sequences in which each source of a mixture has exactly its share
 
-    The list is the same at each start, but a stream can only be read forwards: a later batch is reached by reading
-    and tokenising all that lies before it (that is what resuming a stream costs), an earlier one by starting again.
-    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `last` ends an epoch's text.
+
+class MixedSequences:
+    """Sequences of several lists, of which each has a share of the places that is its weight, rounded to 1/CYCLE.
+
+    Which list has a place is drawn by (seed, cycle), and each list goes through its own sequences in its own order and
+    begins again by itself, so a short source is repeated while a long one lasts.
     """
 
     num_sequences = None
 
-    def __init__(
-        self,
-        rows: IterableDataset,
-        encode: Callable[[dict[str, list[Any]]], Iterable[list[int]]],
-        seq_length: int,
-        seed: int | None,
-        source: str,
-        last: Sequence[int] = (),
-    ):
-        self._rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        self._encode = encode
-        self._seq_length = seq_length
-        self._source = source
-        self._last = list(last)
-        self._position = 0
-        self._ahead = self._endless()
+    def __init__(self, parts: Sequence[Sequences], weights: Sequence[float], seed: int):
+        self._parts = parts
+        self.counts = shares(weights)
+        self._seed = seed
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
-        """Sequences first + index*rows to first + (index+1)*rows: (rows, seq_length) int64.
-
-        Raises ValueError if a whole epoch of the stream holds no sequence.
-        """
+        """Sequences first + index*rows to first + (index+1)*rows: (rows, seq_length) int64."""
         start = first + index * rows
-        if start < self._position:
-            self._ahead, self._position = self._endless(), 0
-        while self._position < start:
-            self._next()
-        return torch.from_numpy(np.stack([self._next() for _ in range(rows)]))
+        owners = np.array([self._cycle(position // CYCLE)[position % CYCLE] for position in range(start, start + rows)])
+        cycle, offset = divmod(start, CYCLE)
+        before = self._cycle(cycle)[:offset]
+        found: list[tuple[int, torch.Tensor]] = []
+        for number, part in enumerate(self._parts):
+            places = np.flatnonzero(owners == number)
+            if len(places):
+                done = cycle * self.counts[number] + int((before == number).sum())
+                found += zip(places.tolist(), part.batch(0, len(places), done), strict=True)
+        return torch.stack([row for _, row in sorted(found, key=lambda pair: pair[0])])
 
-    def _next(self) -> np.ndarray:
-        row = next(self._ahead)
-        self._position += 1
-        return row
+    def state(self) -> dict[str, Any]:
+        return {"parts": [part.state() for part in self._parts]}
 
-    def _endless(self) -> Iterator[np.ndarray]:
-        for epoch in count():
-            number = 0
-            for row in self._epoch(epoch):
-                number += 1
-                yield row
-            if not number:
-                raise ValueError(
-                    f"{self._source}: the whole stream holds fewer than the {self._seq_length} tokens of one sequence; "
-                    "give more text or lower seq_length"
-                )
+    def restore(self, state: dict[str, Any]) -> bool:
+        states = state.get("parts", [])
+        pairs = zip(self._parts, states, strict=False)
+        return len(states) == len(self._parts) and all([part.restore(saved) for part, saved in pairs])
 
-    def _epoch(self, epoch: int) -> Iterator[np.ndarray]:
-        self._rows.set_epoch(epoch)
-        waiting: list[int] = []
-        for batch in self._rows.iter(batch_size=READ_BATCH):
-            for tokens in self._encode(batch):
-                waiting += tokens
-            yield from self._cut(waiting)
-        waiting += self._last
-        yield from self._cut(waiting)
+    def _cycle(self, number: int) -> np.ndarray:
+        """Which list has each place of a cycle."""
+        if self._drawn is None or self._drawn[0] != number:
+            owners = np.repeat(np.arange(len(self.counts)), self.counts)
+            self._drawn = (number, np.random.default_rng([self._seed, number]).permutation(owners))
+        return self._drawn[1]
 
-    def _cut(self, waiting: list[int]) -> Iterator[np.ndarray]:
-        """Takes all whole sequences off the front of `waiting`."""
-        whole = len(waiting) // self._seq_length * self._seq_length
-        taken = np.array(waiting[:whole], dtype=np.int64).reshape(-1, self._seq_length)
-        del waiting[:whole]
-        yield from taken
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """The places of a cycle that each weight gets, CYCLE in all, one at least: by largest remainders."""
+    exact = np.array(weights, dtype=np.float64) / np.sum(weights) * CYCLE
+    counts = np.maximum(1, np.floor(exact)).astype(int)
+    order = np.argsort(np.floor(exact) - exact, kind="stable")
+    counts[order[: max(0, CYCLE - counts.sum())]] += 1
+    counts[np.argmax(counts)] -= counts.sum() - CYCLE  # what tiny weights were raised by
+    return counts.tolist()

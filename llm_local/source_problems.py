@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-import json
+import glob
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+from datasets import Dataset, Features, Value, load_from_disk
 
 from llm_local import corpus
-from llm_local.config import RunConfig
+from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.mixture import BUILTIN, SAVED, Source, training_sources, validation_sources
+from llm_local.text_files import (
+    FORMATS,
+    PACKED,
+    TEXT_FORMATS,
+    UnreadableText,
+    format_of,
+    lines_before,
+    lines_of,
+    missing_column,
+    pieces_of,
+)
 
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix: loader in `datasets`
-CHECKED_BYTES = 64 << 20  # of a file before training: a third of a second; a line further on is named when it is read
+CHECKED_BYTES = 64 << 20  # of a source before training: a second; a line further on is named when it is read
 PROBLEMS_A_FILE = 3
+TABLES_CHECKED = 200  # files of a source whose footer is read before training
 
 
 def data_problems(config: RunConfig) -> list[str]:
-    """Everything wrong with the run's data source that shows before training. A hub name is not looked up."""
-    data = config.data
-    if data.train_file:
-        named = {"train_file": data.train_file, "validation_file": data.validation_file}
-        files = {field: Path(value) for field, value in named.items() if value}
-        return [line for field, path in files.items() for line in file_problems(field, path, data.text_column_name)]
-    if uses_builtin(config):
+    """Everything wrong with the run's data sources that shows before training. A hub name is not looked up."""
+    try:
+        sources = [*training_sources(config), *validation_sources(config).values()]
+    except ConfigError as error:
+        return error.problems
+    return [problem for source in sources for problem in source_problems(source)]
+
+
+def source_problems(source: Source) -> list[str]:
+    """What is wrong with one source, as far as it is looked at before training."""
+    if source.kind == BUILTIN:
         return builtin_problems(corpus.stdlib_folder())
-    assert data.dataset_name
-    return _dataset_problems(data.dataset_name, data.text_column_name)
+    if source.kind == "saved":
+        return _saved_problems(source)
+    return _files_problems(source) if source.kind == "files" else []
 
 
 def uses_builtin(config: RunConfig) -> bool:
-    return not config.data.train_file and config.data.dataset_name in (None, "builtin")
+    data = config.data
+    return not data.data_mixture and not data.train_file and data.dataset_name in (None, BUILTIN)
 
 
 def builtin_problems(folder: Path) -> list[str]:
@@ -42,59 +62,75 @@ def builtin_problems(folder: Path) -> list[str]:
     return [f"the built-in corpus needs .py files in {folder}, which has none; give train_file or dataset_name"]
 
 
-def file_problems(field: str, path: Path, column: str, checked_bytes: int = CHECKED_BYTES) -> list[str]:
-    """Problems of a training or validation file, from its first checked_bytes and at most PROBLEMS_A_FILE lines."""
-    named = f"{field}={path}"
-    if not path.exists():
-        return [f"{named} does not exist; check the path (relative to {Path.cwd()})"]
-    if path.is_dir():
-        return [f"{named} is a directory, not a file; a folder from save_to_disk goes into dataset_name"]
-    if path.suffix.lower() not in FORMATS:
-        return [f"{named} has the unknown suffix {path.suffix!r}; use one of {', '.join(FORMATS)}"]
-    if path.stat().st_size == 0:
-        return [f"{named} is empty; give a file with text"]
-    if path.suffix.lower() == ".parquet":
-        return _parquet_problems(named, path, column)
-    problems = []
-    for line in _line_problems(path, column, checked_bytes):
-        problems.append(f"{named}, {line}")
-        if len(problems) == PROBLEMS_A_FILE:
+def files_of(source: str) -> list[Path]:
+    """The files that a name means: itself, a directory's text files at any depth, or what matches a glob; sorted.
+
+    Of several, empty files and those that a dot hides are left out.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(source, recursive=True))
+    visible = (file for file in found if file.is_file() and not any(part.startswith(".") for part in file.parts[-1:]))
+    return sorted(file for file in visible if file.stat().st_size and (not path.is_dir() or format_of(file)))
+
+
+def file_problems(source: Source, checked_bytes: int = CHECKED_BYTES) -> list[str]:
+    """Problems of a source's files, from their first checked_bytes and at most PROBLEMS_A_FILE lines of a file."""
+    problems, tables = [], 0
+    for path in files_of(source.source):
+        if format_of(path) in TEXT_FORMATS:
+            if checked_bytes > 0:
+                problems += list(islice(_line_problems(source, path, checked_bytes), PROBLEMS_A_FILE))
+            checked_bytes -= path.stat().st_size
+        elif tables < TABLES_CHECKED:
+            tables += 1
+            problems += _table_file_problems(source, path)
+        if len(problems) >= PROBLEMS_A_FILE:
             break
     return problems
 
 
-def _line_problems(path: Path, column: str, checked_bytes: int) -> Iterator[str]:
-    is_json = FORMATS[path.suffix.lower()] == "json"
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield f"line {number}: byte {line[error.start]:#04x} is not UTF-8; save the file as UTF-8"
-                continue
-            problem = _json_problem(text, column) if is_json and text.strip() else ""
-            if problem:
-                yield f"line {number}: {problem}"
-            if file.tell() > checked_bytes:
-                return
+def _files_problems(source: Source) -> list[str]:
+    named, path = source.named, Path(source.source)
+    if not path.exists() and not glob.has_magic(source.source):
+        return [f"{named} does not exist; check the path (relative to {Path.cwd()})"]
+    if path.is_dir() and any((path / name).exists() for name in SAVED):
+        return [f"{named} is a folder from save_to_disk, which goes into dataset_name"]
+    if path.is_file() and path.stat().st_size == 0:
+        return [f"{named} is empty; give a file with text"]
+    files, known = files_of(source.source), ", ".join(FORMATS)
+    if not files and path.is_dir():
+        return [f"{named} is a directory without a file of text; put files there that end in one of {known}"]
+    if not files:
+        return [f"{named} matches no file that holds anything; check the pattern{from_here(path)}"]
+    for file in files:
+        if format_of(file) is None:
+            suffixes = "".join(file.suffixes[-2:] if file.suffix in PACKED else file.suffixes[-1:])
+            return [f"{_place(source, file)} has the unknown suffix {suffixes!r}; use one of {known}"]
+    first, other = files[0], next((file for file in files if format_of(file) != format_of(files[0])), None)
+    if other is not None:
+        return [f"{named} holds {first.name} and {other.name}, which are read differently; give files of one kind"]
+    return file_problems(source)
 
 
-def _json_problem(text: str, column: str) -> str:
+def _place(source: Source, path: Path) -> str:
+    return source.named if Path(source.source) == path else f"{source.named}: {path}"
+
+
+def _line_problems(source: Source, path: Path, checked_bytes: int) -> Iterator[str]:
+    kind, checked = format_of(path), 0
+    assert kind is not None
     try:
-        row = json.loads(text)
-    except ValueError as error:
-        return f"not JSON ({error}); write one JSON object a line"
-    if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__}, not an object; write one JSON object a line"
-    if column not in row:
-        return missing_column(column, list(row))
-    if not isinstance(row[column], (str, type(None))):  # an empty text, as in parquet
-        return f"{column!r} holds {json.dumps(row[column])[:40]}, not text; write a string there"
-    return ""
-
-
-def missing_column(column: str, columns: list[str]) -> str:
-    return f"no column {column!r}, only {', '.join(map(repr, columns)) or 'none'}; set text_column_name"
+        for piece in pieces_of(path, whole=False):
+            for line in lines_of(piece, kind, source.text_column):
+                if line.problem:
+                    yield f"{_place(source, path)}, line {lines_before(piece) + line.number}: {line.problem}"
+                checked += len(line.text)
+                if checked > checked_bytes:
+                    return
+    except UnreadableText as error:
+        yield f"{_place(source, path)}{str(error).removeprefix(str(path))}"
 
 
 def column_problem(features: Features, column: str) -> str:
@@ -108,13 +144,29 @@ def column_problem(features: Features, column: str) -> str:
     return f"column {column!r} holds {kind}, not text; set text_column_name to one of strings"
 
 
-def _parquet_problems(named: str, path: Path, column: str) -> list[str]:
+def _table_file_problems(source: Source, path: Path) -> list[str]:
+    named, kind = _place(source, path), format_of(path)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows, features = file.metadata.num_rows, Features.from_arrow_schema(file.schema_arrow)
+        rows, schema = _rows_and_schema(path)
+        features = Features.from_arrow_schema(schema)
     except (pyarrow.ArrowException, OSError) as error:
-        return [f"{named} is not a parquet file ({error}); write it again, or check the suffix"]
-    return _table_problems(named, rows, features, column)
+        reason = " ".join(str(error).split())
+        return [f"{named} is not a file of {kind} ({reason}); write it again, or check the suffix"]
+    return _table_problems(named, rows, features, source.text_column)
+
+
+def _rows_and_schema(path: Path) -> tuple[int, pyarrow.Schema]:
+    """Of a table on disk, from its footer; of an arrow stream, which has none, only whether there are rows."""
+    if format_of(path) == "parquet":
+        file = pyarrow.parquet.ParquetFile(path)
+        return file.metadata.num_rows, file.schema_arrow
+    with pyarrow.memory_map(str(path)) as memory:
+        try:
+            stream = pyarrow.ipc.open_stream(memory)
+            return next((batch.num_rows for batch in stream if batch.num_rows), 0), stream.schema
+        except pyarrow.ArrowInvalid:
+            table = pyarrow.ipc.open_file(memory)
+            return sum(table.get_batch(n).num_rows for n in range(table.num_record_batches)), table.schema
 
 
 def _table_problems(named: str, num_rows: int, features: Features, column: str) -> list[str]:
@@ -123,17 +175,8 @@ def _table_problems(named: str, num_rows: int, features: Features, column: str) 
     return problems if num_rows else [*problems, f"{named} has no rows; give a data set with text"]
 
 
-def local_path(dataset_name: str) -> Path | None:
-    """The path that a dataset_name means, None if it is a name on the hub ("name" or "owner/name")."""
-    path = Path(dataset_name)
-    looks_local = path.is_absolute() or dataset_name.startswith((".", "~")) or len(path.parts) > 2
-    return path if looks_local or path.exists() else None
-
-
-def _dataset_problems(name: str, column: str) -> list[str]:
-    path, named = local_path(name), f"dataset_name={name}"
-    if path is None:
-        return []
+def _saved_problems(source: Source) -> list[str]:
+    path, named = Path(source.source), source.named
     if path.is_file():
         return [f"{named} is a file; give it as train_file"]
     if not path.exists():
@@ -141,20 +184,33 @@ def _dataset_problems(name: str, column: str) -> list[str]:
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError:
-        return [f"{named} is a folder that save_to_disk did not write; write it so, or give its files as train_file"]
+        return [f"{named} is a folder that save_to_disk did not write; give a folder of files as train_file"]
     except (OSError, ValueError) as error:
         return [f"{named} cannot be read ({' '.join(str(error).split())}); write it again with save_to_disk"]
     if isinstance(saved, Dataset):
-        return _table_problems(named, saved.num_rows, saved.features, column)
-    if "train" not in saved:
-        return [f"{named} has no split 'train', only {', '.join(map(repr, saved))}; rename one of them"]
-    return _split_problems(named, saved, column)
-
-
-def _split_problems(named: str, saved: DatasetDict, column: str) -> list[str]:
-    splits = {split: saved[split] for split in ("train", "validation") if split in saved}
+        if source.split not in (None, "train"):
+            return [f"{named} has no splits, and {source.split!r} was asked for; leave the split out"]
+        return _table_problems(named, saved.num_rows, saved.features, source.text_column)
+    train, validation = wanted_splits(source, [str(split) for split in saved])
+    missing = [split for split in (train, validation) if split is not None and split not in saved]
+    if missing:
+        return [missing_split(named, missing[0], [str(split) for split in saved])]
     return [
         line
-        for split, rows in splits.items()
-        for line in _table_problems(f"{named}, split {split!r}", rows.num_rows, rows.features, column)
+        for split in (train, validation)
+        if split is not None
+        for line in _table_problems(
+            f"{named}, split {split!r}", saved[split].num_rows, saved[split].features, source.text_column
+        )
     ]
+
+
+def wanted_splits(source: Source, found: list[str]) -> tuple[str, str | None]:
+    """The split to train on and that to validate on, None for one that is to be held out."""
+    default = "validation" if "validation" in found else None
+    return source.split or "train", source.validation_split or default
+
+
+def missing_split(named: str, split: str, found: list[str]) -> str:
+    instead = "name one of them (dataset_split)" if len(found) > 1 else "rename it, or set dataset_split"
+    return f"{named} has no split {split!r}, only {', '.join(map(repr, found))}; {instead}"

@@ -1,32 +1,47 @@
-"""From a run's data flags to two sets of documents, training and validation: the built-in corpus, files, a folder
-written by save_to_disk, or a data set from the hub, all through `datasets`.
+"""From a source to two sets of documents, training and validation: the built-in corpus, files, a folder written by
+save_to_disk, or a data set from the hub.
 
-What a document is: a file of the built-in corpus, a row of the others. A .txt file is one running text: its rows
-are its lines with their newlines, as in transformers' run_clm, and what joins them is the text itself, so nothing
-is put between them and their order is kept. Text made of many documents belongs into .jsonl, one a line.
+What a document is: a file of the built-in corpus, a row of the others. A single .txt file is one running text: its
+rows are its lines with their newlines, as in transformers' run_clm, and what joins them is the text itself, so nothing
+is put between them and their order is kept. Of several .txt files each is a document. Text made of many documents
+belongs into .jsonl, one a line.
 """
 
 from __future__ import annotations
 
 import glob
-import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from llm_local.config import ConfigError, RunConfig
 from llm_local.corpus import builtin_corpus
-from llm_local.source_problems import FORMATS, column_problem, file_problems, local_path, missing_column, uses_builtin
+from llm_local.mixture import BUILTIN, Source
+from llm_local.source_problems import column_problem, files_of, missing_split, wanted_splits
+from llm_local.text_files import (
+    TEXT_FORMATS,
+    Piece,
+    UnreadableText,
+    format_of,
+    missing_column,
+    pieces_of,
+    read_texts,
+)
 
 # Not the run's seed: runs that differ in their seed are compared on the same validation documents.
 SPLIT_SEED = 0
 STREAM_PROBE = 10_000  # documents of a stream of which the first few percent are held out
 BLOCK_LINES = 200  # of a .txt file that are tokenised in one go
+# What `datasets` raises for a name, a script that it no longer runs, a package that is missing, or a damaged file
+UNREADABLE = (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError, EOFError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -39,101 +54,144 @@ class Documents:
     running_text: bool = False
 
 
-def load_documents(config: RunConfig) -> tuple[Documents, Documents]:
-    """Training and validation documents, disjoint. Raises ConfigError if they can't be read or divided.
+def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
+    """Training and validation documents of a source, disjoint; the latter None unless `divide`. Raises ConfigError
+    if they can't be read or divided.
 
-    Validation is validation_file, else the split named 'validation', else held out: validation_split_percentage of
-    the documents, drawn by a fixed seed (of a .txt file its last lines). Of a stream it is the first few: that
-    percentage of the first STREAM_PROBE documents. A stream's validation documents are read at once, STREAM_PROBE
-    at most.
+    Validation is the split of the data set for that, else held out: validation_split_percentage of the documents,
+    drawn by a fixed seed (of a running text its last lines). Of a stream it is the first few: that percentage of the
+    first STREAM_PROBE documents. A stream's validation documents are read at once, STREAM_PROBE at most.
     """
-    train, validation = _read(config)
+    train, validation = _read(config, source, divide)
+    if not divide:
+        return in_blocks(train), None
     if validation is None:
         split = hold_out_stream if isinstance(train.rows, IterableDataset) else hold_out
-        train, validation = split(train, config.data.validation_split_percentage)
-    return _in_blocks(train), _in_blocks(validation)
+        train, validation = _or_refused(source, lambda: split(train, config.data.validation_split_percentage))
+    return in_blocks(train), in_blocks(validation)
 
 
-def _in_blocks(documents: Documents) -> Documents:
+def load_validation(config: RunConfig, source: Source) -> Documents:
+    """The documents of validation_file or validation_files, all of them. Raises ConfigError."""
+    return in_blocks(_read_files(config, replace(source, streaming=False)))
+
+
+def in_blocks(documents: Documents) -> Documents:
     """Rows of BLOCK_LINES lines for a running text: a tokenizer sees the text across line ends, blank lines too."""
     if not documents.running_text:
         return documents
     return replace(documents, rows=documents.rows.batch(BLOCK_LINES))
 
 
-def _read(config: RunConfig) -> tuple[Documents, Documents | None]:
-    data = config.data
-    if data.train_file:
-        train = _read_file(config, "train_file", Path(data.train_file), data.streaming)
-        file = data.validation_file
-        return train, _read_file(config, "validation_file", Path(file), streaming=False) if file else None
-    if uses_builtin(config):
+def _read(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
+    if source.kind == "files":
+        return _read_files(config, source), None
+    if source.kind == BUILTIN:
         rows = builtin_corpus(config.cache_dir)
-        return Documents(rows.to_iterable_dataset() if data.streaming else rows, "text", "the built-in corpus"), None
-    name = data.dataset_name
-    assert name
-    splits = _read_folder(name, data.streaming) if local_path(name) else _read_hub(config, name)
-    return from_splits(splits, data.text_column_name, f"dataset_name={name}")
+        return Documents(rows.to_iterable_dataset() if source.streaming else rows, "text", "the built-in corpus"), None
+    splits = _read_saved(source) if source.kind == "saved" else _read_hub(config, source)
+    return from_splits(splits, source, divide)
 
 
-def _read_file(config: RunConfig, field: str, path: Path, streaming: bool) -> Documents:
-    column, kind = config.data.text_column_name, FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {
-        "text": {"keep_linebreaks": True, "features": Features({column: Value("string")})},
-        "json": {},
-        "parquet": {"columns": [column]},
-    }[kind]
-    files = {"train": glob.escape(str(path.resolve()))}  # `datasets` takes a bracket in a name for a pattern
-    cache = str(config.cache_dir / "datasets")
+def _or_refused(source: Source, read: Callable[[], Any]) -> Any:
+    """What `read` returns. Raises ConfigError naming the source where a document cannot be read."""
     try:
-        rows: Any = load_dataset(kind, data_files=files, split="train", streaming=streaming, cache_dir=cache, **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise _unreadable(field, path, column, f"cannot be read ({_reason(error)})") from error
-    problem = column_problem(rows.features, column) if rows.features else ""
-    if problem:
-        raise _unreadable(field, path, column, problem)
-    return Documents(_only(rows, column), column, f"{field}={path}", running_text=kind == "text")
+        return read()
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        line = str(cause) if isinstance(cause, UnreadableText) else f"cannot be read ({_reason(cause)})"
+    except UnreadableText as error:
+        cause, line = error, str(error)
+    except UNREADABLE as error:
+        if isinstance(error, ConfigError):
+            raise
+        cause, line = error, f"cannot be read ({_reason(error)})"
+    rest = line.removeprefix(source.source)
+    raise ConfigError([f"{source.named}{rest if rest != line else f': {line}'}"]) from cause
 
 
-def _unreadable(field: str, path: Path, column: str, reason: str) -> ConfigError:
-    """What data_problems did not see lies beyond what it checks: look through the whole file for the line to name."""
-    return ConfigError(file_problems(field, path, column, checked_bytes=sys.maxsize) or [f"{field}={path}: {reason}"])
-
-
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())
 
 
-def _read_folder(name: str, streaming: bool) -> dict[str, Any]:
-    saved = load_from_disk(name)
+def _read_files(config: RunConfig, source: Source) -> Documents:
+    files, column, cache = files_of(source.source), source.text_column, str(config.cache_dir / "datasets")
+    kind = format_of(files[0])
+    whole = kind == "text" and len(files) > 1
+    assert kind is not None
+    if kind not in TEXT_FORMATS:
+        return Documents(_read_tables(config, source, kind, files), column, source.named)
+    pieces = [piece for file in files for piece in pieces_of(file, whole)]
+    options = {"pieces": pieces, "kind": kind, "column": column, "whole": whole}
+    features = Features({column: Value("large_string")})  # a plain string column holds 2 GB in a batch at most
+
+    def load() -> Dataset | IterableDataset:
+        if source.streaming:
+            return IterableDataset.from_generator(read_texts, features=features, gen_kwargs=options)
+        stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        kept = options | {"key": Hasher.hash(stamps)}
+        rows: Any = Dataset.from_generator(_keyed_texts, features=features, cache_dir=cache, gen_kwargs=kept)
+        return rows
+
+    rows = _or_refused(source, load)
+    return Documents(rows, column, source.named, running_text=kind == "text" and not whole)
+
+
+def _keyed_texts(pieces: Sequence[Piece], kind: str, column: str, whole: bool, key: str) -> Iterator[dict[str, str]]:
+    # datasets caches by the arguments of this function, so the files' sizes and times are among them
+    yield from read_texts(pieces, kind, column, whole)
+
+
+def _read_tables(config: RunConfig, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
+    options: dict[str, Any] = {"columns": [source.text_column]} if kind == "parquet" else {}
+    options |= {"streaming": source.streaming, "cache_dir": str(config.cache_dir / "datasets")}
+    data_files = {"train": [glob.escape(str(file.resolve())) for file in files]}  # brackets would make a pattern
+    rows = _or_refused(source, lambda: load_dataset(kind, data_files=data_files, split="train", **options))
+    _check_column(source.named, rows, source.text_column)
+    return _only(rows, source.text_column)
+
+
+def _read_saved(source: Source) -> dict[str, Any]:
+    saved = load_from_disk(source.source)
     splits: dict[str, Any] = {"train": saved} if isinstance(saved, Dataset) else {str(k): saved[k] for k in saved}
-    return splits | ({"train": splits["train"].to_iterable_dataset()} if streaming else {})
+    wanted = source.split or "train"
+    return splits | ({wanted: splits[wanted].to_iterable_dataset()} if source.streaming and wanted in splits else {})
 
 
-def _read_hub(config: RunConfig, name: str) -> dict[str, Any]:
-    data, cache = config.data, str(config.cache_dir / "datasets")
+def _read_hub(config: RunConfig, source: Source) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": source.revision, "streaming": source.streaming}
+    options["cache_dir"] = str(config.cache_dir / "datasets")
     try:
-        saved: Any = load_dataset(name, data.dataset_config_name, streaming=data.streaming, cache_dir=cache)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        repair = "check the name and dataset_config_name, or give a folder from save_to_disk"
-        raise ConfigError([f"dataset_name={name} cannot be loaded ({_reason(error)}); {repair}"]) from error
-    return dict(saved)
+        if source.split is None and source.validation_split is None:
+            saved: Any = load_dataset(source.source, source.config, **options)
+            return dict(saved)
+        names = [name for name in (source.split or "train", source.validation_split) if name]
+        return {name: load_dataset(source.source, source.config, split=name, **options) for name in names}
+    except UNREADABLE as error:
+        repair = "check the name, its config, split and revision, or give a folder from save_to_disk"
+        raise ConfigError([f"{source.named} cannot be loaded ({_reason(error)}); {repair}"]) from error
 
 
-def from_splits(splits: dict[str, Any], column: str, source: str) -> tuple[Documents, Documents | None]:
-    """The splits 'train' and, if there is one, 'validation'; any other is left alone. Raises ConfigError."""
-    if "train" not in splits:
-        raise ConfigError([f"{source} has no split 'train', only {', '.join(map(repr, splits))}; rename one of them"])
-    found = {name: splits[name] for name in ("train", "validation") if name in splits}
-    for name, rows in found.items():
-        problem = column_problem(rows.features, column) if rows.features else ""
-        if problem:
-            raise ConfigError([f"{source}, split {name!r}: {problem}"])
-    train, *validation = [Documents(_only(rows, column), column, source) for rows in found.values()]
-    if validation and isinstance(validation[0].rows, IterableDataset):
-        texts = _first_texts(validation[0], STREAM_PROBE)
-        validation = [replace(train, rows=Dataset.from_dict({column: texts}))]
-    return train, validation[0] if validation else None
+def from_splits(splits: dict[str, Any], source: Source, divide: bool = True) -> tuple[Documents, Documents | None]:
+    """The splits to train and, with `divide`, to validate on; any other is left alone. Raises ConfigError."""
+    train, validation = wanted_splits(source, list(splits))
+    found = []
+    for name in [train] if validation is None or not divide else [train, validation]:
+        if name not in splits:
+            raise ConfigError([missing_split(source.named, name, list(splits))])
+        _check_column(f"{source.named}, split {name!r}", splits[name], source.text_column)
+        rows = _only(splits[name], source.text_column)
+        found.append(Documents(rows, source.text_column, source.named, source.running_text))
+    if len(found) > 1 and isinstance(found[1].rows, IterableDataset):
+        texts = _or_refused(source, lambda: _first_texts(found[1], STREAM_PROBE))
+        found[1] = replace(found[1], rows=Dataset.from_dict({source.text_column: texts}))
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _check_column(named: str, rows: Any, column: str) -> None:
+    problem = column_problem(rows.features, column) if rows.features else ""
+    if problem:
+        raise ConfigError([f"{named}: {problem}"])
 
 
 def _only(rows: Any, column: str) -> Dataset | IterableDataset:

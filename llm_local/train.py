@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 
 from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine, make_engine
-from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of
+from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of, read_data_state
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.data import Sequences, prepare
+from llm_local.data import Data, prepare_all
 from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import NonFiniteLoss, StepResult
+from llm_local.evaluation import EvalSet, learn, tell
 from llm_local.feed import Feed
 from llm_local.finish import finish
 from llm_local.links import Links
@@ -35,8 +37,11 @@ from llm_local.model_folder import ExportError
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.refresh import Refresher, make_refresher
+from llm_local.run_trace import begin_trace, end_trace
 from llm_local.saver import Saver, UnsavedCheckpoint
+from llm_local.text_files import UnreadableText
 from llm_local.tokenizer import load_tokenizer
+from llm_local.trace import REFRESH_WAIT, Tracer, UnwrittenTrace, traced
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 from llm_local.world import (
     PLAN,
@@ -51,10 +56,9 @@ from llm_local.world import (
     say_no,
 )
 
-Sources = tuple[Sequences, Sequences]  # training and validation
-
 REFUSED = 2
-PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, ExportError)  # their message says all there is to say
+# their message says all there is to say
+PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, UnwrittenTrace, ExportError, UnreadableText)
 LAUNCHER_SECONDS = 10.0
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0
@@ -75,8 +79,14 @@ class Run:
     metrics: MetricsFile | None
     progress: Progress
     saver: Saver
+    tracer: Tracer | None
+    eval_sets: tuple[EvalSet, ...]
     first_step: int
     first_row: int
+
+    def traced(self, split: str, step: int) -> AbstractContextManager[None]:
+        """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
+        return nullcontext() if self.tracer is None else self.tracer.batch(split, step)
 
     def rows_after(self, step: int) -> int:
         """Sequences of the training data that are used up after the step."""
@@ -98,12 +108,12 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(rank, error)
     try:
-        plan, sources = _check(config, launch.world_size) if rank == 0 else (None, None)
+        plan, data = check(config, launch.world_size) if rank == 0 else (None, None)
     except Exception as error:
         return _call_off(config, launch, error)
     _started.set()
     try:
-        run = build(config, launch, watchdog, plan, sources)
+        run = build(config, launch, watchdog, plan, data)
         train(run)
         rows = run.rows_after(config.train.max_steps)
         finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows)
@@ -123,14 +133,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check(config: RunConfig, world_size: int) -> tuple[Plan, Sources]:
+def check(config: RunConfig, world_size: int) -> tuple[Plan, Data]:
     """Rank 0's part of a start, while the others wait at the rendezvous: nothing is written but below cache_dir.
 
     Raises ConfigError for all that is wrong with the run and its data.
     """
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
     plan = preflight(config, world_size)
-    return plan, prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
 
 
 def store_name(config: RunConfig) -> str:
@@ -181,7 +191,7 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
     watchdog.fail(ours, cause)
 
 
-def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None, sources: Sources | None) -> Run:
+def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None, data: Data | None) -> Run:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
     startup = float(config.train.ddp_timeout)
     store = open_store(launch, store_name(config), startup)
@@ -196,8 +206,12 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
     catalog = Catalog(Path(plan.checkpoint)) if plan.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
-    feed = _make_feed(config, place, sources, (first_step, first_row)) if place.is_first_stage else None
+    if data is not None:
+        tell(world, data.validation)
+    feed = _make_feed(config, place, data, (first_step, first_row)) if place.is_first_stage else None
+    warnings_of_data = _go_on_reading(feed, catalog)
     engine, links = make_engine(config, plan, world, feed)
+    tracer = begin_trace(config, world, engine, links)
     news = take_up(catalog, config, layout, world, engine.engines) if catalog else ()
     refresher = make_refresher(config, plan.partition, world, links, engine.engines)
     if refresher is not None:
@@ -208,7 +222,7 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
     tokens = layout.sequences_per_step * config.data.seq_length
     progress = Progress(world, config.train.max_steps, first_step, tokens)
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *warnings_of_data):
         progress.say(f"llm_local: warning: {warning}")
     for line in news:
         progress.say(f"llm_local: {line}")
@@ -216,16 +230,39 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
     progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
     saver = Saver(world, config, layout)
     return Run(
-        config, plan, layout, world, engine, feed, links, refresher, metrics, progress, saver, first_step, first_row
+        config,
+        plan,
+        layout,
+        world,
+        engine,
+        feed,
+        links,
+        refresher,
+        metrics,
+        progress,
+        saver,
+        tracer,
+        learn(world, config),
+        first_step,
+        first_row,
     )
 
 
-def _make_feed(config: RunConfig, place: Place, sources: Sources | None, start: tuple[int, int]) -> Feed:
+def _make_feed(config: RunConfig, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
     """Rank 0 has prepared the data before it published the plan; the other replicas find it in the cache."""
-    sources = sources or prepare(config, load_tokenizer(config))
+    data = data or prepare_all(config, load_tokenizer(config))
+    validation = [each.sequences for each in data.validation]
     train = config.train
     rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(*sources, place, rows, micro_batches, train.eval_batches, start)
+    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start)
+
+
+def _go_on_reading(feed: Feed | None, catalog: Catalog | None) -> tuple[str, ...]:
+    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again."""
+    if feed is None or catalog is None or feed.restore(read_data_state(catalog.path)):
+        return ()
+    rows = f"{catalog.manifest.rows:,} sequences"
+    return (f"{catalog.path} has no place in this stream; it is read from its start, past {rows}, which may take long",)
 
 
 def train(run: Run) -> None:
@@ -237,7 +274,8 @@ def train(run: Run) -> None:
         last = step == train.max_steps
         run.world.watchdog.step = step
         before = _Meter(run)
-        result = _train_step(run, step)
+        with run.traced("train", step):
+            result = _train_step(run, step)
         if step == 1 or step % train.logging_steps == 0 or last:
             _record_step(run, step, result, before)
         run.progress.step(time.perf_counter() - before.start)
@@ -245,17 +283,21 @@ def train(run: Run) -> None:
             _evaluate(run, step)
         if train.save_steps and step % train.save_steps == 0:
             shared_head = run.refresher.state() if run.refresher else None
-            run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head)
+            with run.traced("save", step):
+                data = run.feed.state() if run.feed else None
+                run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head, data)
         run.saver.check()
     if train.eval_batches:
         _evaluate(run, train.max_steps)
     run.saver.wait()
+    end_trace(run.tracer, run.config, run.world)
     run.progress.close()
 
 
 def _train_step(run: Run, step: int) -> StepResult:
     if run.refresher is not None:
-        run.refresher.before(step)
+        with traced(run.tracer, REFRESH_WAIT):
+            run.refresher.before(step)
     result = run.engine.train_batch(step)
     if run.refresher is not None:
         run.refresher.after(step)
@@ -312,12 +354,13 @@ def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> Non
 
 def _evaluate(run: Run, step: int) -> None:
     """Every stage measures its own exit with the weights of this step; nobody waits for a later stage."""
-    batches = run.config.train.eval_batches
-    losses = run.world.mean_over_replicas(run.engine.eval_batch(step, batches).double().cpu()).tolist()
-    place = run.world.place
-    if run.metrics is not None:
-        run.progress.publish("eval", step, losses[-1])
-        rows = batches * run.config.train.per_device_train_batch_size * place.num_replicas
-        run.metrics.write(
-            Record(step, "eval", place.stage, losses[-1], losses, tokens=rows * run.config.data.seq_length)
-        )
+    batches, place = run.config.train.eval_batches, run.world.place
+    rows = batches * run.config.train.per_device_train_batch_size * place.num_replicas
+    for number, each in enumerate(run.eval_sets):
+        if run.feed is not None:
+            run.feed.validate_on(number)
+        with run.traced(each.split, step):
+            losses = run.world.mean_over_replicas(run.engine.eval_batch(step, batches).double().cpu()).tolist()
+        if run.metrics is not None:
+            run.progress.publish(each.split, step, losses[-1])
+            run.metrics.write(each.record(step, place.stage, losses, rows * run.config.data.seq_length))

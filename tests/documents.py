@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_local.config import from_flat
-from llm_local.sources import load_documents
+from llm_local.mixture import training_sources, validation_sources
+from llm_local.sources import load_training, load_validation
 from llm_local.tokenizer import builtin_tokenizer_dir
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -48,5 +49,9 @@ def write_jsonl(path, texts, column="text"):
 
 def in_file_order(config, which):
     """Documents that one of the two sets holds, read back from its documents' text."""
-    documents = load_documents(config)[which]
+    given = list(validation_sources(config).values())
+    (source,) = training_sources(config)
+    sets = load_training(config, source, divide=not given)
+    documents = load_validation(config, given[0]) if which and given else sets[which]
+    assert documents is not None
     return [row[documents.column] for row in documents.rows]

@@ -1,5 +1,7 @@
 """Every source gives its documents, and training and validation share none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer
 from llm_local import corpus
 from llm_local.config import ConfigError
 from llm_local.data import data_problems, prepare
+from llm_local.mixture import Source
 from llm_local.sources import from_splits
 from llm_local.tokenizer import builtin_tokenizer_dir
 
@@ -105,27 +108,30 @@ def test_preprocessing_workers_change_nothing(settings, tokenizer, jsonl, tmp_pa
     assert torch.equal(one.batch(0, one.num_sequences), two.batch(0, one.num_sequences))
 
 
+X = Source("dataset_name", "x", "text")
+
+
 def unknown_columns(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
 def test_splits_without_train_are_named():
-    with pytest.raises(ConfigError, match=r"dataset_name=x has no split 'train', only 'test', 'dev'; rename"):
-        from_splits({"test": None, "dev": None}, "text", "dataset_name=x")
+    with pytest.raises(ConfigError, match=r"dataset_name=x has no split 'train', only 'test', 'dev'; name"):
+        from_splits({"test": None, "dev": None}, X)
 
 
 def test_splits_without_the_column_are_named():
     rows = Dataset.from_dict({"body": ["a"], "id": [1]})
     with pytest.raises(ConfigError, match=r"split 'train': no column 'text', only 'body', 'id'; set text_column_name"):
-        from_splits(DatasetDict(train=rows), "text", "dataset_name=x")
+        from_splits(DatasetDict(train=rows), X)
     with pytest.raises(ConfigError, match=r"column 'id' holds int64, not text; set text_column_name"):
-        from_splits(DatasetDict(train=rows), "id", "dataset_name=x")
+        from_splits(DatasetDict(train=rows), replace(X, text_column="id"))
 
 
 def test_a_stream_s_validation_split_is_read_at_once():
     rows = [{"text": f"t{n}", "other": n} for n in range(5)]
     splits = IterableDatasetDict(train=unknown_columns(rows), validation=unknown_columns(rows[:2]))
-    train, validation = from_splits(splits, "text", "dataset_name=x")
+    train, validation = from_splits(splits, X)
     assert isinstance(train.rows, IterableDataset)
     assert validation.rows["text"][:] == ["t0", "t1"]
 
@@ -133,7 +139,7 @@ def test_a_stream_s_validation_split_is_read_at_once():
 def test_a_stream_whose_rows_lack_the_column_is_named():
     splits = IterableDatasetDict(train=unknown_columns([]), validation=unknown_columns([{"body": "a"}]))
     with pytest.raises(ConfigError, match="dataset_name=x: no column 'text', only 'body'"):
-        from_splits(splits, "text", "dataset_name=x")
+        from_splits(splits, X)
 
 
 def test_a_name_that_the_hub_cannot_have_is_named(settings, tokenizer):

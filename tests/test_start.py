@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore, TCPStore
 from transformers import AutoTokenizer
 
 from llm_local.config import ConfigError, parse
+from llm_local.data import Data, ValidationSet
 from llm_local.packet import TRAIN
 from llm_local.preflight import Plan, preflight
 from llm_local.tokenizer import builtin_tokenizer_dir
@@ -105,8 +106,15 @@ def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
         def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
             return torch.full((rows, 32), index)
 
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def restore(self, state: dict[str, Any]) -> bool:
+            return True
+
     config = parse(trainer.flags("run", train_file="not there"))
-    feed = _make_feed(config, Place(0, 1, 1), (Rows(), Rows()), (0, 0))
+    data = Data(Rows(), (ValidationSet("validation", Rows(), 1.0),))
+    feed = _make_feed(config, Place(0, 1, 1), data, (0, 0))
     assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
     with pytest.raises(ConfigError, match="does not exist"):
         _make_feed(config, Place(0, 1, 1), None, (0, 0))

@@ -1,0 +1,66 @@
+"""The validation sets of a run as every rank knows them, and what a stage records of one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from llm_local.config import RunConfig
+from llm_local.data import ValidationSet
+from llm_local.metrics import Record
+from llm_local.model_card import perplexity
+from llm_local.world import World
+
+_KEY = "validation_sets"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A validation set, by its name. split: under which its records go; 'eval' is the first one's."""
+
+    name: str
+    split: str
+    bytes_per_token: float
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Of the set's text, from nats a token: (tokens / bytes) · loss / ln 2 (Gao et al. 2020, The Pile)."""
+        return loss / math.log(2) / self.bytes_per_token
+
+    def describe(self, loss: float) -> str:
+        """A line for a person."""
+        on = "" if self.name == "validation" else f" on {self.name}"
+        bits = f", {self.bits_per_byte(loss):.3f} bits a byte" if self.bytes_per_token else ""
+        return f"validation loss{on} {loss:.4f}, perplexity {perplexity(loss):,.1f}{bits}"
+
+    def record(self, step: int, stage: int, losses: Sequence[float], tokens: int) -> Record:
+        """What the stage's exit scored, whose loss is the last of its blocks'."""
+        return Record(
+            step=step,
+            split=self.split,
+            stage=stage,
+            loss=losses[-1],
+            block_losses=list(losses),
+            tokens=tokens,
+            name=self.name,
+            perplexity=perplexity(losses[-1]),
+            bits_per_byte=self.bits_per_byte(losses[-1]) if self.bytes_per_token else None,
+        )
+
+
+def split_of(number: int, name: str) -> str:
+    """Under which split a validation set's metrics go: as transformers' Trainer names them, but for the first."""
+    return f"eval_{name}" if number else "eval"
+
+
+def tell(world: World, sets: Sequence[ValidationSet]) -> None:
+    """Rank 0, which reads the data, tells the others of them."""
+    told = [EvalSet(each.name, split_of(n, each.name), each.bytes_per_token) for n, each in enumerate(sets)]
+    world.publish(_KEY, json.dumps([asdict(each) for each in told]))
+
+
+def learn(world: World, config: RunConfig) -> tuple[EvalSet, ...]:
+    """The validation sets, as rank 0 has told of them."""
+    text = world.fetch(_KEY, float(config.train.ddp_timeout), "rank 0's validation sets")
+    return tuple(EvalSet(**each) for each in json.loads(text))
