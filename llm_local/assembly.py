@@ -21,6 +21,7 @@ from llm_local.links import Links
 from llm_local.preflight import Plan
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.stage import build_blocks
+from llm_local.trace import Tracer
 from llm_local.world import World
 
 
@@ -29,6 +30,8 @@ class Engine(Protocol):
 
     @property
     def engines(self) -> Sequence[DeepSpeedEngine]: ...
+
+    def trace(self, tracer: Tracer) -> None: ...
 
     def train_batch(self, step: int) -> StepResult: ...
 

@@ -28,6 +28,7 @@ from llm_local.heads import head_logits, head_loss
 from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.partition import Partition, Span
 from llm_local.stage import build_slice
+from llm_local.trace import Tracer
 
 
 class PipeSlice(nn.Module):
@@ -77,6 +78,10 @@ class BackpropEngine:
         """This stage's slice."""
         module: Any = self._engine.module
         return next(m for m in module.modules() if isinstance(m, PipeSlice))
+
+    def trace(self, tracer: Tracer) -> None:
+        instruction_map: Any = tracer.wrap(self._engine._INSTRUCTION_MAP)
+        self._engine._INSTRUCTION_MAP = instruction_map
 
     def train_batch(self, step: int) -> StepResult:
         """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""

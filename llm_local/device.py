@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import socket
 from typing import Any
@@ -36,6 +37,14 @@ def device_identity(device: torch.device) -> str:
 
 def collective_backend(device: torch.device) -> str:
     return "gloo" if device.type == "cpu" else _accelerator().communication_backend_name()
+
+
+def describe_device() -> str:
+    """What runs here trains on: 'NVIDIA H100', or '2 cores (x86_64)'."""
+    accelerator = _accelerator()
+    if accelerator.device_name() != "cpu":
+        return accelerator.get_device_name() if hasattr(accelerator, "get_device_name") else accelerator.device_name()
+    return f"{len(os.sched_getaffinity(0))} cores ({platform.machine()})"
 
 
 def supports(precision: str) -> bool:
@@ -94,3 +103,9 @@ def synchronize(device: torch.device) -> None:
 
 def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)  # seeds every device's generator as well
+
+
+def finish_queued_work(device: torch.device) -> None:
+    """Waits for what this thread has queued on the device. Not for other streams: a send there waits for its peer."""
+    if device.type != "cpu":
+        _accelerator().current_stream(device.index).synchronize()

@@ -22,6 +22,7 @@ from llm_local.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalEvalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.stage import Block
 from llm_local.standins import Seam
+from llm_local.trace import Tracer
 from llm_local.windows import draw_window
 
 
@@ -83,7 +84,7 @@ class LocalEngine:
         self.micro_batches = micro_batches
         self._schedule_of = schedule_of
         self._load = load
-        self._links = links
+        self.links = links
         self._heads = heads
         self._distillation = distillation
         self._kind = TRAIN
@@ -104,6 +105,9 @@ class LocalEngine:
             instructions.OptimizerStep: self._exec_step,
         }
 
+    def trace(self, tracer: Tracer) -> None:
+        self._instruction_map = tracer.wrap(self._instruction_map)
+
     def train_batch(self, step: int) -> StepResult:
         """Trains every block on the step's micro-batches. Raises NonFiniteLoss naming stage and step."""
         for engine in self.engines:
@@ -119,14 +123,14 @@ class LocalEngine:
         for engine in self.engines:
             engine.eval()
         self._kind, self._step, self._num_entered = CHECK, 0, 0
-        self._exec_load(0) if self._links.receiver is None else self._exec_receive(0)
+        self._exec_load(0) if self.links.receiver is None else self._exec_receive(0)
         entered = self._buffers.pop(0)
         logits, hidden = torch.empty(0), entered.hidden
         for engine in self.engines:
             inputs = self._inputs(entered.packet)
             logits, hidden, _ = engine(hidden=hidden, return_logits=True, **inputs)
-        if self._links.sender is not None:
-            self._links.sender.send(dataclasses.replace(entered.packet, hidden=hidden))
+        if self.links.sender is not None:
+            self.links.sender.send(dataclasses.replace(entered.packet, hidden=hidden))
         for engine in self.engines:
             engine.empty_partition_cache()  # ZeRO-3 has fetched for a backward pass, and an export gathers by itself
         return logits
@@ -152,8 +156,8 @@ class LocalEngine:
         self._enter(buffer_id, self._load(self._kind, self._step, self._num_entered))
 
     def _exec_receive(self, buffer_id: int) -> None:
-        assert self._links.receiver is not None, "the first stage does not receive"
-        self._enter(buffer_id, self._links.receiver.receive(self._kind, self._step, self._num_entered))
+        assert self.links.receiver is not None, "the first stage does not receive"
+        self._enter(buffer_id, self.links.receiver.receive(self._kind, self._step, self._num_entered))
 
     def _enter(self, buffer_id: int, packet: Packet) -> None:
         hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device)
@@ -200,9 +204,9 @@ class LocalEngine:
         return self.stage == self.num_stages - 1 and block == len(self.engines) - 1
 
     def _exec_send(self, buffer_id: int) -> None:
-        assert self._links.sender is not None, "the last stage does not send"
+        assert self.links.sender is not None, "the last stage does not send"
         batch = self._buffers[buffer_id]
-        self._links.sender.send(dataclasses.replace(batch.packet, hidden=batch.hidden))
+        self.links.sender.send(dataclasses.replace(batch.packet, hidden=batch.hidden))
 
     def _exec_backward(self, buffer_id: int, block: int, from_above: bool = False) -> None:
         """The block's gradients from its own loss, or from the gradient of its output that the next block had.
@@ -236,15 +240,15 @@ class LocalEngine:
         return loss + self._distillation.weight * distillation_loss(self._block(block).head, normed, targets)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:
-        assert self._links.gradient_sender is not None, "the first stage sends no gradient"
+        assert self.links.gradient_sender is not None, "the first stage sends no gradient"
         batch = self._buffers[buffer_id]
         packet = Packet(GRADIENT, self._step, batch.index, hidden=batch.from_above.pop(-1))
-        self._links.gradient_sender.send(packet)
+        self.links.gradient_sender.send(packet)
 
     def _exec_receive_gradient(self, buffer_id: int) -> None:
-        assert self._links.gradient_receiver is not None, "the last stage receives no gradient"
+        assert self.links.gradient_receiver is not None, "the last stage receives no gradient"
         batch = self._buffers[buffer_id]
-        gradient = self._links.gradient_receiver.receive(GRADIENT, self._step, batch.index).hidden
+        gradient = self.links.gradient_receiver.receive(GRADIENT, self._step, batch.index).hidden
         assert gradient is not None
         batch.from_above[len(self.engines) - 1] = gradient.to(self.engines[-1].device)
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from llm_local.packet import CHECK, END, INTEGER_PARTS, KINDS, Packet
+from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
 from llm_local.watchdog import LostPeer, Peer
 from llm_local.wire import CODES, decode, encode, expected, wire_dtype_of
 from llm_local.world import World
@@ -103,6 +104,7 @@ class _End:
         self.name = f"{kind} {source}→{target}, replica {place.replica}"
         self.bytes = 0
         self.wait_seconds = 0.0
+        self.tracer: Tracer | None = None
         self._seconds = world.timeout_seconds
         timeout = _PATIENCE if background else timedelta(seconds=world.timeout_seconds)
         prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{place.replica}", world.store)
@@ -155,9 +157,9 @@ class Sender(_End):
         shaped = packet.input_ids if packet.hidden is None else packet.hidden
         rows, tokens = (0, 0) if shaped is None else shaped.shape[:2]
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
-        # an export is compared with what comes out of the pipe: nothing is rounded then
-        exact = packet.kind == CHECK and packet.hidden is not None
-        wire = wire_dtype_of(packet.hidden) if exact else self._wire
+        wire = self._wire
+        if packet.kind == CHECK and packet.hidden is not None:  # an export is compared with it: nothing is rounded then
+            wire = wire_dtype_of(packet.hidden)
         code = CODES.index(wire)
         header = torch.tensor([_MAGIC, packet.kind, packet.step, packet.index, rows, tokens, width, code, mask, 0])
         tensors: list[tuple[_Gloo | _Nccl, torch.Tensor]] = [(self.control, header)]
@@ -190,6 +192,7 @@ class Receiver(_End):
         super().__init__(world, source, _RECEIVER, background)
         self._ready: Queue[Packet | BaseException] = Queue()
         self._room = threading.Semaphore(1)
+        self._lane = REFRESH if background else RECEIVE
         self._thread = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
         if eager:
             self._thread.start()
@@ -232,6 +235,7 @@ class Receiver(_End):
 
     def _receive_one(self) -> Packet:
         header = self.control.receive((_HEADER_INTS,), torch.int64).tolist()
+        start = time.perf_counter()
         magic, kind, step, index, rows, tokens, width, code, mask, _ = header
         if magic != _MAGIC:
             raise LinkError(f"{self.name}: {self.peer} sent no packet header; do both run the same version?")
@@ -243,7 +247,11 @@ class Receiver(_End):
         numbers = [self.payload.receive(*shape) for shape in shapes]
         self.bytes += 8 * _HEADER_INTS + sum(t.numel() * t.element_size() for t in (*integers, *numbers))
         parts = {name: part.long() for name, part in zip(names, integers, strict=True)}
-        return Packet(kind, step, index, hidden=decode(numbers) if numbers else None, **parts)
+        packet = Packet(kind, step, index, hidden=decode(numbers) if numbers else None, **parts)
+        if self.tracer is not None:
+            took = (start, time.perf_counter())
+            self.tracer.record(Event(self._lane, "Packet", *took, KINDS[kind], step, index, source=self.peer.stage))
+        return packet
 
 
 @dataclass(frozen=True)
@@ -287,6 +295,11 @@ class Links:
     def all(self) -> list[Sender | Receiver]:
         found = (self.receiver, self.sender, self.gradient_receiver, self.gradient_sender)
         return [link for link in found if link is not None]
+
+    def trace(self, tracer: Tracer) -> None:
+        for link in (*self.all(), self.refresh_receiver):
+            if link is not None:
+                link.tracer = tracer
 
     def close(self, step: int) -> None:
         """Goodbyes over each link, forward first."""
