@@ -77,6 +77,43 @@ class Flops:
         return self.sequential / self.backprop
 
 
+@dataclass(frozen=True)
+class Passes:
+    """FLOPs of a block's passes for one token.
+
+    weights: the part of `backward` that computes gradients of matrices; the rest is the input's. from_above: of the
+    pass through the top layers that the next block's loss sends back. layers: the part of `forward` that the block's
+    layers take, private ones included, which gradient checkpointing computes twice.
+    """
+
+    forward: float
+    backward: float
+    weights: float
+    from_above: float
+    layers: float
+
+
+def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
+    """The FLOPs of each block in a local step, pass by pass; those of a block add up to its part of `count_flops`."""
+    costs = estimate_costs(shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
+    found = []
+    for index, span in enumerate(setting.blocks):
+        is_last = index == len(setting.blocks) - 1
+        fraction = 1.0 if is_last else setting.token_fraction
+        private, matrix = _head_parts(shape, setting, index, fraction)
+        number = setting.private_layers[index] if setting.private_layers else 0
+        each = shape.layer_parameters if setting.private_parameters is None else setting.private_parameters
+        # a matrix takes 2 FLOPs a parameter for the gradient of its weights; attention has no weights of its own
+        weights = 2.0 * (len(span) * shape.layer_parameters + fraction * number * each)
+        trains_matrix = is_last or not setting.frozen_heads
+        weights += WEIGHT_GRADIENT * matrix * trains_matrix
+        layers = costs.layer * len(span) + private
+        above = 0.0 if is_last else BACKWARD * costs.layer * min(setting.overlap, len(span))
+        backward = BACKWARD * (layers + matrix) - (0 if trains_matrix else WEIGHT_GRADIENT * matrix)
+        found.append(Passes((1 - BACKWARD) * (layers + matrix), backward, weights, above, (1 - BACKWARD) * layers))
+    return tuple(found)
+
+
 def count_flops(shape: Shape, setting: Setting) -> Flops:
     """FLOPs of one token, means over the run where its last steps train globally."""
     costs = estimate_costs(shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
@@ -100,13 +137,17 @@ def count_flops(shape: Shape, setting: Setting) -> Flops:
 
 def _head(shape: Shape, setting: Setting, index: int, is_last: bool) -> float:
     """Private layers and output matrix of one block, for one of all the tokens."""
-    fraction = 1.0 if is_last else setting.token_fraction
+    private, matrix = _head_parts(shape, setting, index, 1.0 if is_last else setting.token_fraction)
+    return private + matrix * (1 - WEIGHT_GRADIENT if setting.frozen_heads and not is_last else 1)
+
+
+def _head_parts(shape: Shape, setting: Setting, index: int, fraction: float) -> tuple[float, float]:
+    """Private layers, and the output matrix as if it were trained, of a head that sees this share of all tokens."""
     parameters = shape.layer_parameters if setting.private_parameters is None else setting.private_parameters
     # positions that are left attend to each other only, so attention falls with the square of their share
     seen = estimate_costs(parameters, shape.head_parameters, shape.hidden_size, round(fraction * shape.seq_length))
     private = seen.layer * (setting.private_layers[index] if setting.private_layers else 0)
-    matrix = seen.head * (1 - WEIGHT_GRADIENT if setting.frozen_heads and not is_last else 1)
-    return fraction * (private + matrix)
+    return fraction * private, fraction * seen.head
 
 
 def flops_so_far(shape: Shape, setting: Setting, tokens: int, global_tokens: int) -> Flops:

@@ -180,16 +180,59 @@ def _balance(
     is smaller.
     """
     prefix = [0.0, *accumulate(costs)]
-    n = len(costs)
-    best: dict[int, tuple[float, float, tuple[Span, ...]]] = {0: (0.0, 0.0, ())}
+    low, high = 0.0, 2 * (prefix[-1] + end(num_stages - 1, len(costs)))
+    for _ in range(24):
+        most = (low + high) / 2
+        low, high = (low, most) if _fits(prefix, num_stages, end, most) else (most, high)
+    while (found := _balance_below(prefix, num_stages, end, high)) is None:
+        high *= 1.1
+    return found
+
+
+def _fits(prefix: Sequence[float], num_stages: int, end: Callable[[int, int], float], most: float) -> bool:
+    """Whether groups that take all they can reach the last item; no more than a hint, as a group's cost may fall."""
+    n, start = len(prefix) - 1, 0
     for stage in range(num_stages):
-        remaining = num_stages - stage - 1
-        step: dict[int, tuple[float, float, tuple[Span, ...]]] = {}
-        for start, (worst, squares, groups) in best.items():
-            for stop in range(start + 1, n - remaining + 1):
-                cost = prefix[stop] - prefix[start] + end(stage, stop)
+        stop = start
+        while stop <= n - num_stages + stage and prefix[stop + 1] - prefix[start] + end(stage, stop + 1) <= most:
+            stop += 1
+        if stop == start:
+            return False
+        start = stop
+    return start == n
+
+
+def _balance_below(
+    prefix: Sequence[float], num_stages: int, end: Callable[[int, int], float], most: float
+) -> tuple[Span, ...] | None:
+    """The best groups if none of them costs more than `most`; None if there are none. Groups that lead to more are not
+    looked at: of a thousand layers, most."""
+    n = len(prefix) - 1
+    best = {0: (0.0, 0.0)}
+    starts: list[dict[int, int]] = []  # of each group by where it ends
+    for stage in range(num_stages):
+        left = (num_stages - stage - 1) * most
+        step: dict[int, tuple[float, float]] = {}
+        starts.append({})
+        for start, (worst, squares) in best.items():
+            for stop in range(start + 1, n - num_stages + stage + 2):
+                layers = prefix[stop] - prefix[start]
+                if layers > most:
+                    break
+                if prefix[n] - prefix[stop] > left:
+                    continue  # too much for the groups behind
+                cost = layers + end(stage, stop)
+                if cost > most:
+                    continue
                 found = (max(worst, cost), squares + cost * cost)
-                if stop not in step or found <= step[stop][:2]:
-                    step[stop] = (*found, (*groups, Span(start, stop)))
+                if stop not in step or found <= step[stop]:
+                    step[stop] = found
+                    starts[stage][stop] = start
         best = step
-    return best[n][2]
+    if n not in best:
+        return None
+    groups, stop = [], n
+    for places in reversed(starts):
+        groups.append(Span(places[stop], stop))
+        stop = places[stop]
+    return tuple(reversed(groups))

@@ -30,7 +30,8 @@ OURS = {f"--{name}" for name in RunConfig().flat()}
 LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
     --num_processes --main_process_port --help --jobs --export --prompt --assistant
-    --exit --dtype --model --model_args --tasks""".split()  # noqa: SIM905
+    --exit --dtype --model --model_args --tasks
+    --steps --output""".split()  # noqa: SIM905
 )
 
 

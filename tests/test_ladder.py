@@ -8,16 +8,19 @@ import pytest
 import llm_local
 
 LADDER = """
-config partition costs head_plan head_problems problems schedule simulate
-device watchdog world packet wire links
+config partition costs head_plan head_problems problems schedule peer_schedules clock simulate
+device trace watchdog world packet wire links
 gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
 shared_head distillation lowrank windows head_start stage refresh
-corpus tokenizer source_problems sources sequences data feed
+corpus text_files mixture tokenizer source_problems sources sequences streams data feed
 ds_config block_engine engine backprop
 shards checkpoint saver loader
-masters model_folder export model_card metrics progress
-tiny trial exit_check class_problems weight_problems preflight examine assembly finish train
-offline_export points comparison study coverage coverage_run coverage_report
+masters model_folder export model_card metrics progress timeline chrome_trace
+tiny trial exit_check class_problems weight_problems preflight examine assembly
+run_trace evaluation finish train
+offline_export points comparison study replay timeline_picture coverage coverage_run coverage_report
+saved_bytes bench_peers bench_worker benchmark
+plan_times plan_machine plan_memory plan_model plan_stages plan_layouts plan_report plan_search
 """.split()  # noqa: SIM905
 
 MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,121 @@
+"""scripts/plan.py: what it says, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llm_local.plan_stages import PEER_METHODS
+
+ROOT = Path(__file__).parent.parent
+# wide enough that a head is 1/8 of the eight layers
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 12 * 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delitem(sys.modules, "plan", raising=False)
+    return import_module("plan")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(MODEL))
+    return path
+
+
+def run(script: ModuleType, model: Path, *flags: str) -> int:
+    return script.main(["--model", str(model), "--devices", "8", "--seq_length", "512", *flags])
+
+
+def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out, trace = tmp_path / "plan.json", tmp_path / "trace.json"
+    assert run(script, model, "--top", "2", "--json", str(out), "--trace", str(trace), "--picture") == 0
+    said = capsys.readouterr().out
+    assert "V/(12h) = 1.00 layers: each block beside the last adds 12.5%" in said
+    assert "8 devices of 80 GB at 100 TFLOP/s" in said
+    assert "stage 0 | F" in said
+    plan = json.loads(out.read_text())
+    assert len(plan["local"]) == 2
+    assert plan["local"][0]["step_seconds"] <= plan["local"][1]["step_seconds"]
+    assert {o["method"] for o in plan["backpropagation"]} == set(PEER_METHODS)
+    assert plan["verdict"] in said
+    assert plan["head_in_layers"] == 1
+    best = plan["local"][0]
+    assert best["is_simulated"]
+    assert len(best["memory_bytes"]) == len(best["idle"]) == best["num_stages"]
+    assert best["step_bytes_per_boundary"] >= plan["rows"] * 512 * (2 * 1024 + 8)
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in events} == set(range(best["num_stages"]))
+    assert all(event["dur"] > 0 and event["ts"] >= 0 for event in spans)
+    assert {event["cat"] for event in spans} == {"forward", "backward", "optimizer"}
+    assert len(spans) == best["num_stages"] * 2 * (2 * best["gradient_accumulation_steps"] + 1)
+
+
+def test_a_fast_network_is_for_data_parallelism_and_a_slow_one_is_not(
+    script: ModuleType, model: Path, capsys: pytest.CaptureFixture
+):
+    assert run(script, model, "--link-gbps", "3200") == 0
+    assert "Data-parallel backpropagation would be 1." in capsys.readouterr().out
+    assert run(script, model, "--link-gbps", "1") == 0
+    assert "times as fast as data-parallel backpropagation." in capsys.readouterr().out
+
+
+def test_a_thousand_stages(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture):
+    deep = tmp_path / "deep.json"
+    deep.write_text(json.dumps({**MODEL, "num_hidden_layers": 1024}))
+    assert run(script, deep, "--devices", "1024", "--num_stages", "1024") == 0
+    said = capsys.readouterr().out
+    assert "chunked, 1024 stages x 1, ZeRO 0, linear heads" in said
+    assert "~ estimated by formula" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--devices 0", "--devices 0 must be more than 0"),
+        ("--link-gbps 0", "--link-gbps 0 must be more than 0"),
+        ("--memory-gb -1", "--memory-gb -1 must be more than 0"),
+        ("--device-tflops nan", "--device-tflops nan must be more than 0"),
+        ("--link-latency-us -1", "--link-latency-us -1 must be 0 or more"),
+        ("--devices-per-host 3", "--devices 8 are no multiple of --devices-per-host 3"),
+        ("--num_stages 3", "--num_stages 3 does not divide the 8 devices; use one of 1, 2, 4"),
+        ("--num_stages 0", "--num_stages 0 must be 1 or more"),
+        ("--devices 16 --num_stages 16", "--num_stages 16 is more than the model's 8 layers; use 8 or fewer"),
+        ("--seq_length 4096", "--seq_length 4096 is longer than the model's 2048 positions"),
+        ("--stage_layers 4,4", "--stage_layers is set by the plan"),
+        ("--head decoder", "head=decoder needs private layers"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size=0 must be greater than 0"),
+        ("--bogus 1", "unknown argument '--bogus'"),
+        ("--method magic", "invalid choice: 'magic'"),
+        ("--memory-gb 0.01", "Nothing fits: take more devices"),
+        ("--model nowhere.json", "nowhere.json: no such file"),
+        ("--json nowhere/plan.json", "nowhere/plan.json: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    script: ModuleType, model: Path, capsys: pytest.CaptureFixture, flags: str, message: str
+):
+    assert run(script, model, *flags.split()) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert said.startswith("plan.py: ")
+    assert "\n" not in said
