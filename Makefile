@@ -3,6 +3,8 @@
 PYTHON ?= python3
 OUTPUT_DIR ?= runs/quickstart
 ARGS ?=
+# what is installed beside the library: see pyproject.toml
+EXTRAS ?= dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain study test unit lint types check clean
+.PHONY: help setup pretrain study bench test unit lint types check clean
 # `make -j check` still runs lint, types and test in that order.
 .NOTPARALLEL:
 
@@ -25,7 +27,7 @@ setup: $(VENV)/.installed  ## .venv with the library and its tools; again only w
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
 	touch $@
 
 # The default folder is the quickstart's own and is written again; any other is left alone if it holds a run.
@@ -36,6 +38,12 @@ pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder,
 
 study: setup  ## the small study of methods and heads, half an hour on two cores; ARGS="--jobs 2"
 	$(BIN)/python scripts/study.py configs/studies/cpu.yaml $(ARGS)
+
+# On an idle machine: half an hour on two cores. The slow link needs root, and is left out for anybody else.
+bench: setup  ## benchmarks beside other pipelines, into docs/bench
+	for name in throughput efficiency prediction traffic memory scaling; do \
+		$(BIN)/python scripts/bench_$$name.py || exit 1; done
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python scripts/bench_slow_link.py; fi
 
 test: setup  ## all tests
 	$(BIN)/pytest

@@ -6,20 +6,20 @@ first and the last stage.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from llm_local.anatomy import load_model_config, probe
-from llm_local.block_engine import make_optimizer
-from llm_local.config import from_flat
+from llm_local.block_engine import make_optimizer, parameter_groups
+from llm_local.config import RunConfig, from_flat
 from llm_local.data import prepare
 from llm_local.heads import head_loss
 from llm_local.partition import Span
@@ -27,10 +27,18 @@ from llm_local.slices import Slice
 from llm_local.stage import build_slice
 from llm_local.tokenizer import load_tokenizer
 
-PEERS: dict[str, tuple[Any, tuple[tuple[int, ...], ...]]] = {
-    "torch-1f1b": (Schedule1F1B, ((0,), (1,))),
-    "torch-zbv": (ScheduleZBVZeroBubble, ((0, 3), (1, 2))),
+PEERS: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "torch-1f1b": ("Schedule1F1B", ((0,), (1,))),
+    "torch-zbv": ("ScheduleZBVZeroBubble", ((0, 3), (1, 2))),
 }
+
+
+def missing(system: str) -> str:
+    """Why the system cannot be measured here; '' if it can."""
+    name = PEERS[system][0] if system in PEERS else None
+    if name is None or hasattr(schedules, name):
+        return ""
+    return f"{system} needs {name} of torch.distributed.pipelining, which torch {torch.__version__} has not"
 
 
 class _Stage(nn.Module):
@@ -51,50 +59,40 @@ class _Stage(nn.Module):
         return normed if self.part.is_last else leaving
 
 
-def train_step(system: str, flags: dict[str, Any]) -> tuple[Callable[[int], Any], Callable[[str], None]]:
-    """What trains step 1, 2, ... and returns the loss on the rank that has it, and a barrier.
+@dataclass(frozen=True)
+class System:
+    """What trains step 1, 2, ... and returns the loss on the rank that has it; a barrier of all ranks; the end."""
 
-    flags: of a run; the partition is even. Two ranks."""
+    step: Callable[[int], float | None]
+    everybody: Callable[[str], None]
+    finish: Callable[[], None]
+
+
+def make_peer(system: str, flags: dict[str, Any]) -> System:
+    """The pipeline on two ranks, which both must call. flags: of a run; the partition is even."""
     config = from_flat(flags)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    schedule_class, places = PEERS[system]
-    assert world == len(places)
-    model_config = load_model_config(config.model)
-    anatomy = probe(model_config, config.model)
-    num_stages = sum(map(len, places))
-    cuts = [round(anatomy.num_layers * k / num_stages) for k in range(num_stages + 1)]
-    spans = [Span(*cut) for cut in pairwise(cuts)]
-    train, device = config.train, torch.device("cpu")
-    shape = (train.per_device_train_batch_size, config.data.seq_length)
-    hidden = torch.zeros(*shape, anatomy.hidden_size, requires_grad=True)
-    stages, optimizers, parts = [], [], []
-    for number in places[rank]:
-        part = build_slice(config, model_config, anatomy, spans[number], has_head=number == num_stages - 1)
-        module = _Stage(part)
-        entering = torch.zeros(shape, dtype=torch.int64) if number == 0 else hidden
-        stages.append(PipelineStage(module, number, num_stages, device, (entering,), (hidden,)))
-        optimizers.append(make_optimizer(config)(module.parameters()))
-        parts.append(part)
-    micro_batches = train.gradient_accumulation_steps
-    head = next((part for part in parts if part.is_last), None)
+    stages, optimizers = _stages(config, PEERS[system][1])
+    micro_batches, rows = config.train.gradient_accumulation_steps, config.train.per_device_train_batch_size
+    head = next((part.submod.part for part in stages if part.submod.part.is_last), None)
 
     def loss(normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         assert head is not None
         return head_loss(head, normed, ids, None)
 
-    stage: Any = stages if len(stages) > 1 else stages[0]
-    schedule = schedule_class(stage, micro_batches, loss_fn=loss)
-    sources = prepare(config, load_tokenizer(config))[0] if rank == 0 else None
+    schedule = getattr(schedules, PEERS[system][0])(
+        stages if len(stages) > 1 else stages[0], micro_batches, loss_fn=loss
+    )
+    if dist.get_rank() == 0:  # fills the cache
+        prepare(config, load_tokenizer(config))
     dist.barrier()
-    sources = sources or prepare(config, load_tokenizer(config))[0]
-    rows = train.per_device_train_batch_size * micro_batches
+    rows_of = prepare(config, load_tokenizer(config))[0]
+    is_first = any(part.submod.part.is_first for part in stages)
 
     def step(number: int) -> float | None:
-        ids = sources.batch(number - 1, rows)
-        given = (ids,) if 0 in places[rank] else ()
+        ids = rows_of.batch(number - 1, rows * micro_batches)
         losses: list[torch.Tensor] = []
-        schedule.step(*given, target=ids if head is not None else None, losses=losses)
+        schedule.step(*([ids] if is_first else []), target=ids if head is not None else None, losses=losses)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -103,4 +101,27 @@ def train_step(system: str, flags: dict[str, Any]) -> tuple[Callable[[int], Any]
     def everybody(_name: str) -> None:
         dist.barrier()
 
-    return step, everybody
+    def finish() -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:  # it may serve the store
+            time.sleep(1)
+
+    return System(step, everybody, finish)
+
+
+def _stages(config: RunConfig, places: tuple[tuple[int, ...], ...]) -> tuple[list[Any], list[torch.optim.Optimizer]]:
+    """This rank's stages, and an optimizer for each. places: the numbers of each rank's."""
+    model_config = load_model_config(config.model)
+    anatomy = probe(model_config, config.model)
+    num_stages = sum(map(len, places))
+    cuts = [round(anatomy.num_layers * k / num_stages) for k in range(num_stages + 1)]
+    shape = (config.train.per_device_train_batch_size, config.data.seq_length)
+    hidden = torch.zeros(*shape, anatomy.hidden_size, requires_grad=True)
+    stages, optimizers = [], []
+    for number in places[dist.get_rank()]:
+        span = Span(cuts[number], cuts[number + 1])
+        module = _Stage(build_slice(config, model_config, anatomy, span, has_head=number == num_stages - 1))
+        entering = torch.zeros(shape, dtype=torch.int64) if number == 0 else hidden
+        stages.append(PipelineStage(module, number, num_stages, torch.device("cpu"), (entering,), (hidden,)))
+        optimizers.append(make_optimizer(config)(parameter_groups(config, module)))
+    return stages, optimizers

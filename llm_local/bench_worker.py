@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
@@ -19,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llm_local.bench_peers import PEERS, train_step
+from llm_local.bench_peers import PEERS, System, make_peer
 from llm_local.config import RunConfig, from_flat
 from llm_local.engine import LocalEngine
 from llm_local.links import Links
@@ -68,29 +69,35 @@ def begin(task: Task) -> Run:
     return build(config, launch, watchdog, plan, data)
 
 
-def stepper(task: Task) -> tuple[Callable[[int], float | None], Callable[[str], None]]:
-    """What trains one step and returns its loss, and a barrier of all ranks."""
+def leave(run: Run) -> None:
+    """Nobody's links go while another still trains."""
+    run.world.everybody("done", SECONDS, "all ranks to be done")
+    run.world.finish()
+
+
+def system_of(task: Task) -> System:
+    """What trains on every rank."""
     if task.system in PEERS:
-        return train_step(task.system, task.flags)
+        return make_peer(task.system, task.flags)
     run = begin(task)
 
     def step(number: int) -> float:
         return float(run.engine.train_batch(number).losses[-1])
 
-    return step, lambda name: run.world.everybody(name, SECONDS, name)
+    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run))
 
 
 def rate(task: Task) -> dict[str, Any]:
     """Seconds of each step, with nothing between one and the next: the last stage's tell the throughput."""
-    step, everybody = stepper(task)
+    system = system_of(task)
     for number in range(1, task.warmup + 1):
-        step(number)
-    everybody("warm")
+        system.step(number)
+    system.everybody("warm")
     ends, losses = [time.perf_counter()], []
     for number in range(task.warmup + 1, task.warmup + task.steps + 1):
-        losses.append(step(number))
+        losses.append(system.step(number))
         ends.append(time.perf_counter())
-    everybody("done")
+    system.finish()
     return {"seconds": [b - a for a, b in pairwise(ends)], "losses": losses}
 
 
@@ -152,6 +159,7 @@ def efficiency(task: Task) -> dict[str, Any]:
             result["piped"].append(seconds / task.steps)
             result["fed"].append(sum(alone) / task.steps)
             result["waiting"].append(waited / seconds)
+    leave(run)
     return result
 
 
@@ -168,10 +176,10 @@ def _timed(engine: Any, number: int) -> float:
 def memory(task: Task) -> dict[str, Any]:
     """The most bytes that graphs held for their backward passes in a step."""
     with saved_bytes() as saved:
-        step, everybody = stepper(task)
+        system = system_of(task)
         for number in range(1, task.steps + 1):
-            step(number)
-        everybody("done")
+            system.step(number)
+        system.finish()
     return {"peak_saved_bytes": saved.peak}
 
 
@@ -192,8 +200,39 @@ def traffic(task: Task) -> dict[str, Any]:
     for number in range(1, task.steps + 2):
         before.append(sum(link.bytes for link in (run.links.sender, run.links.gradient_sender) if link) + sent[0])
         run.engine.train_batch(number)
-    run.world.everybody("done", SECONDS, "done")
+    leave(run)
     return {"bytes_a_step": median(b - a for a, b in pairwise(before))}
+
+
+class _Stopwatch:
+    """In a tracer's place: the seconds of every instruction, by its name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, instruction_map: dict[type, Callable[..., None]]) -> dict[type, Callable[..., None]]:
+        return {kind: self._timed(kind.__name__, function) for kind, function in instruction_map.items()}
+
+    def _timed(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            self.seconds[name].append(time.perf_counter() - start)
+
+        return timed
+
+
+def passes(task: Task) -> dict[str, Any]:
+    """Median seconds of each kind of instruction; of sends and receives that is how long the stage waited."""
+    run, watch = begin(task), _Stopwatch()
+    engine: Any = run.engine
+    for number in range(1, task.warmup + 1):
+        engine.train_batch(number)
+    engine.trace(watch)
+    for number in range(task.warmup + 1, task.warmup + task.steps + 1):
+        engine.train_batch(number)
+    leave(run)
+    return {"seconds": {name: median(seconds) for name, seconds in watch.seconds.items()}}
 
 
 MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
@@ -201,6 +240,7 @@ MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "efficiency": efficiency,
     "memory": memory,
     "traffic": traffic,
+    "passes": passes,
 }
 
 if __name__ == "__main__":

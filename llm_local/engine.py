@@ -6,6 +6,7 @@ A block's activations are freed before the next block of the stage runs, unless 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,11 +34,12 @@ class NonFiniteLoss(RuntimeError):
 @dataclass(frozen=True)
 class StepResult:
     """losses: (blocks,) float32, means over the step's micro-batches on this replica. lr: the rate that the step used.
-    grad_norms: one a block, before clipping; NaN where DeepSpeed computes none."""
+    grad_norms: one a block, before clipping; None where DeepSpeed computes none. Losses and norms may be on the device,
+    which is waited for when somebody looks at them."""
 
     losses: torch.Tensor
     lr: float
-    grad_norms: tuple[float, ...]
+    grad_norms: tuple[float | torch.Tensor | None, ...]
 
 
 @dataclass
@@ -93,6 +95,7 @@ class LocalEngine:
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
+        self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
             instructions.RecvActivation: self._exec_receive,
@@ -109,13 +112,21 @@ class LocalEngine:
         self._instruction_map = tracer.wrap(self._instruction_map)
 
     def train_batch(self, step: int) -> StepResult:
-        """Trains every block on the step's micro-batches. Raises NonFiniteLoss naming stage and step."""
+        """Trains every block on the step's micro-batches; a loss that is not finite is check_finite's to find."""
         for engine in self.engines:
             engine.train()
         lr = float(self.engines[-1].get_lr()[0])
         losses = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
-        norms = [engine.get_global_grad_norm() for engine in self.engines]
-        return StepResult(losses, lr, tuple(float("nan") if norm is None else float(norm) for norm in norms))
+        self._unchecked.append((step, losses))
+        return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines))
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteLoss naming stage and step if a loss since the last call was none. Waits for the device."""
+        steps, self._unchecked = self._unchecked, []
+        for step, losses in steps:
+            for block, loss in enumerate(losses.tolist()):
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(f"the loss of stage {self.stage} (its block {block}) is {loss} at step {step}")
 
     @torch.no_grad()
     def check_logits(self) -> torch.Tensor:
@@ -256,15 +267,8 @@ class LocalEngine:
         """DeepSpeed reduces in backward() (ZeRO 2, 3) or in step() (ZeRO 0, 1): nothing is left to do here."""
 
     def _exec_step(self) -> None:
-        self._check_finite()
         for engine in self.engines:
             engine.step()
-
-    def _check_finite(self) -> None:
-        if not bool(torch.isfinite(self._sums).all()):
-            block = int((~torch.isfinite(self._sums)).nonzero()[0])
-            value = float(self._sums[block])
-            raise NonFiniteLoss(f"the loss of stage {self.stage} (its block {block}) is {value} at step {self._step}")
 
 
 def _gradient_of(engine: Any, leaf: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Record:
     bits_per_byte: float | None = None
 
 
-def total_norm(norms: tuple[float, ...]) -> float | None:
+def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float | None:
     """Norm over all blocks of the stage; None where DeepSpeed computes none."""
-    total = math.sqrt(sum(norm * norm for norm in norms))
+    total = math.sqrt(sum(float("nan") if norm is None else float(norm) ** 2 for norm in norms))
     return total if math.isfinite(total) else None
 
 

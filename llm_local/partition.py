@@ -74,10 +74,18 @@ class Partition:
 
 @dataclass(frozen=True)
 class Costs:
-    """Training FLOPs of each part for one token, forward and backward; only their ratios matter."""
+    """What each part costs in training, forward and backward, FLOPs or seconds; only their ratios matter.
+
+    layer: the mean of them, or of each if `layers` is (), else it has each layer's own. head: the model's.
+    """
 
     layer: float
     head: float
+    layers: tuple[float, ...] = ()
+
+    def of(self, span: Span) -> float:
+        """Of the span's layers."""
+        return sum(self.layers[span.start : span.stop]) if self.layers else self.layer * len(span)
 
 
 def estimate_costs(layer_parameters: int, head_parameters: int, hidden_size: int, seq_length: int) -> Costs:
@@ -136,15 +144,15 @@ def make_partition(
         if not local_heads:
             return costs.head * (stop == num_layers)
         matrix = costs.head * (2 / 3 if shared_head and stop < num_layers else 1.0)
-        whole = matrix + costs.layer * min(held(head_layers, block), num_layers - stop)
+        whole = matrix + costs.of(Span(stop, min(stop + held(head_layers, block), num_layers)))
         return token_fraction * whole if stop < num_layers else whole
 
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
     elif layers_per_block is not None:
-        stages = _balance([len(b) * costs.layer + head(i, b.stop) for i, b in enumerate(blocks)], num_stages)
+        stages = _balance([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)], num_stages)
     else:
-        stages = _balance([costs.layer] * num_layers, num_stages, head)
+        stages = _balance([costs.of(Span(i, i + 1)) for i in range(num_layers)], num_stages, head)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench_peers import PEERS
+from llm_local.bench_peers import PEERS, missing
 from llm_local.benchmark import (
     BenchmarkError,
     Case,
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     pipes = given.systems.split(",")
     if unknown := sorted(set(pipes) - set(PIPES)):
         parser.error(f"--systems {','.join(unknown)}: choose of {', '.join(PIPES)}")
+    if absent := [line for line in map(missing, pipes) if line]:
+        parser.error(f"{'; '.join(absent)}: leave it out (--systems)")
     rows, data = [], {}
     for micro_batches in map(int, given.micro_batches.split(",")):
         # torch's schedules want as many as there are stages

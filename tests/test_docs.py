@@ -31,7 +31,8 @@ LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
     --num_processes --main_process_port --help --jobs --export --prompt --assistant
     --exit --dtype --model --model_args --tasks
-    --steps --output""".split()  # noqa: SIM905
+    --steps --output --peak_tflops --devices --memory --link --picture --json
+    --kind --vocab_size --rows --megabytes""".split()  # noqa: SIM905
 )
 
 

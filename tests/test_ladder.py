@@ -12,12 +12,13 @@ config partition costs head_plan head_problems problems schedule peer_schedules 
 device trace watchdog world packet wire links
 gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
 shared_head distillation lowrank windows head_start stage refresh
-corpus text_files mixture tokenizer source_problems sources sequences streams data feed
+corpus text_files mixture packing encoding sentencepieces tokenizer source_problems sources sequences
+tokenizer_training streams prepared data feed
 ds_config block_engine engine backprop
 shards checkpoint saver loader
 masters model_folder export model_card metrics progress timeline chrome_trace
-tiny trial exit_check class_problems weight_problems preflight examine assembly
-run_trace evaluation finish train
+profile tiny trial exit_check class_problems weight_problems preflight examine assembly
+run_trace evaluation recorder finish train
 offline_export points comparison study replay timeline_picture coverage coverage_run coverage_report
 saved_bytes bench_peers bench_worker benchmark
 plan_times plan_machine plan_memory plan_model plan_stages plan_layouts plan_report plan_search

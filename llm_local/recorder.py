@@ -1,0 +1,112 @@
+"""What a stage's step was, for the metrics file and the progress line."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llm_local.checkpoint import Layout
+from llm_local.config import RunConfig
+from llm_local.device import peak_memory_bytes, synchronize
+from llm_local.engine import StepResult
+from llm_local.links import Links
+from llm_local.metrics import MetricsFile, Record, total_norm
+from llm_local.progress import Progress
+from llm_local.refresh import Refresher
+from llm_local.saver import Saver
+from llm_local.world import World
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """The clock, and what links have counted so far: in seconds, and in bytes."""
+
+    clock: float
+    wait: float
+    sent: float
+    received: float
+    gradients: float
+    refreshes: float
+
+    def since(self, before: _Meter) -> list[float]:
+        return [getattr(self, name) - getattr(before, name) for name in self.__dataclass_fields__]
+
+
+class Recorder:
+    """One for each rank; the first replica of a stage has the metrics file and writes for all."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        layout: Layout,
+        links: Links,
+        refresher: Refresher | None,
+        saver: Saver,
+        metrics: MetricsFile | None,
+        progress: Progress,
+    ):
+        self._config = config
+        self._world = world
+        self._layout = layout
+        self._links = links
+        self._refresher = refresher
+        self._saver = saver
+        self._metrics = metrics
+        self._progress = progress
+        self._before = self._read()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before = self._read()
+
+    def end(self) -> None:
+        """A step has ended, recorded or not."""
+        self._progress.step(time.perf_counter() - self._before.clock)
+
+    def record(self, step: int, result: StepResult) -> None:
+        """Writes the step's record, means and sums over the replicas; every replica must call."""
+        synchronize(self._world.device)
+        mine = self._read().since(self._before)
+        values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
+        means = self._world.mean_over_replicas(values).tolist()
+        losses, (seconds, wait, *moved) = means[: len(result.losses)], means[len(result.losses) :]
+        counted = not self._config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
+        replicas = self._world.place.num_replicas
+        sent, received, gradients, refreshes = (round(bytes_ * replicas) if counted else None for bytes_ in moved)
+        if self._metrics is None:
+            return
+        self._progress.publish("train", step, losses[-1])
+        self._metrics.write(
+            Record(
+                step=step,
+                split="train",
+                stage=self._world.place.stage,
+                loss=losses[-1],
+                block_losses=losses,
+                tokens=self._layout.sequences_per_step * self._layout.seq_length,
+                lr=result.lr,
+                grad_norm=total_norm(result.grad_norms),
+                step_seconds=seconds,
+                wait_seconds=wait if counted else None,
+                sent_bytes=sent,
+                received_bytes=received,
+                sent_gradient_bytes=gradients,
+                sent_refresh_bytes=refreshes,
+                save_seconds=self._saver.take_seconds(),
+                peak_memory_bytes=peak_memory_bytes(self._world.device),
+            )
+        )
+
+    def _read(self) -> _Meter:
+        links, refresher = self._links, self._refresher
+        return _Meter(
+            time.perf_counter(),
+            sum(link.wait_seconds for link in links.all()) + (refresher.wait_seconds if refresher else 0.0),
+            links.sender.bytes if links.sender else 0,
+            links.receiver.bytes if links.receiver else 0,
+            links.gradient_sender.bytes if links.gradient_sender else 0,
+            refresher.sent_bytes if refresher else 0,
+        )

@@ -1,0 +1,162 @@
+"""Benchmarks: what is compared trains alike, counts are right, and what is wrong is said before a start."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Trainer
+from ranks import run_ranks
+from torch.distributed.pipelining import schedules
+
+from llm_local import benchmark
+from llm_local.benchmark import BenchmarkError, Case, Spread, ratios, run_case, table
+from llm_local.config import parse
+from llm_local.saved_bytes import saved_bytes
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(measure: str, system: str, flags: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]:
+    from llm_local.bench_worker import MEASURES, Task
+
+    return MEASURES[measure](Task(measure, system, flags, steps, "", warmup=1, rounds=rounds))
+
+
+def measure(trainer: Trainer, name: str, system: str, steps: int = 2, ranks: int = 2, **settings: Any) -> list[Any]:
+    flags = parse(trainer.flags(f"{name}-{system}-{ranks}", num_stages=ranks, **settings)).flat()
+    given = {k: v for k, v in flags.items() if v is not None}
+    return run_ranks(measured, ranks, name, system, given, steps, 2)
+
+
+@pytest.mark.processes
+def test_the_pipelines_compared_are_one_model(trainer: Trainer):
+    """The same rows, and the same losses: what differs is the order of passes."""
+    batch = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    whole = measure(trainer, "rate", "deepspeed", method="backprop", **batch)[1]["losses"]
+    one = measure(trainer, "rate", "torch-1f1b", **batch)[1]["losses"]
+    vee = measure(trainer, "rate", "torch-zbv", **batch)[0]["losses"]
+    assert one == pytest.approx(whole, rel=1e-4)
+    assert vee == pytest.approx(one, rel=1e-6)
+    local = measure(trainer, "rate", "local", **batch)[1]
+    assert len(local["seconds"]) == len(local["losses"]) == 2
+    assert local["losses"] != pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.processes
+def test_a_stage_fed_from_memory_does_its_steps(trainer: Trainer):
+    for found in measure(trainer, "efficiency", "local"):
+        assert len(found["piped"]) == len(found["fed"]) == len(found["waiting"]) == 2
+        assert min(found["piped"] + found["fed"]) > 0
+
+
+@pytest.mark.processes
+def test_traffic_is_what_links_carry_and_what_a_pipeline_sends(trainer: Trainer):
+    tokens, width = 2 * 32, TINY["hidden_size"]
+    local = measure(trainer, "traffic", "local", wire_dtype="int8")
+    assert [found["bytes_a_step"] for found in local] == [80 + tokens * (width + 4 + 4), 0]
+    pipe = measure(trainer, "traffic", "deepspeed", method="backprop")
+    assert [found["bytes_a_step"] for found in pipe] == [tokens * width * 4] * 2
+
+
+@pytest.mark.processes
+def test_memory_grows_with_the_stages_of_backpropagation_alone(trainer: Trainer):
+    batch = {"gradient_accumulation_steps": 4, "config_overrides": "num_hidden_layers=4"}
+    local = [
+        measure(trainer, "memory", "local", ranks=n, stage_layers=cut, **batch)
+        for n, cut in ((2, "1,3"), (4, "1,1,1,1"))
+    ]
+    pipe = [
+        measure(trainer, "memory", "deepspeed", ranks=n, stage_layers=cut, method="backprop", **batch)
+        for n, cut in ((2, "1,3"), (4, "1,1,1,1"))
+    ]
+    ours, theirs = ([found[0]["peak_saved_bytes"] for found in each] for each in (local, pipe))
+    assert ours[0] == ours[1]
+    assert theirs[1] == 2 * theirs[0]
+
+
+@pytest.mark.processes
+def test_seconds_of_passes(trainer: Trainer):
+    for found in measure(trainer, "passes", "local"):
+        assert min(found["seconds"][name] for name in ("ForwardPass", "BackwardPass", "OptimizerStep")) > 0
+
+
+@pytest.mark.processes
+def test_a_case_that_fails_says_why():
+    with pytest.raises(BenchmarkError, match=r"(?s)^broken failed:.*no model config in /nowhere"):
+        run_case(Case("broken", 1, "rate", "local", {"config_name": "/nowhere"}))
+
+
+def test_a_case_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.5)
+    with pytest.raises(BenchmarkError, match=r"slow: not done after 0\.5 s"):
+        run_case(Case("slow", 1, "rate", "local", {}), [[sys.executable, "-c", "import time; time.sleep(60)"]])
+
+
+def test_bytes_that_graphs_hold():
+    x = torch.ones(4, 8, requires_grad=True)
+    with saved_bytes() as saved:
+        y = x.exp()  # keeps its result
+        assert saved.now == 4 * 8 * 4
+        y.sum().backward()
+        del y
+        assert saved.now == 0
+    assert saved.peak == 4 * 8 * 4
+
+
+def test_ratios_are_those_of_rounds():
+    assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread(2.0, 1.0, 3.0).text() == "2.00 (1.00–3.00)"
+
+
+def test_a_table():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("bench_throughput", ["--systems", "megatron"], "--systems megatron: choose of deepspeed, torch-1f1b"),
+        ("bench_throughput", ["--repeats", "0"], "0: give 1 or more"),
+        ("bench_slow_link", ["--shares", "0,1"], "--shares 0,1 --delay_ms 0: give shares above 0"),
+        ("bench_mfu", ["--peak_tflops", "0"], "--peak_tflops 0: give a number above 0"),
+        ("bench_mfu", ["--configs", "zero9"], "--configs zero9: not in configs/ds"),
+    ],
+)
+def test_wrong_arguments_are_refused(name: str, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        script(name).main(arguments)
+    assert caught.value.code == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_pipeline_that_torch_has_not_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delattr(schedules, "ScheduleZBVZeroBubble")
+    with pytest.raises(SystemExit):
+        script("bench_throughput").main([])
+    assert "torch-zbv needs ScheduleZBVZeroBubble of torch.distributed.pipelining" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("bench_*.py")))
+def test_the_results_are_there(name: str):
+    """Each benchmark's page and figures; of a GPU there are none yet."""
+    if name == "bench_mfu":
+        pytest.skip("no GPU was to be had")
+    folder = SCRIPTS.parent / "docs/bench"
+    assert json.loads((folder / f"{name.removeprefix('bench_')}.json").read_text())["machine"]
+    assert (folder / f"{name.removeprefix('bench_')}.md").exists()
