@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
 from llm_local.heads import head_logits, head_loss
 from llm_local.packet import CHECK, EVAL, TRAIN, Packet
+from llm_local.packing import CONCAT, inputs_of, marked
 from llm_local.partition import Partition, Span
 from llm_local.stage import build_slice
 from llm_local.trace import Tracer
@@ -46,22 +48,28 @@ class PipeSlice(nn.Module):
         self.part = build_slice(config, model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
         self.model = self.part.model
         self.documents = documents
+        self.pads = config.data.packing != CONCAT
         self.return_logits = False
         for parameter in self.parameters():
             # else DeepSpeed clips by the gradient norm of stage 0 alone
             setattr(parameter, "model_parallel", True)  # noqa: B010 - not an attribute that tensors have
 
     def forward(self, inputs: Any) -> Any:
-        """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end."""
-        hidden, ids = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
+        """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end.
+
+        Among the ids padding is marked as in packing.py.
+        """
+        hidden, rows = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
+        told = inputs_of(rows) if self.pads else {"input_ids": rows}
+        ids, labels = told.pop("input_ids"), told.pop("labels", None)
         documents = None if self.return_logits else self.documents  # as in a Block
-        told = documents.inputs(self.part.base(), ids, {}) if documents else {}
+        told = documents.inputs(self.part.base(), ids, told) if documents else told
         leaving, normed = self.part(hidden, input_ids=ids, **told)
         if not self.part.is_last:
-            return leaving, ids
+            return leaving, rows
         if self.return_logits:
             return head_logits(self.part, normed, ids)
-        return head_loss(self.part, normed, ids, documents.labels(ids) if documents else None)
+        return head_loss(self.part, normed, ids, documents.labels(ids, labels) if documents else labels)
 
 
 class BackpropEngine:
@@ -70,6 +78,7 @@ class BackpropEngine:
     def __init__(self, engine: PipelineEngine, load: Callable[[int, int, int], Packet] | None, seed: int):
         self.engines = [engine]
         self._seed = seed
+        self._unchecked: list[tuple[int, torch.Tensor]] = []
         self._engine = engine
         self._load = load
 
@@ -84,14 +93,19 @@ class BackpropEngine:
         self._engine._INSTRUCTION_MAP = instruction_map
 
     def train_batch(self, step: int) -> StepResult:
-        """One 1F1B step; the loss is the last stage's, known to all. Raises NonFiniteLoss naming stage and step."""
+        """One 1F1B step; the loss is the last stage's, known to all."""
         lr = float(self._engine.get_lr()[0])
         seed_everything(seed_of(f"dropout:{self._seed}:{step}:{self._engine.global_rank}"))
         loss = self._engine.train_batch(data_iter=self._micro_batches(TRAIN, step))
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(loss.reshape(1).float(), lr, (float("nan") if norm is None else float(norm),))
+        self._unchecked.append((step, loss))
+        return StepResult(loss.reshape(1).float(), lr, (self._engine.get_global_grad_norm(),))
+
+    def check_finite(self) -> None:
+        """As LocalEngine's."""
+        steps, self._unchecked = self._unchecked, []
+        for step, loss in steps:
+            if not math.isfinite(float(loss)):
+                raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
 
     def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor:
         """(1,) the mean validation loss of the whole model."""
@@ -117,9 +131,12 @@ class BackpropEngine:
         index = 0
         nothing = torch.empty(0)
         while True:
-            ids = nothing if self._load is None else self._load(kind, step, index).input_ids
-            assert ids is not None
-            yield ids, nothing
+            rows = nothing
+            if self._load is not None:
+                packet = self._load(kind, step, index)
+                assert packet.input_ids is not None
+                rows = marked(packet.input_ids, packet.attention_mask)
+            yield rows, nothing
             index += 1
 
 

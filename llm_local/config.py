@@ -20,6 +20,8 @@ from transformers import HfArgumentParser
 
 METHODS = ("backprop", "greedy", "chunked", "overlapping")
 HEADS = ("linear", "decoder", "shared")
+PARTITIONS = ("flops", "profile")
+PACKINGS = ("concat", "best_fit", "none")
 EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
 WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -77,7 +79,9 @@ class ModelArguments:
     model_type: str | None = _option(None, "Type of a new model with the type's default config, as 'llama'.")
     config_overrides: str | None = _option(None, "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'.")
     tokenizer_name: str | None = _option(
-        None, "Tokenizer: directory or hub name; default: the model's, else one trained on the built-in corpus."
+        None,
+        "Tokenizer: directory, hub name or sentencepiece .model; default: the model's, else one trained on the "
+        "built-in corpus.",
     )
     attn_implementation: str | None = _option(None, "Attention kernel: sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
@@ -105,6 +109,11 @@ class DataArguments:
     text_column_name: str = _option("text", "Column that holds the text.")
     streaming: bool = _option(False, "Read the dataset as a stream.")
     seq_length: int = _option(512, "Tokens of a training sequence.")
+    packing: str = _option(
+        "concat",
+        "How documents fill sequences: concat (end to end), best_fit (few are cut, little padding), or none (each in "
+        "sequences of its own, padded). Losses are means over the tokens of a micro-batch that are no padding.",
+    )
     document_mask: bool = _option(
         False,
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
@@ -123,7 +132,11 @@ class LocalArguments:
     )
     block_stride: int | None = _option(None, "Layers from the start of a window to that of the next (overlapping).")
     final_backprop_steps: int = _option(0, "Last steps of the run that train by backpropagation through all stages.")
-    stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: balanced by cost.")
+    partition: str = _option(
+        "flops",
+        "How stages are balanced: by counted flops, or by profile, for which layers and head are timed first.",
+    )
+    stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: as partition finds.")
     head: str = _option("linear", "What turns a block's output into a loss: linear, decoder or shared.")
     head_layers: int = _option(0, "Private layers of a head (decoder, shared).")
     head_layers_schedule: str | None = _option(
@@ -177,7 +190,7 @@ class TrainArguments:
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
     resume_from_checkpoint: str | None = _option(None, "Checkpoint or run folder; 'true': newest in output_dir.")
     report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
-    ddp_timeout: int = _option(1800, "Longest wait for start-up and data preparation, in seconds.")
+    ddp_timeout: int = _option(1800, "Longest wait for start-up, in seconds; rank 0 may prepare data for longer.")
     export_dtype: str = _option(
         "auto", "Weights of exported models: fp32 (the optimizer's own), bf16, fp16; auto: as the run computes."
     )

@@ -3,41 +3,46 @@
     train, validation = prepare(config, tokenizer)
     train.batch(index=7, rows=32)    # (32, seq_length), the same whoever asks
 
-Each document is followed by EOS; documents are packed end to end. Empty documents and NUL characters are left out.
-Tokens are kept below config.cache_dir, under a key of the documents and the tokenizer, so that a second start only maps
-a file.
+Each document is followed by EOS, and documents are packed into rows as config.data.packing says. Empty documents and
+NUL characters are left out. Tokens are kept below config.cache_dir, under a key of the documents and the tokenizer, so
+that a second start only maps a file.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig
+from llm_local.encoding import REVISION, encode, tokenizer_key
 from llm_local.mixture import training_sources, validation_sources
-from llm_local.sequences import MixedSequences, PackedTokens, Sequences, StoredSequences, shares
+from llm_local.packing import CONCAT, Packed, mark_of
+from llm_local.prepared import Job, Prepared, packed_rows, prepare_tokens
+from llm_local.sequences import FittedTokens, MixedSequences, PackedTokens, Sequences, StoredSequences, shares
 from llm_local.source_problems import data_problems
 from llm_local.sources import Documents, load_training, load_validation
 from llm_local.streams import StreamedSequences
 
-__all__ = ["Data", "Sequences", "ValidationSet", "data_problems", "prepare", "prepare_all"]
+__all__ = [
+    "Data",
+    "Sequences",
+    "SourceData",
+    "ValidationSet",
+    "data_problems",
+    "prepare",
+    "prepare_all",
+    "tokenizer_key",
+]
 
-REVISION = 2  # counts changes of this file that change the tokens of the same text
 VALIDATION_SEED = 0  # mixed, so that a short evaluation sees many documents; the same in every run
-MAP_BATCH = 200  # documents tokenised together: bounds memory with documents of a megabyte
-CUT_CHARACTERS = 1 << 20  # a longer text is tokenised in parts, for a tokenizer takes many times its memory
-CUT_SEARCHED = 10_000  # characters before the cut that are searched for a better place
-WORD_END = re.compile(r"\S(?=\s)")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,28 @@ class ValidationSet:
 
 
 @dataclass(frozen=True)
+class SourceData:
+    """What a source gives to train on; tokens and how they are packed are not known of a stream."""
+
+    name: str
+    weight: float
+    sequences: Sequences
+    tokens: Prepared | None = None
+    packed: Packed | None = None
+
+    def describe(self) -> str:
+        """In a line for a person."""
+        how = self.packed.describe() if self.packed else "a stream, packed as it is read"
+        return f"{self.name}: {how}"
+
+
+@dataclass(frozen=True)
 class Data:
     """What a run trains and evaluates on. The first validation set is the one that a single number speaks of."""
 
     train: Sequences
     validation: tuple[ValidationSet, ...]
+    sources: tuple[SourceData, ...] = ()
 
 
 def prepare(
@@ -82,19 +104,18 @@ def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress:
             name: _validate_on(load_validation(config, source), tokenizer, config)
             for name, source in validation_sources(config).items()
         }
-        sources = training_sources(config)
-        parts: list[Sequences] = []
+        parts: list[SourceData] = []
         held_out = []
-        for source in sources:
+        for source in training_sources(config):
             train, validation = load_training(config, source, divide=not given)
             if validation is not None:
                 held_out.append(_validate_on(validation, tokenizer, config))
-            parts.append(_train_on(train, tokenizer, config))
-    weights = [source.weight for source in sources]
+            parts.append(_train_on(train, source.weight, tokenizer, config))
+    weights, rows = [part.weight for part in parts], [part.sequences for part in parts]
     if not given:
         given = {"validation": _mixed(held_out, weights)}
     sets = tuple(ValidationSet(name, *found) for name, found in given.items())
-    return Data(parts[0] if len(parts) == 1 else MixedSequences(parts, weights, config.train.seed), sets)
+    return Data(rows[0] if len(rows) == 1 else MixedSequences(rows, weights, config.train.seed), sets, tuple(parts))
 
 
 def _mixed(held_out: list[tuple[Sequences, float]], weights: list[float]) -> tuple[Sequences, float]:
@@ -119,120 +140,74 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def _validate_on(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> tuple[StoredSequences, float]:
-    sequences, text_bytes = _store(documents, tokenizer, config, seed=VALIDATION_SEED)
+    found = _store(documents, tokenizer, config, seed=VALIDATION_SEED)
     if config.train.eval_batches:
-        _require_a_sequence(sequences, f"{documents.source} (validation)", config)
-    return sequences, text_bytes / max(1, sequences.num_tokens)
+        _require_a_sequence(found.sequences, f"{documents.source} (validation)", config)
+    return found.sequences, found.tokens.text_bytes / max(1, found.sequences.num_tokens)
 
 
-def _train_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Sequences:
+def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> SourceData:
     if isinstance(documents.rows, IterableDataset):
-        return _stream(documents, tokenizer, config)
-    sequences, _ = _store(documents, tokenizer, config, seed=config.train.seed)
-    _require_a_sequence(sequences, documents.source, config)
-    return sequences
+        return SourceData(documents.source, weight, _stream(documents, tokenizer, config))
+    found = _store(documents, tokenizer, config, seed=config.train.seed)
+    _require_a_sequence(found.sequences, documents.source, config)
+    return SourceData(documents.source, weight, found.sequences, found.tokens, found.packed)
 
 
 def _require_a_sequence(sequences: StoredSequences, source: str, config: RunConfig) -> None:
-    needed = config.data.seq_length
-    if sequences.num_tokens < needed:
+    if not sequences.num_sequences:
         found = f"{source} holds {sequences.num_tokens} tokens"
-        raise ConfigError([f"{found}, one sequence needs {needed}; give more text or lower seq_length"])
+        needed = f"one sequence needs {config.data.seq_length}"
+        raise ConfigError([f"{found}, {needed}; give more text or lower seq_length"])
 
 
-def _encode(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, eos: int | None
-) -> dict[str, list[Any]]:
-    """Token lists of a batch of texts, each ended by `eos` unless that is None, and the texts' sizes in UTF-8; a
-    missing or empty text has none.
-
-    A text may be a list of lines: a block of a running text.
-    """
-    texts = ["".join(text).replace("\0", "") for text in batch[column] if text]
-    texts = [text for text in texts if text]
-    if not texts:
-        return {"tokens": [], "bytes": []}
-    cut = [_parts(text) for text in texts]
-    flat = [part for parts in cut for part in parts]
-    encoded: Any = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    end, tokens = [] if eos is None else [eos], iter(encoded)
-    joined = [[token for _ in parts for token in next(tokens)] + end for parts in cut]
-    return {"tokens": joined, "bytes": [len(text.encode()) for text in texts]}
+def _packing(documents: Documents, config: RunConfig) -> str:
+    """A running text is one document, and all that can be done with it is to cut it."""
+    return CONCAT if documents.running_text else config.data.packing
 
 
-def _parts(text: str) -> list[str]:
-    """The text in parts of CUT_CHARACTERS at most, each but the first beginning with white space where some is near."""
-    parts, start = [], 0
-    while len(text) - start > CUT_CHARACTERS:
-        end = start + CUT_CHARACTERS
-        words_end = [found.start() for found in WORD_END.finditer(text, max(start, end - CUT_SEARCHED), end)]
-        end = words_end[-1] + 1 if words_end else end
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+@dataclass(frozen=True)
+class _Stored:
+    sequences: StoredSequences
+    tokens: Prepared
+    packed: Packed
 
 
-def _encode_options(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    eos = None if documents.running_text else tokenizer.eos_token_id
-    return {"tokenizer": tokenizer, "column": documents.column, "eos": eos}
-
-
-def _store(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int
-) -> tuple[StoredSequences, int]:
-    """The sequences of the documents, and how many bytes of UTF-8 all of their text has."""
-    rows = documents.rows
+def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int) -> _Stored:
+    """The documents' sequences on disk, made the first time."""
+    rows, eos = documents.rows, _eos(tokenizer)
     assert isinstance(rows, Dataset)
-    options, workers = _encode_options(documents, tokenizer), config.data.preprocessing_num_workers
-    key = Hasher.hash([REVISION, rows._fingerprint, tokenizer_key(tokenizer), options["column"], options["eos"]])
-    folder = config.cache_dir / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenised = rows.map(
-        _encode,
-        batched=True,
-        batch_size=MAP_BATCH,
-        remove_columns=rows.column_names,
-        features=Features({"tokens": datasets.Sequence(Value("int32")), "bytes": Value("int64")}),
-        fn_kwargs=options,
-        num_proc=min(workers, rows.num_rows) if workers > 1 else None,
-        # Beside the data, where `datasets` would put it, may be a folder of someone else's
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-        load_from_cache_file=True,
-        desc=f"tokenising {documents.source}",
-    )
-    last = [tokenizer.eos_token_id] if documents.running_text else []
-    text_bytes = sum(int(chunk.to_numpy().sum()) for chunk in tokenised.data.column("bytes").chunks)
-    return StoredSequences(PackedTokens(_pieces(tokenised, last), config.data.seq_length), seed), text_bytes
+    end = None if documents.running_text else eos
+    key = Hasher.hash([REVISION, rows._fingerprint, tokenizer_key(tokenizer), documents.column, end])
+    job = Job.of(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
+    shown = not datasets.are_progress_bars_disabled()
+    title = f"tokenising {documents.source}" if shown else None
+    prepared = prepare_tokens(job, key, config.data.preprocessing_num_workers, title)
+    last = [np.array([eos], dtype=np.int32)] if documents.running_text else []
+    tokens = PackedTokens([*prepared.pieces, *last], config.data.seq_length)
+    pieces, packed = packed_rows(prepared, config.data.seq_length, _packing(documents, config))
+    fitted = tokens if pieces is None else FittedTokens(tokens, pieces, mark_of(eos))
+    if documents.running_text:  # its parts are no documents
+        packed = replace(packed, documents=1, cut=int(packed.rows > 1))
+    return _Stored(StoredSequences(fitted, seed), prepared, packed)
 
 
-def _pieces(tokenised: Dataset, last: list[Any]) -> list[np.ndarray]:
-    """The token column as consecutive arrays over the mapped file, without a copy, and `last` behind them."""
-    chunks = tokenised.data.column("tokens").chunks
-    return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks] + [np.array(last, dtype=np.int32)]
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos: Any = tokenizer.eos_token_id
+    return eos
 
 
 def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> StreamedSequences:
     assert isinstance(documents.rows, IterableDataset)
-    options = _encode_options(documents, tokenizer)
+    eos, running = _eos(tokenizer), documents.running_text
     return StreamedSequences(
         documents.rows,
-        lambda texts: _encode({documents.column: texts}, **options)["tokens"],
+        lambda texts: encode(texts, tokenizer, None if running else eos)[0],
         config.data.seq_length,
-        seed=None if documents.running_text else config.train.seed,
+        seed=None if running else config.train.seed,
         source=documents.source,
         column=documents.column,
-        last=[tokenizer.eos_token_id] if documents.running_text else [],  # pyright: ignore[reportArgumentType]
+        last=[eos] if running else [],
+        packing=_packing(documents, config),
+        padding=mark_of(eos),
     )
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A key of what the tokenizer does to text, the same in each process.
-
-    A fast tokenizer is hashed by its JSON less truncation and padding, which a call changes; any other is pickled.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return Hasher.hash(tokenizer)
-    rules = json.loads(backend.to_str())
-    return Hasher.hash([rules | {"truncation": None, "padding": None}, tokenizer.eos_token_id])

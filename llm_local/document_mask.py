@@ -40,8 +40,10 @@ class DocumentMask:
         return (input_ids if labels is None else labels).masked_fill(positions == 0, IGNORED)
 
     def inputs(self, base: PreTrainedModel, input_ids: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """What the base model is to be given beside the ids (B, T), from the position_ids that are given or the ids."""
-        assert given.get("attention_mask") is None, "packed rows have no padding"
+        """What the base model is to be given beside the ids (B, T), from the position_ids that are given or the ids.
+
+        Padding is a document, too (packing.py), so its own mask is not needed.
+        """
         positions = given.get("position_ids")
         positions = self.positions(input_ids) if positions is None else positions
         # read for its shape, dtype and device alone

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llm_local.packet import EVAL, TRAIN, Packet
+from llm_local.packing import inputs_of
 from llm_local.sequences import Sequences
 from llm_local.world import Place
 
@@ -43,10 +44,10 @@ class Feed:
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
         if kind in self._micro_batches:
-            ids = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
-        else:
-            rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
-            ids = rows[:1, :CHECK_TOKENS].contiguous()
+            rows = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
+            return Packet(kind, step, index, **inputs_of(rows))
+        rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
+        ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
 
     def validate_on(self, number: int) -> None:

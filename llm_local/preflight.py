@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from llm_local.gguf_cache import convert
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.lowrank import rank_problems
 from llm_local.model_folder import draft_of, predecessor_of
-from llm_local.partition import Partition, Span, estimate_costs, make_partition
+from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.profile import measure_costs
 from llm_local.router_loss import wants_router_loss
 from llm_local.slices import try_slices
 from llm_local.tokenizer import load_tokenizer
@@ -59,6 +60,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
     documents: DocumentMask | None = None
     refused_exits: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """The flags with what was measured written down, so that a reader of them finds the same stages."""
+        if config.local.partition == "flops":
+            return config
+        layers = [len(self.partition.layers_of(stage)) for stage in range(self.partition.num_stages)]
+        return replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -93,10 +101,14 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
         checkpoint, more = _resume(config, found.config, found.partition, world_size)
         problems += more
         if not problems:
+            partition = found.partition
+            if config.local.partition == "profile" and config.local.stage_layers is None:
+                costs = measure_costs(config, found.config, found.anatomy)
+                partition = plan_partition(config, found.config, found.anatomy, costs)
             warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
-            refused = refused_exits(config, found.config, found.anatomy, found.partition)
+            refused = refused_exits(config, found.config, found.anatomy, partition)
             warnings += exit_warnings(found.config.model_type, refused)
-            return Plan(found.anatomy, found.partition, checkpoint, warnings, document_mask(config), refused)
+            return Plan(found.anatomy, partition, checkpoint, warnings, document_mask(config), refused)
     raise ConfigError(problems)
 
 
@@ -149,10 +161,13 @@ def document_mask(config: RunConfig) -> DocumentMask | None:
     return None if end is None else DocumentMask(end)  # data.py refuses a tokenizer without
 
 
-def plan_partition(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> Partition:
-    """The cut that the flags ask for. Raises ValueError where it leaves a stage without a layer."""
+def plan_partition(
+    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, costs: Costs | None = None
+) -> Partition:
+    """The cut that the flags ask for; costs: by default counted. Raises ValueError where it leaves a stage without a
+    layer."""
     local = config.local
-    costs = estimate_costs(
+    costs = costs or estimate_costs(
         anatomy.layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
     )
     by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None

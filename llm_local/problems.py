@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llm_local.config import EXPORT_DTYPES, HEADS, METHODS, REPORTERS, SCHEDULERS, WIRE_DTYPES, RunConfig
+from llm_local.config import (
+    EXPORT_DTYPES,
+    HEADS,
+    METHODS,
+    PACKINGS,
+    PARTITIONS,
+    REPORTERS,
+    SCHEDULERS,
+    WIRE_DTYPES,
+    RunConfig,
+)
 from llm_local.head_problems import head_problems
 
 POSITIVE = (
@@ -74,6 +84,7 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
 def _choice_problems(config: RunConfig) -> list[str]:
     local, train = config.local, config.train
     problems = _one_of("method", local.method, METHODS) + _one_of("head", local.head, HEADS)
+    problems += _one_of("partition", local.partition, PARTITIONS)
     problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
     problems += _one_of("export_dtype", train.export_dtype, EXPORT_DTYPES)
     problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
@@ -93,10 +104,15 @@ def _choice_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def data_flag_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the flags of the data alone, for what reads data and trains no model."""
+    return _data_problems(config) + _number_problems(config)
+
+
 def _data_problems(config: RunConfig) -> list[str]:
     data = config.data
     sources = [n for n in ("dataset_name", "train_file", "data_mixture") if getattr(data, n)]
-    problems = []
+    problems = _one_of("packing", data.packing, PACKINGS)
     if len(sources) > 1:
         problems.append(f"{'both ' if len(sources) == 2 else ''}{' and '.join(sources)} are given; keep one")
     if data.validation_file and not (data.train_file or data.data_mixture):
@@ -105,6 +121,8 @@ def _data_problems(config: RunConfig) -> list[str]:
         if getattr(data, name) and not data.dataset_name:
             where = "; say it in the mixture file" if data.data_mixture else ""
             problems.append(f"{name}={getattr(data, name)} needs dataset_name{where}")
+    if data.packing in PACKINGS[1:] and config.local.distillation_weight > 0:
+        problems.append(f"packing={data.packing}: soft targets would be of padding, too; use packing=concat")
     pairs = parse_named_files(data.validation_files or "")
     names = [name for name, _ in pairs]
     for name, file in pairs:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from llm_local.packing import Pieces
+
 
 class Sequences(Protocol):
     """An endless list of sequences of one length."""
@@ -23,7 +25,10 @@ class Sequences(Protocol):
         ...
 
     def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
-        """Sequences first + index*rows to first + (index+1)*rows of the list: (rows, seq_length) int64."""
+        """Sequences first + index*rows to first + (index+1)*rows of the list: (rows, seq_length) int64.
+
+        A negative number is padding (packing.py).
+        """
         ...
 
     def state(self) -> dict[str, Any]:
@@ -32,6 +37,18 @@ class Sequences(Protocol):
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Takes up a state; False where it is not one of this list, which then reads up to where it is asked for."""
+        ...
+
+
+class Rows(Protocol):
+    """Numbered rows of one length; a negative number in a row is padding (packing.py)."""
+
+    seq_length: int
+    num_tokens: int
+    num_rows: int
+
+    def row(self, index: int) -> np.ndarray:
+        """Row `index`: (seq_length,) int64."""
         ...
 
 
@@ -52,21 +69,45 @@ class PackedTokens:
         """Row `index`: (seq_length,) int64."""
         assert 0 <= index < self.num_rows
         row = np.empty(self.seq_length, dtype=np.int64)
-        start, filled = index * self.seq_length, 0
+        self.read(index * self.seq_length, row)
+        return row
+
+    def read(self, start: int, into: np.ndarray) -> None:
+        """Fills an array with the tokens from number `start` on."""
+        filled = 0
         number = int(np.searchsorted(self._ends, start, side="right"))
-        while filled < self.seq_length:
+        while filled < len(into):
             piece = self._pieces[number]
             offset = start + filled - (int(self._ends[number]) - len(piece))
-            part = piece[offset : offset + self.seq_length - filled]
-            row[filled : filled + len(part)] = part
+            part = piece[offset : offset + len(into) - filled]
+            into[filled : filled + len(part)] = part
             filled, number = filled + len(part), number + 1
+
+
+class FittedTokens:
+    """Rows of whole documents, or pieces of long ones, with padding behind them."""
+
+    def __init__(self, tokens: PackedTokens, pieces: Pieces, padding: int):
+        self._tokens = tokens
+        self._pieces = pieces
+        self._padding = padding
+        self.seq_length = tokens.seq_length
+        self.num_tokens = tokens.num_tokens
+        self.num_rows = len(pieces.ends)
+
+    def row(self, index: int) -> np.ndarray:
+        """Row `index`: (seq_length,) int64."""
+        row, filled = np.full(self.seq_length, self._padding, dtype=np.int64), 0
+        for start, size in self._pieces.of_row(index):
+            self._tokens.read(start, row[filled : filled + size])
+            filled += size
         return row
 
 
 class StoredSequences:
     """Sequences on disk, in an order that is a pure function of (seed, epoch)."""
 
-    def __init__(self, tokens: PackedTokens, seed: int):
+    def __init__(self, tokens: Rows, seed: int):
         self._tokens = tokens
         self._seed = seed
         self._epoch = -1

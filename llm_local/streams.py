@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
+from llm_local.packing import CONCAT, rows_of
 from llm_local.text_files import UnreadableText, missing_column
 
 WINDOW = 10_000  # documents that are read, and drawn from in random order, before the next are
 WINDOW_CHARACTERS = 1 << 28  # or fewer, if they are long
 READ_BATCH = 64  # documents that are tokenised together
+PACK_BATCH, PACK_CHARACTERS = 1024, 1 << 24  # or that are packed together, by themselves, where they are not cut
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StreamedSequences:
     tokenising all that lies before it or before the state that was restored, an earlier one by starting again. With a
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
     The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `last` ends an epoch's text.
+    A packing that pads marks padding by `padding`.
     """
 
     num_sequences = None
@@ -55,6 +58,8 @@ class StreamedSequences:
         source: str,
         column: str = "text",
         last: Sequence[int] = (),
+        packing: str = CONCAT,
+        padding: int = -1,
     ):
         # A buffer of one document draws the order of the shards and nothing else: `datasets` forgets what waits in a
         # larger one when it resumes
@@ -66,6 +71,8 @@ class StreamedSequences:
         self._seed = seed
         self._source = source
         self._last = list(last)
+        self._packing = packing
+        self._padding = padding
         self._start(Mark())
 
     def _start(self, mark: Mark) -> None:
@@ -98,7 +105,8 @@ class StreamedSequences:
 
     def _identity(self) -> list[Any]:
         """What two streams have in common whose states mean the same."""
-        return [self._source, self._column, self._seq_length, self._seed, self._rows.num_shards]
+        packing = [] if self._packing == CONCAT else [self._packing]
+        return [self._source, self._column, self._seq_length, self._seed, self._rows.num_shards, *packing]
 
     def _next(self) -> np.ndarray:
         row = next(self._ahead)
@@ -111,13 +119,13 @@ class StreamedSequences:
         waiting, begun = list(mark.waiting), row if mark == Mark(row, mark.epoch) else -1
         while True:
             for texts, before in self._windows(epoch, window, source):
-                for start in range(done, len(texts), READ_BATCH):
-                    self._mark = Mark(row, epoch, window, start, before, list(waiting))
-                    for tokens in self._encode(texts[start : start + READ_BATCH]):
-                        waiting += tokens
-                    for sequence in self._cut(waiting):
+                while done < len(texts):
+                    self._mark = Mark(row, epoch, window, done, before, list(waiting))
+                    count = self._together(texts, done)
+                    for sequence in self._packed(self._encode(texts[done : done + count]), waiting):
                         row += 1
                         yield sequence
+                    done += count
                 done, window = 0, window + 1
             waiting += self._last
             for sequence in self._cut(waiting):
@@ -164,6 +172,26 @@ class StreamedSequences:
                 raise UnreadableText(self._source, missing_column(self._column, list(row)))
             read += 1
             yield row[self._column]
+
+    def _together(self, texts: list[Any], start: int) -> int:
+        """How many texts from this one on are tokenised, and packed, in one go."""
+        if self._packing == CONCAT:
+            return READ_BATCH
+        characters = 0
+        for count, text in enumerate(texts[start : start + PACK_BATCH], start=1):
+            characters += len(text or "")
+            if characters >= PACK_CHARACTERS:
+                return count
+        return PACK_BATCH
+
+    def _packed(self, documents: Iterable[list[int]], waiting: list[int]) -> Iterator[np.ndarray]:
+        """The sequences that the documents fill, behind what waits."""
+        if self._packing != CONCAT:
+            yield from rows_of(list(documents), self._seq_length, self._packing, self._padding)
+            return
+        for tokens in documents:
+            waiting += tokens
+        yield from self._cut(waiting)
 
     def _cut(self, waiting: list[int]) -> Iterator[np.ndarray]:
         """Takes all whole sequences off the front of `waiting`."""

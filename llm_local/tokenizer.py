@@ -1,12 +1,10 @@
 """The run's tokenizer: the one named, the model's, or the built-in one trained on the built-in corpus.
 
-The built-in one is a sentencepiece BPE of 4096 pieces, kept as a Hugging Face tokenizer: decode(encode(text)) is the
-text for every text, and the ids are sentencepiece's own for every text without U+2581, its mark for a space.
+The built-in one is a sentencepiece BPE of 4096 pieces, kept as a Hugging Face tokenizer (sentencepieces.py).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -14,44 +12,21 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import sentencepiece
 from datasets.fingerprint import Hasher
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_local import corpus
 from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.gguf_cache import weights_path
+from llm_local.sentencepieces import EXACT, chunks, from_model, read_model, train
 
 VOCAB_SIZE = 4096
-SPACE_MARK = "\u2581"
-UNK, BOS, EOS = "<|unk|>", "<|bos|>", "<|eos|>"  # unlike <s> and </s>, these don't occur in library sources
 REVISION = 1  # counts changes of this file that change the result but not SETTINGS
 
-SETTINGS: dict[str, Any] = {
-    "model_type": "bpe",
-    "vocab_size": VOCAB_SIZE,
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,  # an indentation is one piece
-    "split_digits": True,
-    "character_coverage": 0.9995,  # of the sample's characters; the rest is spelled in bytes
-    "max_sentence_length": 8192,
-    "unk_piece": UNK,
-    "bos_piece": BOS,
-    "eos_piece": EOS,
-}
+SETTINGS = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, **EXACT}
 SAMPLE_STRIDE = 8  # every eighth document: about 4 MB, half a second of training
 SAMPLE_CHUNKS = 20_000
-CHUNK_CHARACTERS = 1000
-
-# What sentencepiece takes for a word: a run of spaces and what follows. Newlines and tabs are ordinary characters.
-WORD = Regex(" *[^ ]+| +")
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -64,11 +39,13 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         name = weights_path(config)
     if name is None:
         return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
+    if field == "tokenizer_name" and name.endswith(".model") and not Path(name).is_dir():
+        return read_model(Path(name), f"{field}={name!r}")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        repair = "give a directory with tokenizer.json and tokenizer_config.json, or a hub name"
+        repair = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
         named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))
         raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
 
@@ -86,7 +63,10 @@ def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_siz
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
-        _save(_train(folder, settings), Path(unfinished, "tokenizer"))
+        model = train(islice(sample(folder), SAMPLE_CHUNKS), settings)
+        made = Path(unfinished, "tokenizer")
+        from_model(model).save_pretrained(made)
+        (made / "tokenizer.model").write_bytes(model)
         try:
             os.rename(Path(unfinished, "tokenizer"), target)
         except OSError:
@@ -96,61 +76,6 @@ def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_siz
 
 
 def sample(folder: Path) -> Iterator[str]:
-    """Whole lines of the corpus, about CHUNK_CHARACTERS together: sentencepiece skips what is longer than its limit."""
+    """Some of the corpus, in chunks for the trainer."""
     for text in islice(corpus.documents(folder), 0, None, SAMPLE_STRIDE):
-        chunk = ""
-        for line in text.splitlines(keepends=True):
-            if chunk and len(chunk) + len(line) > CHUNK_CHARACTERS:
-                yield chunk
-                chunk = ""
-            chunk += line
-        yield chunk
-
-
-def _train(folder: Path, settings: dict[str, Any]) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue] -- no type stubs
-        sentence_iterator=islice(sample(folder), SAMPLE_CHUNKS),
-        model_writer=model,
-        num_threads=2,
-        minloglevel=2,
-        **settings,
-    )
-    return model.getvalue()
-
-
-def _save(model: bytes, target: Path) -> None:
-    """Writes a tokenizer directory for AutoTokenizer, with the sentencepiece model beside it."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model)),
-        unk_token=UNK,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.save_pretrained(target)
-    (target / "tokenizer.model").write_bytes(model)
-
-
-def fast_tokenizer(model: Any) -> Tokenizer:
-    """The BPE of a sentencepiece model (with byte_fallback and SETTINGS) as a `tokenizers` BPE with the same ids.
-
-    Written out instead of transformers' converters, which keep U+2581 for spaces (a text that holds that character
-    comes back with a space), and strip or prepend a space for some model types.
-    """
-    pieces = [model.id_to_piece(index).replace(SPACE_MARK, " ") for index in range(model.get_piece_size())]
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    assert len(ids) == len(pieces)
-    merges = [
-        (piece[:cut], piece[cut:])
-        for index, piece in enumerate(pieces)  # sentencepiece's order of merging is the order of its pieces
-        if not (model.is_byte(index) or model.is_control(index) or model.is_unknown(index))
-        for cut in range(1, len(piece))
-        if piece[:cut] in ids and piece[cut:] in ids
-    ]
-    tokenizer = Tokenizer(BPE(vocab=ids, merges=merges, unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(WORD, "isolated")  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.ByteFallback(), decoders.Fuse()]
-    )
-    return tokenizer
+        yield from chunks(text)

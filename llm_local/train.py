@@ -18,24 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine, make_engine
 from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of, read_data_state
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import Data, prepare_all
-from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import EvalSet, learn, tell
 from llm_local.feed import Feed
 from llm_local.finish import finish
 from llm_local.links import Links
 from llm_local.loader import load_shared_head, take_up
-from llm_local.metrics import MetricsFile, Record, total_norm
+from llm_local.metrics import MetricsFile
 from llm_local.model_folder import ExportError
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
+from llm_local.recorder import Recorder
 from llm_local.refresh import Refresher, make_refresher
 from llm_local.run_trace import begin_trace, end_trace
 from llm_local.saver import Saver, UnsavedCheckpoint
@@ -48,12 +46,11 @@ from llm_local.world import (
     Launch,
     Place,
     Refused,
+    Rendezvous,
     World,
     connect,
     fetch_plan,
     join_stage,
-    open_store,
-    say_no,
 )
 
 REFUSED = 2
@@ -79,6 +76,7 @@ class Run:
     metrics: MetricsFile | None
     progress: Progress
     saver: Saver
+    recorder: Recorder
     tracer: Tracer | None
     eval_sets: tuple[EvalSet, ...]
     first_step: int
@@ -107,13 +105,14 @@ def main(arguments: Sequence[str]) -> int:
         config = parse(arguments)
     except ConfigError as error:
         return _refuse(rank, error)
+    meeting = Rendezvous(launch, store_name(config), float(config.train.ddp_timeout))
     try:
-        plan, data = check(config, launch.world_size) if rank == 0 else (None, None)
+        plan, data = check(config, launch.world_size, meeting) if rank == 0 else (None, None)
     except Exception as error:
-        return _call_off(config, launch, error)
+        return _call_off(meeting, error)
     _started.set()
     try:
-        run = build(config, launch, watchdog, plan, data)
+        run = build(config, launch, watchdog, plan, data, meeting)
         train(run)
         rows = run.rows_after(config.train.max_steps)
         finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows)
@@ -133,14 +132,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check(config: RunConfig, world_size: int) -> tuple[Plan, Data]:
+def check(config: RunConfig, world_size: int, meeting: Rendezvous | None = None) -> tuple[Plan, Data]:
     """Rank 0's part of a start, while the others wait at the rendezvous: nothing is written but below cache_dir.
 
-    Raises ConfigError for all that is wrong with the run and its data.
+    Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
+    for all that is wrong with the run and its data.
     """
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
     plan = preflight(config, world_size)
-    return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    with nullcontext() if meeting is None else meeting.kept_waiting():
+        return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
 
 
 def store_name(config: RunConfig) -> str:
@@ -148,14 +149,14 @@ def store_name(config: RunConfig) -> str:
     return f"llm_local/{config.train.output_dir}"
 
 
-def _call_off(config: RunConfig, launch: Launch, error: Exception) -> int:
+def _call_off(meeting: Rendezvous, error: Exception) -> int:
     """Says why there is no run, and tells the ranks that wait for one; only a defect shows its traceback."""
     if isinstance(error, ConfigError):
         status = _refuse(0, error)
     else:
         traceback.print_exception(error)
         status = 1
-    say_no(launch, store_name(config), REFUSAL_SECONDS)
+    meeting.say_no(REFUSAL_SECONDS)
     return status
 
 
@@ -191,14 +192,22 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
     watchdog.fail(ours, cause)
 
 
-def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | None, data: Data | None) -> Run:
+def build(
+    config: RunConfig,
+    launch: Launch,
+    watchdog: Watchdog,
+    plan: Plan | None,
+    data: Data | None,
+    meeting: Rendezvous | None = None,
+) -> Run:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
     startup = float(config.train.ddp_timeout)
-    store = open_store(launch, store_name(config), startup)
+    store = (meeting or Rendezvous(launch, store_name(config), startup)).store()
     if plan is not None:
-        open_output(config, plan)
+        open_output(plan.resolve(config), plan)
         store.set(PLAN, plan.to_json())
-    plan = Plan.from_json(fetch_plan(store, startup))
+    plan = Plan.from_json(fetch_plan(store, startup, config.local.link_timeout_seconds))
+    config = plan.resolve(config)
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
     join_stage(world, one_world=config.is_pipelined)
@@ -228,7 +237,10 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
         progress.say(f"llm_local: {line}")
     layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
     progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
+    for source in data.sources if data is not None else ():
+        progress.say(f"llm_local: {source.describe()}")
     saver = Saver(world, config, layout)
+    recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
     return Run(
         config,
         plan,
@@ -241,6 +253,7 @@ def build(config: RunConfig, launch: Launch, watchdog: Watchdog, plan: Plan | No
         metrics,
         progress,
         saver,
+        recorder,
         tracer,
         learn(world, config),
         first_step,
@@ -273,15 +286,19 @@ def train(run: Run) -> None:
     for step in range(run.first_step + 1, train.max_steps + 1):
         last = step == train.max_steps
         run.world.watchdog.step = step
-        before = _Meter(run)
+        run.recorder.begin()
         with run.traced("train", step):
             result = _train_step(run, step)
-        if step == 1 or step % train.logging_steps == 0 or last:
-            _record_step(run, step, result, before)
-        run.progress.step(time.perf_counter() - before.start)
+        saves = bool(train.save_steps) and step % train.save_steps == 0
+        records = step == 1 or step % train.logging_steps == 0 or last
+        if saves or records:  # the device is waited for in no other step
+            run.engine.check_finite()
+        if records:
+            run.recorder.record(step, result)
+        run.recorder.end()
         if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
             _evaluate(run, step)
-        if train.save_steps and step % train.save_steps == 0:
+        if saves:
             shared_head = run.refresher.state() if run.refresher else None
             with run.traced("save", step):
                 data = run.feed.state() if run.feed else None
@@ -302,54 +319,6 @@ def _train_step(run: Run, step: int) -> StepResult:
     if run.refresher is not None:
         run.refresher.after(step)
     return result
-
-
-class _Meter:
-    """Clock and link counters at the start of a step."""
-
-    def __init__(self, run: Run):
-        self.start = time.perf_counter()
-        links = run.links
-        self.wait = sum(link.wait_seconds for link in links.all())
-        self.sent = links.sender.bytes if links.sender else 0
-        self.received = links.receiver.bytes if links.receiver else 0
-        self.gradients = links.gradient_sender.bytes if links.gradient_sender else 0
-        self.refreshes = run.refresher.sent_bytes if run.refresher else 0
-        self.wait += run.refresher.wait_seconds if run.refresher else 0.0
-
-
-def _record_step(run: Run, step: int, result: StepResult, before: _Meter) -> None:
-    synchronize(run.world.device)
-    after = _Meter(run)
-    mine = [after.start - before.start, after.wait - before.wait]
-    mine += [float(after.sent - before.sent), float(after.received - before.received)]
-    mine += [float(after.gradients - before.gradients), float(after.refreshes - before.refreshes)]
-    values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
-    *losses, seconds, wait, sent, received, gradients, refreshes = run.world.mean_over_replicas(values).tolist()
-    replicas = run.world.place.num_replicas
-    counted = not run.config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
-    if run.metrics is not None:
-        run.progress.publish("train", step, losses[-1])
-        run.metrics.write(
-            Record(
-                step=step,
-                split="train",
-                stage=run.world.place.stage,
-                loss=losses[-1],
-                block_losses=losses,
-                tokens=run.layout.sequences_per_step * run.layout.seq_length,
-                lr=result.lr,
-                grad_norm=total_norm(result.grad_norms),
-                step_seconds=seconds,
-                wait_seconds=wait if counted else None,
-                sent_bytes=round(sent * replicas) if counted else None,
-                received_bytes=round(received * replicas) if counted else None,
-                sent_gradient_bytes=round(gradients * replicas) if counted else None,
-                sent_refresh_bytes=round(refreshes * replicas) if counted else None,
-                save_seconds=run.saver.take_seconds(),
-                peak_memory_bytes=peak_memory_bytes(run.world.device),
-            )
-        )
 
 
 def _evaluate(run: Run, step: int) -> None:

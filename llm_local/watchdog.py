@@ -105,7 +105,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-class _Line:
+class StoreLine:
     """A client of the store whose questions have a time limit: the store's own calls wait for a stopped server."""
 
     def __init__(self, store: Any):
@@ -149,7 +149,7 @@ class Watchdog:
         self._launchers = launcher_pids()
         self._peers: list[Peer] = []
         self._pulses: dict[int, _Pulse] = {}
-        self._line: _Line | None = None
+        self._line: StoreLine | None = None
         self._answered = 0.0
         self._beats = 0
         self._obituary: str | None = None
@@ -180,7 +180,7 @@ class Watchdog:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the work is done by the thread, through the descriptor
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        self._line = _Line(store)
+        self._line = StoreLine(store)
 
     def done(self) -> None:
         """This rank has finished; its end is no longer news."""

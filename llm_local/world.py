@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from llm_local.config import ConfigError
 from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
-from llm_local.watchdog import LostPeer, Peer, Watchdog, decode, encode
+from llm_local.watchdog import LostPeer, Peer, StoreLine, Watchdog, decode, encode
 
 LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
@@ -30,7 +32,9 @@ LAUNCHERS = (
 
 
 PLAN = "plan"
-_TOLD = "told"
+SIGN_SECONDS = 1.0
+_TOLD, _SIGNS = "told", "signs"
+_POLL_SECONDS = 0.2
 
 
 class Refused(Exception):
@@ -184,25 +188,88 @@ def open_store(launch: Launch, run: str, seconds: float) -> Any:
     return dist.PrefixStore(f"{run}/{launch.restart}", store)
 
 
-def say_no(launch: Launch, run: str, seconds: float) -> None:
-    """Rank 0 tells the others, who wait for it at the rendezvous, that there is no run; leaves once they know."""
-    if launch.world_size == 1:
-        return
-    end = time.monotonic() + seconds
-    with suppress(RuntimeError, ConfigError):  # a launcher may have ended the others
-        store = open_store(launch, run, seconds)
-        store.set(PLAN, "")
-        while store.add(_TOLD, 0) < launch.world_size - 1 and time.monotonic() < end:
-            time.sleep(0.05)
+class Rendezvous:
+    """Where a rank meets the others: the store of the run, opened when it is first needed and then kept.
+
+    seconds: the longest wait for others to come.
+    """
+
+    def __init__(self, launch: Launch, run: str, seconds: float):
+        self._launch = launch
+        self._run = run
+        self._seconds = seconds
+        self._store: Any = None
+
+    def store(self, seconds: float | None = None) -> Any:
+        """As open_store."""
+        if self._store is None:
+            self._store = open_store(self._launch, self._run, self._seconds if seconds is None else seconds)
+        return self._store
+
+    @contextmanager
+    def kept_waiting(self) -> Iterator[None]:
+        """Rank 0 gives a sign of life every second, so that the others may wait for its plan without a time limit."""
+        if self._launch.world_size == 1:
+            yield
+            return
+        line, ended = self.store().clone(), threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is gone: the others know
+                while not ended.wait(SIGN_SECONDS):
+                    line.add(_SIGNS, 1)
+
+        threading.Thread(target=beat, name="signs of life", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def say_no(self, seconds: float) -> None:
+        """Rank 0 tells the others, who wait for it, that there is no run; leaves once they know."""
+        if self._launch.world_size == 1:
+            return
+        end = time.monotonic() + seconds
+        with suppress(RuntimeError, ConfigError):  # a launcher may have ended the others
+            store = self.store(seconds)
+            store.set(PLAN, "")
+            while store.add(_TOLD, 0) < self._launch.world_size - 1 and time.monotonic() < end:
+                time.sleep(0.05)
 
 
-def fetch_plan(store: Any, seconds: float) -> str:
-    """What rank 0 has published as the PLAN. Raises Refused where it has said no, LostPeer where it says nothing."""
-    text = _fetch(store, PLAN, seconds, "rank 0's plan")
+def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None) -> str:
+    """What rank 0 has published as the PLAN. It has `seconds` for that; from its first sign of life on as long as it
+    wants, if it gives more of them.
+
+    Raises Refused where it has said no, LostPeer where it is gone, or silent for silence_seconds.
+    """
+    line, start, signs, limit = StoreLine(store), time.monotonic(), 0, seconds
+    seen = start
+    while True:
+        try:
+            text, found = line.ask(_plan_and_signs, limit)
+        except RuntimeError as error:
+            raise LostPeer("lost rank 0, or what serves its store, while waiting for rank 0's plan") from error
+        except Empty:
+            text, found = None, signs
+        if text is not None:
+            break
+        now = time.monotonic()
+        if found != signs:
+            signs, seen, limit = found, now, seconds if silence_seconds is None else silence_seconds
+        if now - seen >= limit:
+            silent = f"; no sign of life for {limit:g} s (--link_timeout_seconds {limit:g})" if signs else ""
+            raise LostPeer(f"waited {now - start:.0f} s for rank 0's plan{silent}")
+        time.sleep(min(_POLL_SECONDS, limit))
     if not text:
         store.add(_TOLD, 1)
         raise Refused
     return text
+
+
+def _plan_and_signs(store: Any) -> tuple[str | None, int]:
+    signs = store.add(_SIGNS, 0)
+    return (bytes(store.get(PLAN)).decode() if store.check([PLAN]) else None), signs
 
 
 def _fetch(store: Any, key: str, seconds: float, what: str) -> str:

@@ -52,9 +52,7 @@ def flops_a_step(case: dict[str, Any]) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=10)
-    parser.add_argument(
-        "--peak_tflops", type=float, help="of the device in bf16; an H100 has 989"
-    )
+    parser.add_argument("--peak_tflops", type=float, help="of the device in bf16; an H100 has 989")
     parser.add_argument("--configs", default="zero0,zero3,zero3_offload", help="files of configs/ds, without .json")
     parser.add_argument("--rows", type=int, default=8, help="sequences of a step (default 8)")
     given = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def examine(given: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name} {getattr(given, name)} is less than {least}")
     device = local_device(0)
     run = load_run(given.run, given.checkpoint, device)
-    train, validation = prepare(run.config, load_tokenizer(run.config))
+    unpadded = replace(run.config, data=replace(run.config.data, packing="concat"))
+    train, validation = prepare(unpadded, load_tokenizer(run.config))
     ids = validation.batch(0, given.rows).to(device)
     say(f"{len(run.blocks)} blocks of step {run.step}: gradients on {given.rows} rows of validation text")
     gradients = compare_gradients(run, ids)

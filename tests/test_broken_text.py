@@ -12,7 +12,7 @@ from datasets import Dataset
 from documents import in_file_order, write_jsonl
 from launching import by_hand
 
-from llm_local import data, text_files
+from llm_local import encoding, text_files
 from llm_local.config import ConfigError
 from llm_local.data import data_problems, prepare
 from llm_local.source_problems import CHECKED_BYTES
@@ -71,7 +71,7 @@ def test_a_line_of_50_megabytes_is_tokenised(settings, tokenizer, tmp_path):
 
 
 def test_a_long_text_is_cut_at_white_space_and_nothing_is_lost(monkeypatch, settings, tokenizer, tmp_path):
-    monkeypatch.setattr(data, "CUT_CHARACTERS", 5000)
+    monkeypatch.setattr(encoding, "CUT_CHARACTERS", 5000)
     text = "def alpha(x):\n    return x\n" * 2000
     held = write_jsonl(tmp_path / "held.jsonl", ["some words " * 20])
     config = settings(train_file=write_jsonl(tmp_path / "a.jsonl", [text]), validation_file=held)

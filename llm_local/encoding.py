@@ -1,0 +1,59 @@
+"""Texts to tokens: what is left out, how long texts are cut, and what makes two tokenizers the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+REVISION = 2  # counts changes of this file that change the tokens of the same text
+CUT_CHARACTERS = 1 << 20  # a longer text is tokenised in parts, for a tokenizer takes many times its memory
+CUT_SEARCHED = 10_000  # characters before the cut that are searched for a better place
+WORD_END = re.compile(r"\S(?=\s)")
+
+
+def encode(
+    texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """Token lists of texts, each ended by `end` unless that is None, and the texts' sizes in UTF-8.
+
+    A missing or empty text has none, and NUL is left out. A text may be a list of lines: a block of a running text.
+    """
+    joined = ["".join(text).replace("\0", "") for text in texts if text]
+    joined = [text for text in joined if text]
+    if not joined:
+        return [], []
+    cut = [_parts(text) for text in joined]
+    flat = [part for parts in cut for part in parts]
+    encoded: Any = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    last, tokens = [] if end is None else [end], iter(encoded)
+    found = [[token for _ in parts for token in next(tokens)] + last for parts in cut]
+    return found, [len(text.encode()) for text in joined]
+
+
+def _parts(text: str) -> list[str]:
+    """The text in parts of CUT_CHARACTERS at most, each but the first beginning with white space where some is near."""
+    parts, start = [], 0
+    while len(text) - start > CUT_CHARACTERS:
+        end = start + CUT_CHARACTERS
+        words_end = [found.start() for found in WORD_END.finditer(text, max(start, end - CUT_SEARCHED), end)]
+        end = words_end[-1] + 1 if words_end else end
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A key of what the tokenizer does to text, the same in each process.
+
+    A fast tokenizer is hashed by its JSON less truncation and padding, which a call changes; any other is pickled.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return Hasher.hash(tokenizer)
+    rules = json.loads(backend.to_str())
+    return Hasher.hash([rules | {"truncation": None, "padding": None}, tokenizer.eos_token_id])

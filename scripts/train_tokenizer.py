@@ -1,0 +1,73 @@
+"""Trains a tokenizer on the data that a run's flags name: a directory for --tokenizer_name and AutoTokenizer.
+
+python scripts/train_tokenizer.py [CONFIG.yaml] --kind bpe --vocab_size 32000 --output my_tokenizer --train_file a.txt
+
+unigram and bpe are sentencepiece's, with byte fallback; byte_bpe is a BPE of bytes, as GPT-2's. All return every text
+exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from datasets import disable_progress_bars
+from transformers.utils import logging
+
+from llm_local.config import ConfigError, parse
+from llm_local.data import data_problems
+from llm_local.problems import data_flag_problems
+from llm_local.tokenizer_training import KINDS, sample_texts, train_tokenizer
+
+CHARACTERS = 20_000_000
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError([f"{message}; see train_tokenizer.py --help"])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train_tokenizer.py",
+        description=__doc__,
+        epilog="All other flags are those of pretrain.py that name data.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--kind", default="bpe", help=f"{', '.join(KINDS)} (default bpe)")
+    parser.add_argument("--vocab_size", type=int, default=32_000, help="pieces (default 32000)")
+    parser.add_argument("--characters", type=int, default=CHARACTERS, help=f"of text to learn from ({CHARACTERS:,})")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        given, rest = make_parser().parse_known_args(arguments)
+        config = parse(rest)
+        problems = data_flag_problems(config) or data_problems(config)
+        if given.characters < 1:
+            problems.append(f"characters={given.characters} must be greater than 0")
+        if problems:
+            raise ConfigError(problems)
+        start = time.monotonic()
+        texts = sample_texts(config, given.characters)
+        train_tokenizer(texts, given.kind, given.vocab_size, given.output)
+    except ConfigError as error:
+        print(f"train_tokenizer.py: {'; '.join(error.problems)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"train_tokenizer.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    seconds = time.monotonic() - start
+    print(f"{given.output}: {given.kind} of {given.vocab_size:,} pieces, trained in {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
