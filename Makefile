@@ -39,9 +39,9 @@ pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder,
 study: setup  ## the small study of methods and heads, half an hour on two cores; ARGS="--jobs 2"
 	$(BIN)/python scripts/study.py configs/studies/cpu.yaml $(ARGS)
 
-# On an idle machine: half an hour on two cores. The slow link needs root, and is left out for anybody else.
+# On an idle machine: most of an hour on two cores. The slow link needs root, and is left out for anybody else.
 bench: setup  ## benchmarks beside other pipelines, into docs/bench
-	for name in throughput efficiency prediction traffic memory scaling; do \
+	for name in throughput efficiency prediction traffic memory scaling data; do \
 		$(BIN)/python scripts/bench_$$name.py || exit 1; done
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python scripts/bench_slow_link.py; fi
 
