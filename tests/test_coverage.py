@@ -49,7 +49,7 @@ def test_layers_that_depend_on_their_number_make_exits_no_models():
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("apertus", "model type 'apertus' leaves model.layers.0.mlp.act_fn.alpha_p and .* unset in a new model; start"),
+        ("apertus", "model type 'apertus' leaves model.layers.0.mlp.act_fn.alpha_n and .* unset in a new model; start"),
         ("cpmant", "layer 1 also takes argument 2, which depends on parameters outside it"),
         ("glm_moe_dsa", "a side output of an earlier layer"),
         ("mllama", "its layers are not called once each and in order"),
@@ -125,7 +125,7 @@ def test_each_type_has_a_process_a_time_and_a_memory():
     llama, gone = examine_all(["llama", "musicgen"], jobs=2)
     assert (llama.model_type, llama.status, gone.status) == ("llama", EXACT, UNTRIED)
     assert examine_all(["llama"], jobs=1, seconds=0)[0].reason == "took longer than 0 s"
-    assert examine_all(["llama"], jobs=1, memory=1 << 20)[0].status in (UNTRIED, WRONG)
+    assert examine_all(["llama"], jobs=1, memory=1 << 20)[0].status != EXACT
 
 
 def test_the_list_of_types():
