@@ -21,7 +21,7 @@ from llm_local.partition import Partition
 from llm_local.wire import expected
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-TOKEN_IDS = 8  # int64, beside each position's hidden states
+TOKEN_IDS = 4  # int32, beside each position's hidden states
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: 
     best = plan["local"][0]
     assert best["is_simulated"]
     assert len(best["memory_bytes"]) == len(best["idle"]) == best["num_stages"]
-    assert best["step_bytes_per_boundary"] >= plan["rows"] * 512 * (2 * 1024 + 8)
+    assert best["step_bytes_per_boundary"] >= plan["rows"] * 512 * (2 * 1024 + 4)
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["pid"] for event in events} == set(range(best["num_stages"]))

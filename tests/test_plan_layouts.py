@@ -113,7 +113,7 @@ def test_a_lone_stage_takes_its_flops_and_the_optimizer(planner: Planner):
 
 @pytest.mark.parametrize(
     ("method", "ahead", "back"),
-    [("chunked", 2 * 1024 + 8, 0), ("overlapping", 2 * 1024 + 8, 2 * 1024), ("1f1b", 2 * 1024, 2 * 1024)],
+    [("chunked", 2 * 1024 + 4, 0), ("overlapping", 2 * 1024 + 4, 2 * 1024), ("1f1b", 2 * 1024, 2 * 1024)],
 )
 def test_bytes_of_a_token_over_a_boundary(planner: Planner, method: str, ahead: int, back: int):
     head = "linear" if method != "1f1b" else ""
@@ -128,13 +128,13 @@ def test_bytes_of_a_token_over_a_boundary(planner: Planner, method: str, ahead: 
 def test_eight_bits_halve_what_goes_ahead_and_leave_gradients(planner: Planner):
     config = replace(planner.config, local=replace(planner.config.local, wire_dtype="int8"))
     found = replace(planner, config=config).evaluate(Layout("overlapping", 4, 2, 0, "linear"))
-    assert (found.forward_bytes, found.backward_bytes) == (1024 + 4 + 8, 2 * 1024)
+    assert (found.forward_bytes, found.backward_bytes) == (1024 + 4 + 4, 2 * 1024)
 
 
 def test_soft_targets_are_a_few_numbers_a_token(planner: Planner):
     config = replace(planner.config, local=replace(planner.config.local, distillation_weight=1.0))
     found = replace(planner, config=config).evaluate(Layout("chunked", 4, 2, 0, "linear"))
-    assert (found.forward_bytes, found.backward_bytes) == (2 * 1024 + 8, 8 * 16)
+    assert (found.forward_bytes, found.backward_bytes) == (2 * 1024 + 4, 8 * 16)
 
 
 def test_every_peer_is_slower_on_free_links_by_its_bubble(planner: Planner):

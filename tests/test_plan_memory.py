@@ -210,7 +210,7 @@ def test_packets_are_sent_ones_and_one_received():
     base = RunConfig()
     train = replace(base.train, bf16=True, per_device_train_batch_size=2)
     config = replace(base, train=train, data=replace(base.data, seq_length=10))
-    each = 20 * (64 * 2 + 8)
+    each = 20 * (64 * 2 + 4)
     assert packet_memory(SIZES, config, has_before=True, has_behind=True) == 5 * each
     assert packet_memory(SIZES, config, has_before=False, has_behind=False) == 0
 
