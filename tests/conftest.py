@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-pytest_plugins = ["documents"]
+pytest_plugins = ["documents", "planning"]
 
 TINY = {
     "model_type": "llama",

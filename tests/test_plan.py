@@ -9,22 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from planning import MODEL
 
 from llm_local.plan_stages import PEER_METHODS
 
 ROOT = Path(__file__).parent.parent
-# wide enough that a head is 1/8 of the eight layers
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 12 * 1024,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture
@@ -32,13 +21,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.delitem(sys.modules, "plan", raising=False)
     return import_module("plan")
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(MODEL))
-    return path
 
 
 def run(script: ModuleType, model: Path, *flags: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,6 @@ from llm_local.plan_report import Plan, verdict
 from llm_local.plan_stages import PEER_METHODS, Layout
 from llm_local.plan_times import Link
 
-# wide enough that a head is 1/8 of the eight layers
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 12 * 1024,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
 MACHINE = Machine(
     devices=8,
     memory_bytes=80e9,
@@ -41,13 +28,6 @@ MACHINE = Machine(
     local_link_gbps=800,
     link_latency_seconds=1e-5,
 )
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(MODEL))
-    return path
 
 
 @pytest.fixture
