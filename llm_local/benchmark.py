@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import version
+from inspect import getfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -29,6 +31,7 @@ from llm_local.tokenizer import builtin_tokenizer_dir
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "deepspeed", "transformers")
+_P = ParamSpec("_P")
 SECONDS = 900  # longest time of one case
 
 
@@ -161,6 +164,20 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
     return int(text)
+
+
+def ends_with_a_line(main: Callable[_P, int]) -> Callable[_P, int]:
+    """A script's main that says in a line what failed, and returns 1."""
+
+    @wraps(main)
+    def told(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except BenchmarkError as error:
+            print(f"{Path(getfile(main)).name}: {error}", file=sys.stderr)
+            return 1
+
+    return told
 
 
 def write(output: Path, name: str, text: str, data: dict[str, Any]) -> None:

@@ -40,6 +40,9 @@ STATE_FILE = "state.json"
 DATA_FILE = "data.json"  # of the first stage, which reads: the place in a stream
 
 
+_BYTES_AT_A_TIME = 32 * 2**20  # read in one go: the pages of the files stay mapped for as long as it lasts
+
+
 class BrokenCheckpoint(RuntimeError):
     """A file of a committed checkpoint is missing or damaged."""
 
@@ -247,10 +250,13 @@ class Catalog:
 
     def read(self, wanted: Mapping[str, Stretch]) -> None:
         """Fills the stretches, in whatever dtype they have, from the tensors of these names."""
-        folders: dict[Path, dict[str, Stretch]] = {}
+        batches: dict[Path, list[dict[str, Stretch]]] = {}
         for name, stretch in wanted.items():
-            folders.setdefault(self._folders[name], {})[name] = stretch
-        for folder, some in folders.items():
+            found = batches.setdefault(self._folders[name], [{}])
+            if sum(other.values.nbytes for other in found[-1].values()) >= _BYTES_AT_A_TIME:
+                found.append({})
+            found[-1][name] = stretch
+        for folder, some in ((folder, some) for folder, found in batches.items() for some in found):
             reader, planner = HuggingFaceStorageReader(str(folder)), _StretchPlanner(some)
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -88,16 +88,16 @@ class _Message(NamedTuple):
 
 @dataclass
 class Channel:
-    """The messages of one stage to another, in order, and when those that have arrived were received."""
+    """The messages of one stage to another, in order, and how many of them were received."""
 
     source: int
     target: int
     sent: list[_Message] = field(default_factory=list)
-    received_at: list[float] = field(default_factory=list)
+    num_received: int = 0
     free_at: float = 0
 
     def unmet(self) -> Sequence[_Message]:
-        return self.sent[len(self.received_at) :]
+        return self.sent[self.num_received :]
 
 
 class Channels(dict[tuple[int, int, bool], Channel]):
@@ -159,66 +159,115 @@ def make_ops(
     return tuple(ops)
 
 
+Wake: TypeAlias = Callable[[int, float], None]
+
+
 @dataclass
 class ClockedStage:
-    """A stage that runs its instructions num_steps times, as far as the messages are there."""
+    """A stage that runs its instructions as far as the messages are there: num_steps times, or goes_on for ever."""
 
     stage: int
     ops: tuple[_Op, ...]
     num_steps: int
     max_packets: int | None
-    now: float = 0
+    wake: Wake  # tells the stage, which may wait for it, of a message sent or received: when it may go on
+    goes_on: bool = False
     step: int = 0
     place: int = 0
+    began: float | None = None
     spans: list[TimeSpan] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:
-        return not self.ops or self.step == self.num_steps
+        return not self.ops or self.step >= self.num_steps
 
     def where(self) -> str:
         return str(_Message(self.stage, self.step, self.ops[self.place].instruction))
 
-    def advance(self) -> set[int]:
-        """Runs up to the first instruction that has to wait; returns the stages that may go on for what it did."""
-        woken: set[int] = set()
-        while not self.is_done:
-            for place in range(self.place, len(self.ops)):
-                self.place, op = place, self.ops[place]
-                if op.channel is None:
-                    start, self.now = self.now, self.now + op.duration
-                    self.spans.append(
-                        TimeSpan(self.stage, self.step, op.kind, op.micro_batch, op.block, start, self.now)
-                    )
-                elif not (self._send(op, op.channel) if op.is_send else self._receive(op, op.channel)):
-                    return woken
-                else:
-                    woken.add(op.channel.target if op.is_send else op.channel.source)
-            self.place, self.step = 0, self.step + 1
-        return woken
+    def end_work(self, now: float) -> None:
+        """The pass that `advance` began is over."""
+        op, begin = self.ops[self.place], self.began
+        assert begin is not None
+        if not self.is_done:
+            self.spans.append(TimeSpan(self.stage, self.step, op.kind, op.micro_batch, op.block, begin, now))
+        self.began = None
+        self._next()
 
-    def _send(self, op: _Op, channel: Channel) -> bool:
+    def advance(self, now: float) -> float | None:
+        """Runs up to the next pass and begins it: its duration; None where the stage waits, works or is done."""
+        while self.began is None and self.ops and (self.goes_on or not self.is_done):
+            op = self.ops[self.place]
+            if op.channel is None:
+                self.began = now
+                return op.duration
+            if not (self._send(op, op.channel, now) if op.is_send else self._receive(op, op.channel, now)):
+                return None
+            self._next()
+        return None
+
+    def _next(self) -> None:
+        self.place += 1
+        if self.place == len(self.ops):
+            self.place, self.step = 0, self.step + 1
+
+    def _send(self, op: _Op, channel: Channel, now: float) -> bool:
         """False as long as it hangs on a receive still to come. The sender goes on before the transfer is over."""
-        if self.max_packets is not None and (makes_room := len(channel.sent) - self.max_packets) >= 0:
-            if makes_room >= len(channel.received_at):
-                return False
-            self.now = max(self.now, channel.received_at[makes_room])
-        channel.free_at = max(self.now, channel.free_at) + op.duration
-        channel.sent.append(_Message(self.stage, self.step, op.instruction, channel.free_at + op.link))
+        if self.max_packets is not None and len(channel.sent) - channel.num_received >= self.max_packets:
+            return False
+        channel.free_at = max(now, channel.free_at) + op.duration
+        arrival = channel.free_at + op.link
+        channel.sent.append(_Message(self.stage, self.step, op.instruction, arrival))
+        self.wake(channel.target, arrival)
         return True
 
-    def _receive(self, op: _Op, channel: Channel) -> bool:
-        """False as long as there is no such send. Raises ValueError if both ends name a micro-batch and they differ."""
-        number = len(channel.received_at)
-        if number == len(channel.sent):
+    def _receive(self, op: _Op, channel: Channel, now: float) -> bool:
+        """False as long as no such message is there. Raises ValueError if both ends name a micro-batch and they
+        differ."""
+        if channel.num_received == len(channel.sent):
             return False
-        message = channel.sent[number]
+        message = channel.sent[channel.num_received]
         mine, theirs = _subject(op.instruction), _subject(message.instruction)
         if mine is not None and theirs is not None and (self.step, mine) != (message.step, theirs):
             raise ValueError(f"the schedule cannot run: {self.where()} gets what {message} sends")
-        self.now = max(self.now, message.arrival)
-        channel.received_at.append(self.now)
+        if message.arrival > now:
+            return False
+        channel.num_received += 1
+        self.wake(channel.source, now)
         return True
+
+
+@dataclass
+class Core:
+    """What stages work on, in equal parts where more than one of them does.
+
+    due: when, as things stand, the next stage is done with its pass, and which one.
+    """
+
+    due: tuple[float, int] | None = None
+    _left: dict[int, float] = field(default_factory=dict)  # of each stage's pass, in seconds of a whole core
+    _since: float = 0
+
+    def begin(self, stage: int, duration: float, now: float) -> None:
+        self._settle(now)
+        self._left[stage] = duration
+        self._plan()
+
+    def end(self, stage: int, now: float) -> None:
+        self._settle(now)
+        del self._left[stage]
+        self._plan()
+
+    def _settle(self, now: float) -> None:
+        if now > self._since:
+            for stage in self._left:
+                self._left[stage] -= (now - self._since) / len(self._left)
+        self._since = now
+
+    def _plan(self) -> None:
+        self.due = None
+        if self._left:
+            stage = min(self._left, key=lambda stage: self._left[stage])
+            self.due = (self._since + max(0.0, self._left[stage]) * len(self._left), stage)
 
 
 def _subject(instruction: pipe.PipeInstruction) -> tuple[int, int] | None:

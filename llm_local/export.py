@@ -75,7 +75,8 @@ def collect(
 def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
     ignored = set(part.model._keys_to_ignore_on_save or [])
     named = {k: v for k, v in part.model.state_dict(keep_vars=True).items() if k not in ignored}
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
     for name, tensor in named.items():
         master = None if masters is None else masters(tensor)
         if master is not None:
@@ -86,7 +87,9 @@ def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dic
                 if keep:
                     kept[name] = tensor.detach().cpu().clone()
         elif keep:
-            kept[name] = tensor.detach().cpu().clone()  # tied weights get a copy each: the export is untied
+            tied = tensor.data_ptr() in places  # such get a copy each: the export is untied
+            places.add(tensor.data_ptr())
+            kept[name] = tensor.detach().to("cpu", copy=tied)
     return kept
 
 

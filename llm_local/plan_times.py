@@ -84,7 +84,7 @@ class Prediction:
 class Pipe:
     """A schedule with all that its step's time depends on. links: one for each boundary, or one for all.
 
-    forward_bytes, backward_bytes: of a message to the stage behind and to the one before.
+    forward_bytes, backward_bytes: of a message to the stage behind and to the one before. num_cores: as in simulate.
     Raises ValueError for what cannot be.
     """
 
@@ -95,6 +95,7 @@ class Pipe:
     forward_bytes: float = 0.0
     backward_bytes: float = 0.0
     max_packets_in_flight: int = 4
+    num_cores: int | None = None
 
     def __post_init__(self):
         if self.schedule not in (*LOCAL, *PEERS):
@@ -156,7 +157,8 @@ class Pipe:
         """Every instruction of so many steps; by default as many as it takes until each is like the one before."""
         bound = self.max_packets_in_flight if self.schedule in LOCAL else None
         steps = num_steps or _STEPS.get(self.schedule, 2)
-        return simulate(self.make, self.num_stages, steps, [self.durations(k) for k in range(self.num_stages)], bound)
+        durations = [self.durations(k) for k in range(self.num_stages)]
+        return simulate(self.make, self.num_stages, steps, durations, bound, self.num_cores)
 
 
 def predict(
@@ -167,16 +169,17 @@ def predict(
     forward_bytes: float = 0.0,
     backward_bytes: float = 0.0,
     max_packets_in_flight: int = 4,
+    num_cores: int | None = None,
 ) -> Prediction:
     """A step of the full pipe. schedule: one of LOCAL or PEERS; the rest, and what is refused, as in Pipe."""
-    made = (tuple(stages), micro_batches, tuple(links), forward_bytes, backward_bytes, max_packets_in_flight)
+    made = (tuple(stages), micro_batches, tuple(links), forward_bytes, backward_bytes, max_packets_in_flight, num_cores)
     return predict_pipe(Pipe(schedule, *made))
 
 
 def predict_pipe(pipe: Pipe, most_passes: int = MOST_PASSES) -> Prediction:
     """Simulated if a step has at most so many passes, else estimated."""
     timeline = None
-    if pipe.num_passes <= most_passes:
+    if pipe.num_passes <= most_passes or pipe.num_cores is not None:  # the formulas know of no shared core
         timeline = pipe.simulate()
         step = timeline.step_time
     else:

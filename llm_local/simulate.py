@@ -8,14 +8,16 @@ Passes and optimizer steps take time, and so may links. Collectives are not draw
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
 from math import ceil
 
 from deepspeed.runtime.pipe import schedule as pipe
 
-from llm_local.clock import Channels, ClockedStage, Durations, Kind, TimeSpan, make_ops
+from llm_local.clock import Channels, ClockedStage, Core, Durations, Kind, TimeSpan, make_ops
 
 __all__ = ["Durations", "Kind", "TimeSpan", "Timeline", "picture", "simulate"]
 
@@ -95,39 +97,66 @@ def simulate(
     num_steps: int = 1,
     durations: Durations | Sequence[Durations] = _UNIT,
     max_packets_in_flight: int | None = None,
+    num_cores: int | None = None,
 ) -> Timeline:
     """Runs `schedule(stage)` of every stage `num_steps` times, back to back; durations are common or one a stage.
 
     A send waits while max_packets_in_flight earlier ones to that neighbour are not received; None: it never waits.
+    num_cores: stage k works on core k % num_cores, in equal parts with the others that work there, also after its own
+    num_steps as long as others have not done theirs; None: each stage has a core.
     Raises ValueError naming stage and instruction if a receive has no send, the reverse, or gets another message.
     """
     if max_packets_in_flight is not None and max_packets_in_flight < 1:
         raise ValueError(f"max_packets_in_flight={max_packets_in_flight} lets nothing be sent; use 1 or more, or None")
+    if num_cores is not None and num_cores < 1:
+        raise ValueError(f"num_cores={num_cores} can do no work; use 1 or more, or None for one each")
     each = [durations] * num_stages if isinstance(durations, Durations) else durations
     if len(each) != num_stages:
         raise ValueError(f"{len(each)} durations for num_stages={num_stages}; give one for each stage, or one for all")
+    if num_cores is not None:  # who goes on while another waits for ever would never end
+        simulate(schedule, num_stages, 1, durations, max_packets_in_flight)
     channels = Channels()
+    events: list[tuple[float, int]] = [(0.0, stage) for stage in range(num_stages)]  # when a stage may go on
     stages: list[ClockedStage] = []
     for stage in range(num_stages):
         program = (instruction for commands in schedule(stage) for instruction in commands)
         ops = make_ops(stage, program, each[stage], channels)
-        stages.append(ClockedStage(stage, ops, num_steps, max_packets_in_flight))
-    turns, queued = deque(stages), [True] * num_stages
-    while turns:  # a stage has its turn again whenever a message that it may wait for was sent or received
-        stage = turns.popleft()
-        queued[stage.stage] = False
-        for other in stage.advance():
-            if 0 <= other < num_stages and not queued[other]:
-                queued[other] = True
-                turns.append(stages[other])
+        wake = partial(_wake, events, num_stages)
+        stages.append(ClockedStage(stage, ops, num_steps, max_packets_in_flight, wake, num_cores is not None))
+    _run(stages, events, [Core() for _ in range(min(num_cores or num_stages, num_stages))])
     blocked = [f"{stage.where()} waits for ever" for stage in stages if not stage.is_done]
-    unmet = [f"{message} meets no receive" for channel in channels.values() for message in channel.unmet()]
+    unmet = [f"{m} meets no receive" for channel in channels.values() for m in channel.unmet() if m.step < num_steps]
     if blocked or unmet:
         raise ValueError("the schedule cannot run: " + "; ".join(blocked or unmet))
     messages: Counter[tuple[int, int]] = Counter()
     for channel in channels.values():
-        messages[channel.source, channel.target] += len(channel.sent)
+        messages[channel.source, channel.target] += sum(message.step < num_steps for message in channel.sent)
     return Timeline(tuple(tuple(stage.spans) for stage in stages), dict(messages))
+
+
+def _wake(events: list[tuple[float, int]], num_stages: int, stage: int, at: float) -> None:
+    if 0 <= stage < num_stages:
+        heappush(events, (at, stage))
+
+
+def _run(stages: Sequence[ClockedStage], events: list[tuple[float, int]], cores: Sequence[Core]) -> None:
+    """Until nothing happens any more. Raises ValueError where a stage gets another message than it waits for."""
+    unfinished = {stage.stage for stage in stages if not stage.is_done}
+    while events and unfinished:
+        now, number = heappop(events)
+        stage, core = stages[number], cores[number % len(cores)]
+        due = core.due
+        if due == (now, number):
+            core.end(number, now)
+            stage.end_work(now)
+            due = None
+        duration = stage.advance(now)
+        if duration is not None:
+            core.begin(number, duration, now)
+        if core.due and core.due != due:
+            heappush(events, core.due)
+        if stage.is_done:
+            unfinished.discard(number)
 
 
 def picture(timeline: Timeline, unit: float = 1) -> str:

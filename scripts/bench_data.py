@@ -26,7 +26,18 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from llm_local import corpus
-from llm_local.benchmark import ROOT, BenchmarkError, Spread, arguments_of, bench_model, ratios, table, torchrun, write
+from llm_local.benchmark import (
+    ROOT,
+    BenchmarkError,
+    Spread,
+    arguments_of,
+    bench_model,
+    ends_with_a_line,
+    ratios,
+    table,
+    torchrun,
+    write,
+)
 from llm_local.config import RunConfig
 from llm_local.prepared import Job, prepare_tokens
 from llm_local.timeline import LOAD, measured, read_trace
@@ -171,6 +182,7 @@ def waiting(flags: dict[str, Any], folder: Path, steps: int) -> float:
     return stage.seconds((LOAD,)) / sum(end - start for start, end in stage.steps.values())
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=3, steps=20)
     parser.add_argument("--megabytes", default="100,1000", help="of text whose memory is measured (default 100,1000)")
@@ -180,11 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="llm_local-bench-") as name:
         folder = Path(name)
-        try:
-            data = measure(folder, given.repeats, given.steps, given.workers, given.megabytes)
-        except BenchmarkError as error:
-            print(f"bench_data.py: {error}", file=sys.stderr)
-            return 1
+        data = measure(folder, given.repeats, given.steps, given.workers, given.megabytes)
     write(given.output, "data", f"{INTRODUCTION}\n{tables(data)}", data)
     return 0
 

@@ -13,7 +13,17 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import BenchmarkError, Case, Spread, arguments_of, bench_model, ratios, run_case, table, write
+from llm_local.benchmark import (
+    Case,
+    Spread,
+    arguments_of,
+    bench_model,
+    ends_with_a_line,
+    ratios,
+    run_case,
+    table,
+    write,
+)
 
 INTRODUCTION = """
 Efficiency: seconds of a step that the slowest stage takes when it is fed from memory and sends nothing, while the
@@ -23,6 +33,7 @@ the rounds. Goals: an efficiency of 0.97, waiting below 2 %.
 """
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=5, steps=20)
     parser.add_argument("--micro_batches", default="1,4", help="of a step (default 1,4)")
@@ -34,11 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps = max(2, given.steps // micro_batches)
         case = Case(f"{micro_batches} micro-batches", 2, "efficiency", "local", flags, steps, given.repeats)
         print(case.name, file=sys.stderr)
-        try:
-            ranks = run_case(case)
-        except BenchmarkError as error:
-            print(f"bench_efficiency.py: {error}", file=sys.stderr)
-            return 1
+        ranks = run_case(case)
         slowest = max(range(len(ranks)), key=lambda stage: median(ranks[stage]["fed"]))
         found = ranks[slowest]
         efficiency, waiting = ratios(found["fed"], ranks[-1]["piped"]), Spread.of(found["waiting"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 
 METHODS = {"local": "chunked", "deepspeed": "backprop"}
 INTRODUCTION = """
@@ -20,6 +20,7 @@ stage. Local learning's includes its head and loss.
 """
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=1, steps=2)
     parser.add_argument("--stages", default="2,4,8", help="numbers of stages (default 2,4,8)")
@@ -32,11 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
             flags |= {"stage_layers": ",".join(["2"] * stages)}
             print(f"{stages} stages: {system}", file=sys.stderr)
-            try:
-                ranks = run_case(Case(system, stages, "memory", system, flags, given.steps))
-            except BenchmarkError as error:
-                print(f"bench_memory.py: {error}", file=sys.stderr)
-                return 1
+            ranks = run_case(Case(system, stages, "memory", system, flags, given.steps))
             peaks[system] = [rank["peak_saved_bytes"] for rank in ranks]
         data[str(stages)] = peaks
         rows.append([str(stages), *(f"{peaks[system][0] / 1e6:.2f}" for system in METHODS)])

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from llm_local.anatomy import load_model_config, probe
-from llm_local.benchmark import ROOT, BenchmarkError, Case, Spread, arguments_of, bench_model, in_turns, table, write
+from llm_local.benchmark import ROOT, Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
 from llm_local.config import from_flat
 from llm_local.partition import estimate_costs
 
@@ -50,6 +50,7 @@ def flops_a_step(case: dict[str, Any]) -> float:
     return tokens * (anatomy.num_layers * costs.layer + costs.head)
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=10)
     parser.add_argument("--peak_tflops", type=float, help="of the device in bf16; an H100 has 989")
@@ -63,11 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--configs {','.join(missing)}: not in configs/ds")
     large = torch.accelerator.is_available()
     cases = [Case(name, 1, "rate", "local", flags(name, large, given.rows), given.steps) for name in names]
-    try:
-        found = in_turns(cases, given.repeats)
-    except BenchmarkError as error:
-        print(f"bench_mfu.py: {error}", file=sys.stderr)
-        return 1
+    found = in_turns(cases, given.repeats)
     rows, data = [], {}
     for case in cases:
         work = flops_a_step(case.flags)

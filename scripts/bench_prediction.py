@@ -8,6 +8,7 @@ for other numbers of micro-batches, which are then measured.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from statistics import median
@@ -15,16 +16,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 from llm_local.plan_times import StageSeconds, predict
 
 SYSTEMS = {"local": ("chunked", "local"), "deepspeed": ("backprop", "1f1b")}
 CALIBRATED = 4
 INTRODUCTION = """
 Seconds of a step, predicted from the seconds of single passes in a run of 4 micro-batches, and measured; links count
-nothing. 8 layers of width 256, micro-batches of 4 x 128 tokens, fp32, one thread a stage. Four stages share two cores
-where there are no more: a pass then takes as long as its neighbours let it, which differs with the number of
-micro-batches.
+nothing. 8 layers of width 256, micro-batches of 4 x 128 tokens, fp32, one thread a stage. Where there are fewer cores
+than stages, stages share them in equal parts, in the simulation as well: passes and messages then count for the seconds
+in which they had a core.
 """
 
 
@@ -33,13 +34,21 @@ def flags(system: str, micro_batches: int) -> dict[str, Any]:
     return {**bench_model(), "method": SYSTEMS[system][0], "seq_length": 128, **batch}
 
 
-def stage_seconds(measured: dict[str, float]) -> StageSeconds:
-    """Of what is not a wait for another stage: loading belongs to the forward pass, reducing to the optimizer."""
-    forward = measured["ForwardPass"] + measured.get("LoadMicroBatch", 0.0)
-    once = measured["OptimizerStep"] + measured.get("ReduceGrads", 0.0) + measured.get("ReduceTiedGrads", 0.0)
-    return StageSeconds((forward,), (measured["BackwardPass"],), once)
+def stage_seconds(measured: dict[str, float], with_messages: bool) -> StageSeconds:
+    """Loading and, with_messages, sending and receiving belong to the passes, reducing to the optimizer."""
+
+    def of(*names: str) -> float:
+        return sum(measured.get(name, 0.0) for name in names)
+
+    ahead, back = (("RecvActivation", "SendActivation"), ("RecvGrad", "SendGrad")) if with_messages else ((), ())
+    return StageSeconds(
+        (of("LoadMicroBatch", "ForwardPass", *ahead),),
+        (of("BackwardPass", *back),),
+        of("ReduceTiedGrads", "ReduceGrads", "OptimizerStep"),
+    )
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=8)
     parser.add_argument("--stages", default="2,4", help="numbers of stages (default 2,4)")
@@ -47,35 +56,38 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     counts = [int(count) for count in given.micro_batches.split(",")]
     rows, data = [], []
-    try:
-        for stages in map(int, given.stages.split(",")):
-            for system, (_, schedule) in SYSTEMS.items():
-                print(f"{stages} stages: {system}", file=sys.stderr, flush=True)
-                seconds = calibrate(system, stages, given.steps, given.repeats)
-                for count in counts:
-                    predicted = predict(schedule, seconds, count).step_seconds
-                    case = Case(system, stages, "rate", system, flags(system, count), max(given.steps, 24 // count))
-                    measured = median(median(run_case(case)[-1]["seconds"]) for _ in range(given.repeats))
-                    error = predicted / measured - 1
-                    row = {"stages": stages, "system": system, "micro_batches": count, "predicted": predicted}
-                    data.append({**row, "measured": measured, "error": error})
-                    figures = [f"{predicted:.3f}", f"{measured:.3f}", f"{error:+.1%}"]
-                    rows.append([str(stages), system, str(count), *figures])
-    except BenchmarkError as error:
-        print(f"bench_prediction.py: {error}", file=sys.stderr)
-        return 1
+    for stages in map(int, given.stages.split(",")):
+        for system, (_, schedule) in SYSTEMS.items():
+            print(f"{stages} stages: {system}", file=sys.stderr, flush=True)
+            seconds = calibrate(system, stages, given.steps, given.repeats)
+            for count in counts:
+                predicted = predict(schedule, seconds, count, num_cores=shared_cores(stages)).step_seconds
+                case = Case(system, stages, "rate", system, flags(system, count), max(given.steps, 24 // count))
+                measured = median(median(run_case(case)[-1]["seconds"]) for _ in range(given.repeats))
+                error = predicted / measured - 1
+                row = {"stages": stages, "system": system, "micro_batches": count, "predicted": predicted}
+                data.append({**row, "measured": measured, "error": error})
+                figures = [f"{predicted:.3f}", f"{measured:.3f}", f"{error:+.1%}"]
+                rows.append([str(stages), system, str(count), *figures])
     header = ["stages", "", "micro-batches", "predicted, s", "measured, s", "error"]
     write(given.output, "prediction", f"{INTRODUCTION}\n{table(header, rows)}", {"steps": data})
     return 0
 
 
+def shared_cores(stages: int) -> int | None:
+    cores = len(os.sched_getaffinity(0))
+    return cores if cores < stages else None
+
+
 def calibrate(system: str, stages: int, steps: int, repeats: int) -> list[StageSeconds]:
+    """Seconds that include waits leave messages out; those on a core do not include waits."""
     case = Case(system, stages, "passes", system, flags(system, CALIBRATED), steps)
-    runs = [run_case(case) for _ in range(repeats)]
+    runs, shares = [run_case(case) for _ in range(repeats)], shared_cores(stages) is not None
     found = []
     for stage in range(stages):
-        own = [run[stage]["seconds"] for run in runs]
-        found.append(stage_seconds({name: median(seconds[name] for seconds in own) for name in own[0]}))
+        own = [run[stage]["core_seconds" if shares else "seconds"] for run in runs]
+        medians = {name: median(seconds[name] for seconds in own) for name in own[0]}
+        found.append(stage_seconds(medians, with_messages=shares))
     return found
 
 

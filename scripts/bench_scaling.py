@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import BenchmarkError, Case, Spread, arguments_of, bench_model, in_turns, table, write
+from llm_local.benchmark import Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
 
 AXES: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16),
@@ -76,16 +76,13 @@ def draw(data: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     given = arguments_of(__doc__, repeats=2, steps=6).parse_args(arguments)
     rows, data = [], {}
     for axis, values in AXES.items():
         cases = [Case(f"{axis} {v}", 1, "rate", "local", flags(axis, v), given.steps) for v in values]
-        try:
-            found = in_turns(cases, given.repeats)
-        except BenchmarkError as error:
-            print(f"bench_scaling.py: {error}", file=sys.stderr)
-            return 1
+        found = in_turns(cases, given.repeats)
         data[axis] = {str(v): [median(r[0]["seconds"]) for r in found[f"{axis} {v}"]] for v in values}
         seconds = [median(rounds) for rounds in data[axis].values()]
         slopes = f"{exponent(values[-2:], seconds[-2:]):.2f} ({exponent(values, seconds):.2f})"

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm_local.bench_peers import PEERS, missing
 from llm_local.benchmark import (
-    BenchmarkError,
     Case,
     Spread,
     arguments_of,
     bench_model,
+    ends_with_a_line,
     in_turns,
     ratios,
     table,
@@ -53,6 +53,7 @@ def seconds_of(name: str, ranks: list[dict[str, Any]]) -> float:
     return median(ranks[0 if name == "torch-zbv" else -1]["seconds"])
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=3, steps=8)
     parser.add_argument("--micro_batches", default="1,2,4,8", help="of a step (default 1,2,4,8)")
@@ -69,11 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         possible = ["local", *(pipe for pipe in pipes if pipe == "deepspeed" or micro_batches > 1)]
         steps = max(given.steps, 24 // micro_batches)
         print(f"{micro_batches} micro-batches", file=sys.stderr)
-        try:
-            found = in_turns([Case(s, 2, "rate", s, flags(s, micro_batches), steps) for s in possible], given.repeats)
-        except BenchmarkError as error:
-            print(f"bench_throughput.py: {error}", file=sys.stderr)
-            return 1
+        found = in_turns([Case(s, 2, "rate", s, flags(s, micro_batches), steps) for s in possible], given.repeats)
         seconds = {name: [seconds_of(name, ranks) for ranks in rounds] for name, rounds in found.items()}
         data[str(micro_batches)] = seconds
         local = seconds["local"]

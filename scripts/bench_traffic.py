@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 
 RUNS: dict[str, dict[str, Any]] = {
     "deepspeed 1F1B, bf16": {"method": "backprop", "bf16": True},
@@ -26,6 +26,7 @@ learning all that its links carry: hidden states, token ids, headers. Width 256,
 """
 
 
+@ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     given = arguments_of(__doc__, repeats=1, steps=3).parse_args(arguments)
     sent = {}
@@ -33,11 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags = {**bench_model(), **run, "seq_length": 128, "per_device_train_batch_size": 4}
         flags |= {"gradient_accumulation_steps": 4}
         print(name, file=sys.stderr)
-        try:
-            ranks = run_case(Case(name, 2, "traffic", "local", flags, given.steps))
-        except BenchmarkError as error:
-            print(f"bench_traffic.py: {error}", file=sys.stderr)
-            return 1
+        ranks = run_case(Case(name, 2, "traffic", "local", flags, given.steps))
         sent[name] = sum(rank["bytes_a_step"] for rank in ranks) / (4 * 4 * 128)
     pipe = sent["deepspeed 1F1B, bf16"]
     rows = [[name, f"{bytes_:.1f}", f"{bytes_ / pipe:.3f}", GOALS.get(name, "")] for name, bytes_ in sent.items()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +17,10 @@ from conftest import TINY, Trainer
 from ranks import run_ranks
 from torch.distributed.pipelining import schedules
 
-from llm_local import benchmark
+from llm_local import benchmark, relay
 from llm_local.benchmark import BenchmarkError, Case, Spread, ratios, run_case, table
 from llm_local.config import parse
+from llm_local.relay import MTU, Relay
 from llm_local.saved_bytes import saved_bytes
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -119,6 +122,45 @@ def test_bytes_that_graphs_hold():
     assert saved.peak == 4 * 8 * 4
 
 
+def packets_over(limits: dict[str, float], sent: list[bytes]) -> list[tuple[float, bytes]]:
+    """Each with the seconds until it came."""
+    (here, one), (there, other) = (socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+    for end in (one, other):
+        end.setblocking(False)
+    cable = Relay(one.fileno(), other.fileno())
+    vars(cable).update(limits)
+    start, came = time.monotonic(), []
+    for packet in sent:
+        here.send(packet)
+    there.settimeout(30)
+    for _ in sent:
+        packet = there.recv(MTU)
+        came.append((time.monotonic() - start, packet))
+    there.send(b"back")
+    here.settimeout(30)
+    assert here.recv(MTU) == b"back"
+    cable.stop()
+    return came
+
+
+def test_a_relay_holds_packets_back_for_as_long_as_a_slow_link_would():
+    sent = [bytes([number]) * 100 for number in range(4)]
+    assert [packet for _, packet in packets_over({}, sent)] == sent
+    slow = packets_over({"bytes_a_second": 1000, "delay_seconds": 0.05}, sent)
+    assert [packet for _, packet in slow] == sent
+    assert [seconds >= 0.1 * number + 0.15 for number, (seconds, _) in enumerate(slow)] == [True] * 4
+
+
+def test_without_tun_devices_there_is_no_slow_link(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    module = script("bench_slow_link")
+    monkeypatch.setattr(relay, "_DEVICE", "/nowhere")
+    monkeypatch.setattr(module.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(module, "sh", lambda *command: None)
+    assert module.main([]) == 1
+    assert "bench_slow_link.py: no TUN device can be made" in capsys.readouterr().err
+
+
 def test_ratios_are_those_of_rounds():
     assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == Spread(2.0, 1.0, 3.0)
     assert Spread(2.0, 1.0, 3.0).text() == "2.00 (1.00–3.00)"
@@ -133,7 +175,7 @@ def test_a_table():
     [
         ("bench_throughput", ["--systems", "megatron"], "--systems megatron: choose of deepspeed, torch-1f1b"),
         ("bench_throughput", ["--repeats", "0"], "0: give 1 or more"),
-        ("bench_slow_link", ["--shares", "0,1"], "--shares 0,1 --delay_ms 0: give shares above 0"),
+        ("bench_slow_link", ["--shares", "0,1"], "--shares 0,1 --delays_ms 0,20: give shares above 0"),
         ("bench_mfu", ["--peak_tflops", "0"], "--peak_tflops 0: give a number above 0"),
         ("bench_mfu", ["--configs", "zero9"], "--configs zero9: not in configs/ds"),
     ],

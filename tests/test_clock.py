@@ -1,8 +1,17 @@
 """What durations say: blocks that differ, links of a certain rate, messages of a certain micro-batch."""
 
 import pytest
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, RecvActivation, SendActivation, SendGrad
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    RecvActivation,
+    RecvGrad,
+    SendActivation,
+    SendGrad,
+    TrainSchedule,
+)
 
+from llm_local.plan_times import StageSeconds, predict
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.simulate import Durations, Timeline, simulate
 
@@ -98,3 +107,41 @@ def test_durations_must_be_possible(values):
 def test_stages_without_a_neighbour_are_named_wherever_they_send():
     with pytest.raises(ValueError, match="stage 0 at SendGrad"):
         simulate(lambda _stage: [[ForwardPass(0), BackwardPass(0), SendGrad(0)]], 1)
+
+
+def test_stages_that_share_a_core_work_half_as_fast():
+    durations = [Durations(2, 2, 0), Durations(1, 1, 0)]
+    timeline = simulate(lambda _stage: [[ForwardPass(0)]], 2, 2, durations, num_cores=1)
+    assert [[span.end for span in spans] for spans in timeline.spans] == [[4, 8], [2, 4]]
+
+
+def test_a_stage_that_waits_lends_its_core():
+    work = [[ForwardPass(0), SendActivation(0), RecvGrad(0)], [RecvActivation(0), ForwardPass(0), SendGrad(0)]]
+    durations = [Durations(2, 2, 0), Durations(1, 1, 0)]
+    assert simulate(lambda stage: [work[stage]], 2, 3, durations, num_cores=1).makespan == 9
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(("num_cores", "passes"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
+def test_a_full_local_pipe_is_as_fast_as_its_busiest_core(num_cores: int, passes: int, micro_batches: int):
+    """Stage k works on core k % num_cores."""
+    stages = [StageSeconds((1.0,), (2.0,), 0.5)] * 4
+    found = predict("local", stages, micro_batches, num_cores=num_cores)
+    assert found.step_seconds == pytest.approx(passes * (3 * micro_batches + 0.5), rel=0.02)
+
+
+def test_backpropagation_lends_the_core_of_a_stage_that_waits():
+    def step(num_cores: int | None) -> float:
+        return simulate(lambda stage: TrainSchedule(1, 4, stage), 4, 2, Durations(1, 2, 0), None, num_cores).step_time
+
+    assert step(1) == step(2) == step(None) == 12
+
+
+def test_no_core_is_refused():
+    with pytest.raises(ValueError, match="num_cores=0 can do no work; use 1 or more"):
+        simulate(lambda stage: LocalSchedule(2, 2, stage), 2, num_cores=0)
+
+
+def test_a_schedule_that_cannot_run_is_refused_on_shared_cores_too():
+    with pytest.raises(ValueError, match=r"stage 1 at RecvActivation.* waits for ever"):
+        simulate(lambda stage: [[RecvActivation(0)] if stage else [ForwardPass(0)]], 2, num_cores=1)

@@ -20,7 +20,7 @@ masters model_folder export model_card metrics progress timeline chrome_trace
 profile tiny trial exit_check class_problems weight_problems preflight examine assembly
 run_trace evaluation recorder finish train
 offline_export points comparison study replay timeline_picture coverage coverage_run coverage_report
-saved_bytes bench_peers bench_worker benchmark
+saved_bytes bench_peers bench_worker benchmark relay
 plan_times plan_machine plan_memory plan_model plan_stages plan_layouts plan_report plan_search
 """.split()  # noqa: SIM905
 
