@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, Trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_local import checkpoint as checkpoint_format
 from llm_local.checkpoint import Catalog
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,11 @@ def test_it_is_the_model_that_the_run_exports(
         assert "| steps | 2 |" in (out / "README.md").read_text()
 
 
-def test_fp32_has_the_optimizer_s_weights(trainer: Trainer, script: ModuleType, tmp_path: Path):
+@pytest.mark.parametrize("bytes_at_a_time", [1, 2**17])
+def test_fp32_has_the_optimizer_s_weights(
+    trainer: Trainer, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_at_a_time: int
+):
+    monkeypatch.setattr(checkpoint_format, "_BYTES_AT_A_TIME", bytes_at_a_time)  # a tensor by itself, or a few
     run = trainer.run("run", 1, max_steps=2, save_steps=2, bf16=True, deepspeed=ROOT / "configs/ds/zero1.json")
     checkpoint = run / "checkpoints/step-00000002"
     assert script.main([str(checkpoint), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
