@@ -14,7 +14,7 @@ from llm_local.block_engine import make_block_engine
 from llm_local.config import RunConfig
 from llm_local.distillation import Distillation
 from llm_local.ds_config import resolve
-from llm_local.engine import LocalEngine, StepResult
+from llm_local.engine import EvalResult, LocalEngine, StepResult
 from llm_local.feed import Feed
 from llm_local.head_plan import HeadPlan
 from llm_local.links import Links
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
     def check_finite(self) -> None: ...
 
-    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor: ...
+    def eval_batch(self, step: int, micro_batches: int) -> EvalResult: ...
 
     def check_logits(self) -> torch.Tensor | None: ...
 

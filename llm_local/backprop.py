@@ -23,9 +23,9 @@ from llm_local.block_engine import engine_arguments, restore_buffers, undo_dummy
 from llm_local.config import RunConfig
 from llm_local.device import seed_everything
 from llm_local.document_mask import DocumentMask
-from llm_local.engine import NonFiniteLoss, StepResult
+from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
-from llm_local.heads import head_logits, head_loss
+from llm_local.heads import head_logits, head_loss, scored_share
 from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.packing import CONCAT, inputs_of, marked
 from llm_local.partition import Partition, Span
@@ -50,14 +50,22 @@ class PipeSlice(nn.Module):
         self.documents = documents
         self.pads = config.data.packing != CONCAT
         self.return_logits = False
+        self.begin()
         for parameter in self.parameters():
             # else DeepSpeed clips by the gradient norm of stage 0 alone
             setattr(parameter, "model_parallel", True)  # noqa: B010 - not an attribute that tensors have
 
+    def begin(self) -> None:
+        """Begins to count: tokens without padding, and by micro-batch the share of positions that are scored. Both may
+        be on the device, for the later stages see the ids only there."""
+        self.tokens: int | torch.Tensor = 0
+        self.shares: float | torch.Tensor = 0.0
+
     def forward(self, inputs: Any) -> Any:
         """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end.
 
-        Among the ids padding is marked as in packing.py.
+        Among the ids padding is marked as in packing.py. A loss of an evaluation is times the share of positions that
+        are scored, as DeepSpeed takes the mean of micro-batches.
         """
         hidden, rows = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
         told = inputs_of(rows) if self.pads else {"input_ids": rows}
@@ -65,11 +73,15 @@ class PipeSlice(nn.Module):
         documents = None if self.return_logits else self.documents  # as in a Block
         told = documents.inputs(self.part.base(), ids, told) if documents else told
         leaving, normed = self.part(hidden, input_ids=ids, **told)
+        labels = documents.labels(ids, labels) if documents else labels
+        share = 1.0 if self.training or labels is None else scored_share(labels)
+        self.tokens = self.tokens + ((rows >= 0).sum() if self.pads else rows.numel())
+        self.shares = self.shares + share
         if not self.part.is_last:
             return leaving, rows
         if self.return_logits:
             return head_logits(self.part, normed, ids)
-        return head_loss(self.part, normed, ids, documents.labels(ids, labels) if documents else labels)
+        return head_loss(self.part, normed, ids, labels) * share
 
 
 class BackpropEngine:
@@ -96,9 +108,11 @@ class BackpropEngine:
         """One 1F1B step; the loss is the last stage's, known to all."""
         lr = float(self._engine.get_lr()[0])
         seed_everything(seed_of(f"dropout:{self._seed}:{step}:{self._engine.global_rank}"))
+        self.part.begin()
         loss = self._engine.train_batch(data_iter=self._micro_batches(TRAIN, step))
         self._unchecked.append((step, loss))
-        return StepResult(loss.reshape(1).float(), lr, (self._engine.get_global_grad_norm(),))
+        norms = (self._engine.get_global_grad_norm(),)
+        return StepResult(loss.reshape(1).float(), lr, norms, self.part.tokens)
 
     def check_finite(self) -> None:
         """As LocalEngine's."""
@@ -107,11 +121,14 @@ class BackpropEngine:
             if not math.isfinite(float(loss)):
                 raise NonFiniteLoss(f"the loss of stage {self._engine.num_stages - 1} is {float(loss)} at step {step}")
 
-    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor:
-        """(1,) the mean validation loss of the whole model."""
+    def eval_batch(self, step: int, micro_batches: int) -> EvalResult:
+        """The mean validation loss of the whole model."""
         data = self._micro_batches(EVAL, step)
+        self.part.begin()
         loss: Any = self._engine.eval_batch(data, num_micro_batches=micro_batches)
-        return loss.reshape(1).float()
+        share = float(self.part.shares) / micro_batches
+        # DeepSpeed's mean is over the replicas, too; each divides by its own share, for which it is weighted
+        return EvalResult(loss.reshape(1).float() / (share or 1.0), share, int(self.part.tokens))
 
     def check_logits(self) -> torch.Tensor | None:
         """As LocalEngine.check_logits; None off the last stage."""

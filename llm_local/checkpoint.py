@@ -37,7 +37,7 @@ from llm_local.shards import SCALAR, STATE, Stretch
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
-DATA_FILE = "data.json"  # of the first stage, which reads: the place in a stream
+DATA_FILE = "data.json"  # of the first stage, which reads: see feed.py
 
 
 _BYTES_AT_A_TIME = 32 * 2**20  # read in one go: the pages of the files stay mapped for as long as it lasts

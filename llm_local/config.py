@@ -90,7 +90,7 @@ class ModelArguments:
 @dataclass(frozen=True)
 class DataArguments:
     dataset_name: str | None = _option(
-        None, "Hub name, a folder from save_to_disk, or 'builtin' (the running Python's library sources)."
+        None, "Hub name, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running Python's library)."
     )
     dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
     dataset_split: str | None = _option(None, "Split of the dataset to train on; default: train.")
@@ -119,7 +119,7 @@ class DataArguments:
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
         "is then read and not predicted; losses are means over the other tokens of a micro-batch.",
     )
-    preprocessing_num_workers: int = _option(1, "Processes that tokenise.")
+    preprocessing_num_workers: int = _option(1, "Processes that read text files and tokenise.")
     cache_dir: str | None = _option(None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.")
 
 

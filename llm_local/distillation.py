@@ -36,21 +36,28 @@ def soft_targets(head: Slice, normed: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.cat(found).reshape(*normed.shape[:-1], 2 * top_k)
 
 
-def distillation_loss(head: Slice, normed: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def distillation_loss(
+    head: Slice, normed: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean over the positions of the Kullback-Leibler divergence from soft targets (B, T, 2k) to this head's
-    predictions, from (B, T, D) normed hidden states; a float32 scalar. The logits are never whole."""
+    predictions, from (B, T, D) normed hidden states; a float32 scalar. The logits are never whole.
+
+    mask: (B, T), 0 where padding is, which is no position then. So a padded row counts as the same row without.
+    """
     flat, wanted = normed.reshape(-1, normed.shape[-1]), targets.reshape(-1, targets.shape[-1])
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     rows = chunk_rows(text_vocab_size(head.model))
-    for states, some in zip(flat.split(rows), wanted.split(rows), strict=True):
-        total = total + checkpoint(_divergence, head, states, some, use_reentrant=False)
-    return total / len(flat)
+    is_padding = [None] * -(-len(flat) // rows) if mask is None else (mask == 0).reshape(-1).split(rows)
+    for states, some, padding in zip(flat.split(rows), wanted.split(rows), is_padding, strict=True):
+        total = total + checkpoint(_divergence, head, states, some, padding, use_reentrant=False)
+    return total / (len(flat) if mask is None else mask.sum().clamp(min=1))
 
 
-def _divergence(head: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _divergence(head: Slice, states: torch.Tensor, targets: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     teacher, tokens = targets.chunk(2, dim=-1)
     student = F.log_softmax(_logits(head, states), dim=-1).gather(-1, tokens.long())
-    return (teacher.exp() * (teacher - student)).sum()
+    divergence = teacher.exp() * (teacher - student)
+    return (divergence if padding is None else divergence.masked_fill(padding[:, None], 0.0)).sum()
 
 
 def _logits(head: Slice, states: torch.Tensor) -> torch.Tensor:

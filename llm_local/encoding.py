@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-REVISION = 2  # counts changes of this file that change the tokens of the same text
+REVISION = 3  # counts changes of the tokens of the same text, and of what is kept beside them
 CUT_CHARACTERS = 1 << 20  # a longer text is tokenised in parts, for a tokenizer takes many times its memory
 CUT_SEARCHED = 10_000  # characters before the cut that are searched for a better place
 WORD_END = re.compile(r"\S(?=\s)")
@@ -48,12 +49,14 @@ def _parts(text: str) -> list[str]:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A key of what the tokenizer does to text, the same in each process.
+    """A key of what the tokenizer does to text, the same in each process and, of a fast tokenizer, on each machine.
 
-    A fast tokenizer is hashed by its JSON less truncation and padding, which a call changes; any other is pickled.
+    A fast one is hashed by its JSON less truncation and padding, which a call changes; any other is pickled, with where
+    its files are.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash(tokenizer)
     rules = json.loads(backend.to_str())
-    return Hasher.hash([rules | {"truncation": None, "padding": None}, tokenizer.eos_token_id])
+    does = [rules | {"truncation": None, "padding": None}, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()[:16]

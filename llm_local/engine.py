@@ -18,6 +18,7 @@ from llm_local.block_engine import BlockEngine
 from llm_local.device import seed_everything
 from llm_local.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.head_plan import HeadPlan
+from llm_local.heads import scored_share
 from llm_local.links import Links
 from llm_local.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalEvalSchedule, LocalSchedule, OverlapSchedule
@@ -34,12 +35,23 @@ class NonFiniteLoss(RuntimeError):
 @dataclass(frozen=True)
 class StepResult:
     """losses: (blocks,) float32, means over the step's micro-batches on this replica. lr: the rate that the step used.
-    grad_norms: one a block, before clipping; None where DeepSpeed computes none. Losses and norms may be on the device,
-    which is waited for when somebody looks at them."""
+    grad_norms: one a block, before clipping; None where DeepSpeed computes none. tokens: of this replica, without
+    padding. What is on the device is waited for when somebody looks at it."""
 
     losses: torch.Tensor
     lr: float
     grad_norms: tuple[float | torch.Tensor | None, ...]
+    tokens: int | torch.Tensor
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """losses: (blocks,) float32, means over all positions of this replica that are scored. share: of its positions, of
+    which a row of T tokens has T-1, that are; 1 without padding and document mask. tokens: those without padding."""
+
+    losses: torch.Tensor
+    share: float
+    tokens: int
 
 
 @dataclass
@@ -49,11 +61,13 @@ class _MicroBatch:
     hidden: what the next block reads. entering, leaving: by block, the leaf that came in and the output with its
     graph. seams: by block, where its graph is in two pieces. normed: by block, what its output matrix read. from_above:
     by block, what the next one says to it: the gradient of its output, or soft targets; under -1, for the stage before.
+    weight: in the mean of the micro-batches' losses.
     """
 
     packet: Packet
     index: int
     hidden: torch.Tensor | None
+    weight: float = 1.0
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     entering: dict[int, torch.Tensor | None] = field(default_factory=dict)
     leaving: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -95,6 +109,7 @@ class LocalEngine:
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
+        self._weight, self._tokens = 0.0, 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
@@ -118,7 +133,7 @@ class LocalEngine:
         lr = float(self.engines[-1].get_lr()[0])
         losses = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
         self._unchecked.append((step, losses))
-        return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines))
+        return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines), self._tokens)
 
     def check_finite(self) -> None:
         """Raises NonFiniteLoss naming stage and step if a loss since the last call was none. Waits for the device."""
@@ -147,20 +162,22 @@ class LocalEngine:
         return logits
 
     @torch.no_grad()
-    def eval_batch(self, step: int, micro_batches: int) -> torch.Tensor:
-        """Mean loss of every block over so many validation micro-batches, (blocks,) float32, with today's weights."""
+    def eval_batch(self, step: int, micro_batches: int) -> EvalResult:
+        """Mean loss of every block over so many validation micro-batches with today's weights."""
         for engine in self.engines:
             engine.eval()
-        return self._run(LocalEvalSchedule, EVAL, step, micro_batches)
+        losses = self._run(LocalEvalSchedule, EVAL, step, micro_batches)
+        return EvalResult(losses, self._weight / micro_batches, self._tokens)
 
     def _run(self, schedule: type[LocalSchedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
         self._kind, self._step, self._schedule, self._num_entered = kind, step, schedule, 0
+        self._weight, self._tokens = 0.0, 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
         for commands in schedule(micro_batches, self.num_stages, self.stage, len(self.engines)).steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
         self._buffers.clear()
-        return self._sums / micro_batches
+        return self._sums / (self._weight or 1.0)
 
     def _exec_load(self, buffer_id: int) -> None:
         assert self._load is not None, "only the first stage loads"
@@ -172,8 +189,20 @@ class LocalEngine:
 
     def _enter(self, buffer_id: int, packet: Packet) -> None:
         hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device)
-        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden)
+        # a step is a mean over micro-batches, an evaluation one over positions
+        weight = self._scored(packet) if self._kind == EVAL else 1.0
+        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden, weight)
         self._num_entered += 1
+        self._weight += weight
+        self._tokens += packet.num_tokens
+
+    def _scored(self, packet: Packet) -> float:
+        """Share of the micro-batch's positions that its losses are means over, from what the CPU has."""
+        documents, labels = self._block(0).documents, packet.labels
+        if documents is not None:
+            assert packet.input_ids is not None
+            labels = documents.labels(packet.input_ids, labels, packet.position_ids)
+        return 1.0 if labels is None else float(scored_share(labels))
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.engines[0].device) for name, tensor in packet.integer_parts().items()}
@@ -204,7 +233,7 @@ class LocalEngine:
             batch.normed[block] = part.take_normed()
             if not part.body.is_first:
                 batch.from_above[block - 1] = soft_targets(part.head, batch.normed[block], self._distillation.top_k)
-        self._sums[block] += loss.detach()
+        self._sums[block].add_(loss.detach(), alpha=batch.weight)
 
     def _block(self, block: int) -> Block:
         module: Any = self.engines[block].module
@@ -247,8 +276,9 @@ class LocalEngine:
         loss, normed = batch.losses.pop(block), batch.normed.pop(block, None)
         if normed is None or self._is_last(block):
             return loss
-        targets = batch.from_above.pop(block)
-        return loss + self._distillation.weight * distillation_loss(self._block(block).head, normed, targets)
+        targets, mask = batch.from_above.pop(block), batch.packet.attention_mask
+        mask = None if mask is None else mask.to(normed.device)
+        return loss + self._distillation.weight * distillation_loss(self._block(block).head, normed, targets, mask)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:
         assert self.links.gradient_sender is not None, "the first stage sends no gradient"

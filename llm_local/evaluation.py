@@ -7,8 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 from llm_local.config import RunConfig
 from llm_local.data import ValidationSet
+from llm_local.engine import EvalResult
 from llm_local.metrics import Record
 from llm_local.model_card import perplexity
 from llm_local.world import World
@@ -18,14 +21,19 @@ _KEY = "validation_sets"
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A validation set, by its name. split: under which its records go; 'eval' is the first one's."""
+    """A validation set, by its name. split: under which its records go; 'eval' is the first one's. bytes_per_token: of
+    its text, by the tokens that are predicted."""
 
     name: str
     split: str
     bytes_per_token: float
 
     def bits_per_byte(self, loss: float) -> float:
-        """Of the set's text, from nats a token: (tokens / bytes) · loss / ln 2 (Gao et al. 2020, The Pile)."""
+        """Of the set's text, from nats a predicted token: (predicted tokens / bytes) · loss / ln 2.
+
+        As in The Pile (Gao et al. 2020) and lm-evaluation-harness the bytes are all of the text's. There every token is
+        predicted; here a document's first one may be not (data.py), and has no nats then.
+        """
         return loss / math.log(2) / self.bytes_per_token
 
     def describe(self, loss: float) -> str:
@@ -34,7 +42,7 @@ class EvalSet:
         bits = f", {self.bits_per_byte(loss):.3f} bits a byte" if self.bytes_per_token else ""
         return f"validation loss{on} {loss:.4f}, perplexity {perplexity(loss):,.1f}{bits}"
 
-    def record(self, step: int, stage: int, losses: Sequence[float], tokens: int) -> Record:
+    def record(self, step: int, stage: int, losses: Sequence[float], tokens: int, padding: float = 0.0) -> Record:
         """What the stage's exit scored, whose loss is the last of its blocks'."""
         return Record(
             step=step,
@@ -46,7 +54,16 @@ class EvalSet:
             name=self.name,
             perplexity=perplexity(losses[-1]),
             bits_per_byte=self.bits_per_byte(losses[-1]) if self.bytes_per_token else None,
+            padding=padding,
         )
+
+
+def over_replicas(world: World, result: EvalResult) -> tuple[list[float], int]:
+    """The blocks' losses, means over the scored positions of all replicas, and the tokens of all; each must call."""
+    sums = (result.losses.double().cpu() * result.share).tolist()
+    means = world.mean_over_replicas(torch.tensor([*sums, result.share, result.tokens], dtype=torch.float64)).tolist()
+    *losses, share, tokens = means
+    return [loss / (share or 1.0) for loss in losses], round(tokens * world.place.num_replicas)
 
 
 def split_of(number: int, name: str) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from llm_local.anatomy import load_model_config, probe
 from llm_local.checkpoint import MANIFEST, Catalog, read_manifest
 from llm_local.config import RunConfig, parse
-from llm_local.heads import LossLinear
+from llm_local.heads import IGNORED, LossLinear
 from llm_local.loader import fill_block
 from llm_local.partition import Partition
 from llm_local.preflight import document_mask, plan_partition
@@ -207,10 +207,10 @@ class Readout(nn.Module):
         self.output = LossLinear.of(nn.Linear(hidden_size, vocab_size, bias=False))
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T, D), (B, T) → the mean next-token loss."""
-        states = self.norm(features[:, :-1].float()).flatten(0, 1)
-        return self.output(states, ids[:, 1:].flatten()) / states.shape[0]
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), (B, T) → the mean next-token loss, of the same positions as an exit's."""
+        states, targets = self.norm(features[:, :-1].float()).flatten(0, 1), labels[:, 1:].flatten()
+        return self.output(states, targets) / (targets != IGNORED).sum().clamp(min=1)
 
 
 def linear_losses(run: TrainedRun, train: Sequences, ids: torch.Tensor, steps: int) -> list[float]:
@@ -226,7 +226,7 @@ def linear_losses(run: TrainedRun, train: Sequences, ids: torch.Tensor, steps: i
     for step in range(steps):
         rows = train.batch(step, run.config.train.per_device_train_batch_size).to(ids.device)
         for readout, features in zip(readouts, outputs(run.blocks, rows), strict=True):
-            readout(features, rows).backward()
+            readout(features, _labels(run, rows)).backward()
         optimizer.step()
         falling.step()
         optimizer.zero_grad()
@@ -234,9 +234,14 @@ def linear_losses(run: TrainedRun, train: Sequences, ids: torch.Tensor, steps: i
     with torch.no_grad():
         for rows in _micro_batches(run, ids):
             pairs = zip(readouts, outputs(run.blocks, rows), strict=True)
-            found = [float(readout(features, rows)) for readout, features in pairs]
+            found = [float(readout(features, _labels(run, rows))) for readout, features in pairs]
             losses += torch.tensor(found, dtype=torch.float64) * len(rows) / len(ids)
     return losses.tolist()
+
+
+def _labels(run: TrainedRun, ids: torch.Tensor) -> torch.Tensor:
+    documents = run.blocks[0].documents
+    return ids if documents is None else documents.labels(ids)
 
 
 def _micro_batches(run: TrainedRun, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,13 @@ from llm_local.sequences import Sequences
 from llm_local.world import Place
 
 CHECK_TOKENS = 64
+TOKENS, SOURCES = "tokens", "sources"  # of a state: tokens trained on, and what they are of
+NOT_OF_THE_DATA = (TOKENS, SOURCES)
+
+
+def trained_tokens(state: Mapping[str, Any], rows: int, seq_length: int) -> int:
+    """Tokens that were trained on before a checkpoint of so many rows, from its state of the data."""
+    return state.get(TOKENS, rows * seq_length)  # old ones have none, and may have counted padding
 
 
 class Feed:
@@ -20,6 +27,9 @@ class Feed:
 
     A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
+
+    tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
+    were done before; step_tokens: what that one step had.
     """
 
     def __init__(
@@ -39,12 +49,16 @@ class Feed:
         self._start = start
         self._place = place
         self._rows = rows
-        self._held: tuple[tuple[int, int, int], torch.Tensor] | None = None
+        self._held: tuple[tuple[int, int, int], torch.Tensor, int] | None = None
+        self._counted = start[0]
+        self.tokens = self.step_tokens = 0
 
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
         if kind in self._micro_batches:
             rows = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
+            if kind == TRAIN and step > self._counted:
+                self._count(step)
             return Packet(kind, step, index, **inputs_of(rows))
         rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
         ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
@@ -55,12 +69,18 @@ class Feed:
         self._number = number
 
     def state(self) -> dict[str, Any]:
-        """Where the training data stands after the last step, beyond the number of rows; empty if that says it all."""
-        return self._train.state()
+        """Where the training data stands after the last step, beyond the number of rows."""
+        return {**self._train.state(), TOKENS: self.tokens}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Takes up what state() gave; False where it is of other data."""
-        return self._train.restore(state)
+        self.tokens = state.get(TOKENS, 0)
+        return self._train.restore({name: value for name, value in state.items() if name not in NOT_OF_THE_DATA})
+
+    def _count(self, step: int) -> None:
+        assert self._held is not None
+        self._counted, self.step_tokens = step, self._held[2]
+        self.tokens += self.step_tokens
 
     def _share(self, kind: int, step: int) -> torch.Tensor:
         """This replica's rows of the step, (rows · micro-batches, T); an evaluation always has the same ones."""
@@ -70,5 +90,6 @@ class Feed:
             replicas = self._place.num_replicas
             done, first = self._start if kind == TRAIN else (step - 1, 0)
             batch = source.batch(step - 1 - done, self._rows * self._micro_batches[kind] * replicas, first)
-            self._held = (key, batch[self._place.replica :: replicas].contiguous())
+            share = batch[self._place.replica :: replicas].contiguous()
+            self._held = (key, share, int((batch >= 0).sum()) if kind == TRAIN else 0)
         return self._held[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from llm_local.model_folder import (
     writing,
 )
 from llm_local.packet import CHECK
+from llm_local.packing import PackedSource
 from llm_local.preflight import Plan
 from llm_local.progress import Progress
 from llm_local.shared_head import folded
@@ -46,18 +48,27 @@ CHECK_FILE = "check.safetensors"
 
 
 def finish(
-    config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, progress: Progress, rows: int
+    config: RunConfig,
+    plan: Plan,
+    world: World,
+    engine: Engine,
+    feed: Feed | None,
+    progress: Progress,
+    rows: int,
+    sources: tuple[PackedSource, ...] = (),
 ) -> None:
     """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports.
 
-    rows: sequences of the training data that were used up. Raises UnwrittenExport where the disk takes no more, and
-    WrongExport where the whole model is not the pipeline's; what was exported before is there in both cases.
+    rows: sequences of the training data that were used up, which is of `sources`. Raises UnwrittenExport where the disk
+    takes no more, and WrongExport where the whole model is not the pipeline's; what was exported before is there in
+    both cases.
     """
     export = config.output_dir / "export"
     try:
         _export(config, plan, world, engine, feed, draft_of(export))
         if world.place.rank == 0:
-            _report(config, plan, world, progress, rows, export)
+            assert feed is not None, "rank 0 reads the data"
+            _report(config, plan, world, progress, Trained(rows, feed.tokens, sources), export)
     except UnwrittenExport as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
         raise UnwrittenExport(f"{error}{_again(config)}") from error
@@ -155,7 +166,16 @@ def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor
     return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
-def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, rows: int, export: Path) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What was trained on: rows, tokens in them without padding, and where they are from."""
+
+    rows: int
+    tokens: int
+    sources: tuple[PackedSource, ...]
+
+
+def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, trained: Trained, export: Path) -> None:
     """Puts the checked exports in their place, and says what a person sees at the end: the exports, every stage's
     validation loss, and some text."""
     seconds, draft, stages = float(config.train.ddp_timeout), draft_of(export), range(world.place.num_stages)
@@ -166,7 +186,7 @@ def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, row
     found = [[_last_loss(config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-    _write_cards(_training(config, plan, world.place, rows, tuple(losses), exits), draft)
+    _write_cards(_training(config, plan, world.place, trained, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
@@ -185,7 +205,12 @@ def _last_loss(config: RunConfig, world: World, each: EvalSet, stage: int) -> fl
 
 
 def _training(
-    config: RunConfig, plan: Plan, place: Place, rows: int, losses: tuple[float | None, ...], exits: tuple[int, ...]
+    config: RunConfig,
+    plan: Plan,
+    place: Place,
+    trained: Trained,
+    losses: tuple[float | None, ...],
+    exits: tuple[int, ...],
 ) -> Training:
     return Training(
         config=config,
@@ -193,11 +218,13 @@ def _training(
         num_replicas=place.num_replicas,
         model_type=load_model_config(config.model).model_type,
         steps=config.train.max_steps,
-        tokens=rows * config.data.seq_length,
+        tokens=trained.tokens,
         losses=losses,
         exits=exits,
         deepspeed=load_json(config),
         versions=installed_versions(),
+        places=trained.rows * config.data.seq_length,
+        sources=trained.sources,
     )
 
 

@@ -109,6 +109,11 @@ def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels
     return total / count
 
 
+def scored_share(labels: torch.Tensor) -> torch.Tensor:
+    """Share of the positions of rows (B, T) of labels whose next token is in head_loss: a float64 scalar."""
+    return (labels[:, 1:] != IGNORED).double().mean()
+
+
 def _chunk_loss(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = head_logits(part, states[None], targets[None].clamp(min=0))[0]
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")

@@ -1,11 +1,12 @@
 """Metrics of a stage: one JSON record a logged step, in OUTPUT/metrics/stage-00.jsonl.
 
 Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
-tokens and what is sent and received are their sums; peak_memory_bytes is replica 0's. wait_seconds is the time that
-the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that checkpoints have held the training
-up since the record before. name, perplexity and bits_per_byte are of an evaluation: split is "eval" for the first
-validation set and "eval_NAME" for the others. DeepSpeed's own pipeline (--method backprop) has no links of ours:
-what is counted on them is null there.
+tokens, which are those of text, and what is sent and received are their sums; peak_memory_bytes is replica 0's.
+wait_seconds is the time that the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that
+checkpoints have held the training up since the record before. name, perplexity and bits_per_byte are of an evaluation:
+split is "eval" for the first validation set and "eval_NAME" for the others. padding is the share of the rows' places
+that hold no token, in this step or evaluation. DeepSpeed's own pipeline (--method backprop) has no links of ours: what
+is counted on them is null there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Record:
     name: str | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
+    padding: float | None = None
 
 
 def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float | None:

@@ -1,13 +1,13 @@
 """Where a run's documents come from, as its flags or a mixture file say it.
 
-    - source: HuggingFaceFW/fineweb-edu    # hub name, 'builtin', folder from save_to_disk, file, directory or glob
+    - source: HuggingFaceFW/fineweb-edu    # hub name, 'builtin', folder of save_to_disk or prepare_data, file, glob
       config: sample-10BT
       streaming: true
       weight: 3
     - source: code/*.jsonl.gz
       text_column: content
 
-A weight is a share of the tokens; the defaults of the other keys are the flags of the same meaning. configs/data has
+A weight is a share of the rows; the defaults of the other keys are the flags of the same meaning. configs/data has
 files of one source, to be used as they are or copied from.
 """
 
@@ -24,9 +24,11 @@ import yaml
 from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.problems import parse_named_files
 from llm_local.text_files import format_of
+from llm_local.token_folder import is_token_folder
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 BUILTIN = "builtin"
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """'builtin', 'files', 'saved' (by save_to_disk) or 'hub'."""
+        """'builtin', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk) or 'hub'."""
         if self.field in ("train_file", "validation_file", "validation_files"):
             return "files"
         if self.source == BUILTIN:
             return BUILTIN
         path = local_path(self.source)
+        if path is not None and is_token_folder(path):
+            return TOKENS
         if self.field == "dataset_name":
             return "hub" if path is None else "saved"
         if path is not None and any((path / name).exists() for name in SAVED):

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from llm_local.config import RunConfig
 from llm_local.ds_config import Json, zero_stage
+from llm_local.packing import PackedSource
 from llm_local.partition import Partition
 from llm_local.source_problems import uses_builtin
 
@@ -34,8 +35,9 @@ DATA = "built-in corpus: the sources of Python's own library"
 class Training:
     """A finished run, or one up to a checkpoint.
 
-    tokens: those trained on. losses: the validation loss of each stage's exit at the end, nats a token; None where
-    nothing was evaluated. exits: stages whose exits are exported as models of their own. deepspeed: the JSON.
+    tokens: those trained on, without padding; places: with it. losses: the validation loss of each stage's exit at the
+    end, nats a token; None where nothing was evaluated. exits: stages whose exits are exported as models of their own.
+    deepspeed: the JSON. sources: what there was to train on, as far as it is known.
     """
 
     config: RunConfig
@@ -48,6 +50,8 @@ class Training:
     exits: tuple[int, ...]
     deepspeed: Json
     versions: dict[str, str]
+    places: int = 0
+    sources: tuple[PackedSource, ...] = ()
 
 
 def installed_versions() -> dict[str, str]:
@@ -67,6 +71,7 @@ def model_card(training: Training, stage: int | None = None) -> str:
         f"# {_name(training, stage)}\n\n{_what_it_is(training, stage)}",
         f"## Use\n\n{_use(stage, training.exits)}",
         f"## Training\n\n{_table(_facts(training))}",
+        *([f"## Data\n\n{_sources(training)}"] if training.sources else []),
         *([f"## Validation loss\n\n{_losses(training, stage)}"] if _shown_losses(training, stage) else []),
         f"## Reproduce\n\n{_reproduce(training)}",
     ]
@@ -185,7 +190,7 @@ def _facts(training: Training) -> dict[str, str]:
         "head": _head(config),
         "stages × replicas": f"{training.partition.num_stages} × {training.num_replicas}",
         "data": _data(config),
-        "tokens": f"{training.tokens:,}",
+        "tokens": f"{training.tokens:,}{_padding(training)}",
         "steps": f"{training.steps:,}",
         "batch": f"{sequences} sequences of {config.data.seq_length} tokens",
         "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}{warmup}",
@@ -198,6 +203,29 @@ def _facts(training: Training) -> dict[str, str]:
     if local.final_backprop_steps:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
     return facts
+
+
+def _padding(training: Training) -> str:
+    if training.places <= training.tokens:
+        return ""
+    return f", and {1 - training.tokens / training.places:.1%} of the rows' places padding"
+
+
+def _sources(training: Training) -> str:
+    """What packing made of each source."""
+    whole = sum(source.weight for source in training.sources)
+    columns = ("source", "share of the rows", "packing", "documents", "rows", "padding", "documents cut")
+    lines: list[tuple[str, ...]] = []
+    for source in training.sources:
+        packed, share = source.packed, f"{source.weight / whole:.1%}"
+        known = (training.config.data.packing, *("read as a stream", "", "", ""))
+        if packed is not None:
+            cut = packed.cut / max(1, packed.documents)
+            known = (packed.packing, f"{packed.documents:,}", f"{packed.rows:,}", f"{packed.padding:.1%}", f"{cut:.1%}")
+        lines.append((_cell(source.name), share, *known))
+    about = f"What there was to train on, in rows of {training.config.data.seq_length} tokens."
+    head = [about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _head(config: RunConfig) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from llm_local.anatomy import Anatomy, load_model_config, probe
-from llm_local.checkpoint import Catalog
+from llm_local.checkpoint import Catalog, read_data_state
 from llm_local.config import RunConfig, from_flat
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.exit_check import refused_exits
 from llm_local.export import collect, exit_name, trim_config
+from llm_local.feed import SOURCES, trained_tokens
 from llm_local.loader import fill, fill_block
 from llm_local.model_card import Training, installed_versions, model_card
 from llm_local.model_folder import (
@@ -31,6 +32,7 @@ from llm_local.model_folder import (
     write_shard,
     write_text,
 )
+from llm_local.packing import PackedSource
 from llm_local.partition import Partition
 from llm_local.preflight import plan_partition
 from llm_local.shards import EXITS
@@ -130,16 +132,18 @@ def _write_stage(
 
 
 def _training(catalog: Catalog, config: RunConfig, partition: Partition, model_type: str) -> Training:
-    manifest = catalog.manifest
+    manifest, state = catalog.manifest, read_data_state(catalog.path)
     return Training(
         config=config,
         partition=partition,
         num_replicas=manifest.layout.replicas,
         model_type=model_type,
         steps=manifest.step,
-        tokens=manifest.rows * config.data.seq_length,
+        tokens=trained_tokens(state, manifest.rows, config.data.seq_length),
         losses=(None,) * partition.num_stages,
         exits=(),
         deepspeed=load_json(config),
         versions=installed_versions() | manifest.versions,
+        places=manifest.rows * config.data.seq_length,
+        sources=tuple(PackedSource.of(source) for source in state.get(SOURCES, [])),
     )

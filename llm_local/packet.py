@@ -35,5 +35,11 @@ class Packet:
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of text, padding left out; counted on the CPU, where the mask is."""
+        assert self.input_ids is not None
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
     def title(self) -> str:
         return f"{KINDS[self.kind]} micro-batch {self.index} of step {self.step}"

@@ -11,7 +11,9 @@ reads there, which is EOS: with a document mask each is a document of its own, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +61,21 @@ class Packed:
         return f"{self.documents:,} documents in {self.rows:,} rows of {self.room} ({self.packing}): {shares}"
 
 
+@dataclass(frozen=True)
+class PackedSource:
+    """What packing made of a source of training data. weight: its part of the rows; packed: not known of a stream."""
+
+    name: str
+    weight: float
+    packed: Packed | None
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> PackedSource:
+        """The inverse of dataclasses.asdict."""
+        packed = values["packed"]
+        return PackedSource(values["name"], values["weight"], Packed(**packed) if packed else None)
+
+
 def pack(lengths: np.ndarray, room: int, packing: str) -> Pieces:
     """The rows of documents that lie end to end, by best_fit or none. A row's longest piece comes first.
 
@@ -96,6 +113,19 @@ def _best_fit(sizes: list[int], room: int) -> np.ndarray:
             left_somewhere |= 1 << (left - size)
         rows[number] = row
     return rows
+
+
+def count_openings(pieces: Pieces, lengths: Iterable[np.ndarray]) -> int:
+    """Rows that begin with the first token of a document, and not in the middle of one. lengths: of the documents that
+    lie end to end, some at a time."""
+    firsts = np.sort(pieces.starts[np.concatenate([[0], pieces.ends[:-1]])]) if len(pieces.ends) else pieces.starts
+    before = found = 0
+    for some in lengths:
+        starts = before + np.cumsum(some, dtype=np.int64) - some
+        places = np.searchsorted(firsts, starts)
+        found += int((firsts[places[places < len(firsts)]] == starts[places < len(firsts)]).sum())
+        before += int(some.sum())
+    return found
 
 
 def count_cut(lengths: np.ndarray, room: int, packing: str, before: int = 0) -> int:

@@ -121,8 +121,6 @@ def _data_problems(config: RunConfig) -> list[str]:
         if getattr(data, name) and not data.dataset_name:
             where = "; say it in the mixture file" if data.data_mixture else ""
             problems.append(f"{name}={getattr(data, name)} needs dataset_name{where}")
-    if data.packing in PACKINGS[1:] and config.local.distillation_weight > 0:
-        problems.append(f"packing={data.packing}: soft targets would be of padding, too; use packing=concat")
     pairs = parse_named_files(data.validation_files or "")
     names = [name for name, _ in pairs]
     for name, file in pairs:

@@ -15,12 +15,11 @@ class Progress:
     """Drawn by rank 0. The other stages' losses come through the store, and nobody waits for them: a line about a
     step appears once the last stage is through with it."""
 
-    def __init__(self, world: World, max_steps: int, first_step: int, tokens_per_step: int):
+    def __init__(self, world: World, max_steps: int, first_step: int):
         self._world = world
         self._max_steps = max_steps
-        self._tokens_per_step = tokens_per_step
         self._waiting: list[tuple[str, int]] = []
-        self._seconds: list[float] = []
+        self._steps: list[tuple[int, float]] = []  # tokens and seconds
         self._shown = world.place.rank == 0
         self._bar = None
         if self._shown and sys.stderr.isatty():
@@ -37,11 +36,11 @@ class Progress:
         if self._shown:
             self._waiting.append((split, step))
 
-    def step(self, seconds: float) -> None:
-        """One more step is done, in so many seconds."""
+    def step(self, seconds: float, tokens: int) -> None:
+        """One more step is done, of so many tokens without padding, in so many seconds."""
         if not self._shown:
             return
-        self._seconds = [*self._seconds[-19:], seconds]
+        self._steps = [*self._steps[-19:], (tokens, seconds)]
         if self._bar is not None:
             self._bar.update(1)
         self.show()
@@ -54,7 +53,8 @@ class Progress:
             if losses is None:
                 return
             self._waiting.pop(0)
-            rate = self._tokens_per_step * len(self._seconds) / sum(self._seconds) if self._seconds else 0.0
+            tokens, seconds = (sum(column) for column in zip(*self._steps, strict=True)) if self._steps else (0, 1.0)
+            rate = tokens / seconds
             if split.startswith("eval"):
                 on = split.replace("eval_", " on ", 1) if split != "eval" else ""
                 self.say(f"step {step}  validation loss{on} by stage: {losses}")

@@ -62,22 +62,23 @@ class Recorder:
         """A step begins."""
         self._before = self._read()
 
-    def end(self) -> None:
-        """A step has ended, recorded or not."""
-        self._progress.step(time.perf_counter() - self._before.clock)
+    def end(self, tokens: int) -> None:
+        """A step has ended, recorded or not; tokens: of all replicas, known where the progress is shown."""
+        self._progress.step(time.perf_counter() - self._before.clock, tokens)
 
     def record(self, step: int, result: StepResult) -> None:
         """Writes the step's record, means and sums over the replicas; every replica must call."""
         synchronize(self._world.device)
         mine = self._read().since(self._before)
-        values = torch.tensor([*result.losses.tolist(), *mine], dtype=torch.float64)
-        means = self._world.mean_over_replicas(values).tolist()
+        values = torch.tensor([*result.losses.tolist(), *mine, float(result.tokens)], dtype=torch.float64)
+        *means, tokens_each = self._world.mean_over_replicas(values).tolist()
         losses, (seconds, wait, *moved) = means[: len(result.losses)], means[len(result.losses) :]
         counted = not self._config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
         replicas = self._world.place.num_replicas
         sent, received, gradients, refreshes = (round(bytes_ * replicas) if counted else None for bytes_ in moved)
         if self._metrics is None:
             return
+        tokens, places = round(tokens_each * replicas), self._layout.sequences_per_step * self._layout.seq_length
         self._progress.publish("train", step, losses[-1])
         self._metrics.write(
             Record(
@@ -86,7 +87,7 @@ class Recorder:
                 stage=self._world.place.stage,
                 loss=losses[-1],
                 block_losses=losses,
-                tokens=self._layout.sequences_per_step * self._layout.seq_length,
+                tokens=tokens,
                 lr=result.lr,
                 grad_norm=total_norm(result.grad_norms),
                 step_seconds=seconds,
@@ -97,6 +98,7 @@ class Recorder:
                 sent_refresh_bytes=refreshes,
                 save_seconds=self._saver.take_seconds(),
                 peak_memory_bytes=peak_memory_bytes(self._world.device),
+                padding=1 - tokens / places,
             )
         )
 

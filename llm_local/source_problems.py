@@ -14,8 +14,8 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Value, load_from_disk
 
 from llm_local import corpus
-from llm_local.config import ConfigError, RunConfig, from_here
-from llm_local.mixture import BUILTIN, SAVED, Source, training_sources, validation_sources
+from llm_local.config import ConfigError, DataArguments, RunConfig, from_here
+from llm_local.mixture import BUILTIN, SAVED, TOKENS, Source, training_sources, validation_sources
 from llm_local.text_files import (
     FORMATS,
     PACKED,
@@ -27,6 +27,7 @@ from llm_local.text_files import (
     missing_column,
     pieces_of,
 )
+from llm_local.token_folder import folder_problems, is_token_folder, read_card
 
 CHECKED_BYTES = 64 << 20  # of a source before training: a second; a line further on is named when it is read
 PROBLEMS_A_FILE = 3
@@ -39,13 +40,18 @@ def data_problems(config: RunConfig) -> list[str]:
         sources = [*training_sources(config), *validation_sources(config).values()]
     except ConfigError as error:
         return error.problems
-    return [problem for source in sources for problem in source_problems(source)]
+    problems = [problem for source in sources for problem in source_problems(source)]
+    return problems or [
+        line for source in sources if source.kind == TOKENS for line in _division_problems(config, source)
+    ]
 
 
 def source_problems(source: Source) -> list[str]:
     """What is wrong with one source, as far as it is looked at before training."""
     if source.kind == BUILTIN:
         return builtin_problems(corpus.stdlib_folder())
+    if source.kind == TOKENS:
+        return _tokens_problems(source)
     if source.kind == "saved":
         return _saved_problems(source)
     return _files_problems(source) if source.kind == "files" else []
@@ -97,6 +103,8 @@ def _files_problems(source: Source) -> list[str]:
         return [f"{named} does not exist; check the path (relative to {Path.cwd()})"]
     if path.is_dir() and any((path / name).exists() for name in SAVED):
         return [f"{named} is a folder from save_to_disk, which goes into dataset_name"]
+    if is_token_folder(path):
+        return [f"{named} is a folder of tokens, which goes into dataset_name"]
     if path.is_file() and path.stat().st_size == 0:
         return [f"{named} is empty; give a file with text"]
     files, known = files_of(source.source), ", ".join(FORMATS)
@@ -203,6 +211,24 @@ def _saved_problems(source: Source) -> list[str]:
             f"{named}, split {split!r}", saved[split].num_rows, saved[split].features, source.text_column
         )
     ]
+
+
+def _tokens_problems(source: Source) -> list[str]:
+    named = source.named
+    if source.streaming:
+        return [f"{named} is a folder of tokens, which is read in any order and not as a stream; leave streaming out"]
+    if source.split or source.validation_split or source.config or source.revision:
+        return [f"{named} is a folder of tokens, with one set to train and one to validate on; name no split or config"]
+    return folder_problems(named, Path(source.source))
+
+
+def _division_problems(config: RunConfig, source: Source) -> list[str]:
+    """A percentage that is asked for, and is not the one by which the folder was made."""
+    asked, made = config.data.validation_split_percentage, read_card(Path(source.source)).validation_split_percentage
+    if asked in (made, DataArguments.validation_split_percentage):
+        return []
+    how = f"was divided with validation_split_percentage={made}"
+    return [f"{source.named} {how}; leave validation_split_percentage={asked} out, or prepare the text again with it"]
 
 
 def wanted_splits(source: Source, found: list[str]) -> tuple[str, str | None]:

@@ -1,5 +1,5 @@
 """From a source to two sets of documents, training and validation: the built-in corpus, files, a folder written by
-save_to_disk, or a data set from the hub.
+save_to_disk or prepare_data.py, or a data set from the hub.
 
 What a document is: a file of the built-in corpus, a row of the others. A single .txt file is one running text: its
 rows are its lines with their newlines, as in transformers' run_clm, and what joins them is the text itself, so nothing
@@ -10,48 +10,52 @@ belongs into .jsonl, one a line.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 
 from llm_local.config import ConfigError, RunConfig
 from llm_local.corpus import builtin_corpus
-from llm_local.mixture import BUILTIN, Source
+from llm_local.mixture import BUILTIN, TOKENS, Source
+from llm_local.parts import read
 from llm_local.source_problems import column_problem, files_of, missing_split, wanted_splits
-from llm_local.text_files import (
-    TEXT_FORMATS,
-    Piece,
-    UnreadableText,
-    format_of,
-    missing_column,
-    pieces_of,
-    read_texts,
-)
+from llm_local.text_files import TEXT_FORMATS, UnreadableText, format_of, missing_column, read_texts
+from llm_local.text_parts import TextFiles, convert, features_of
+from llm_local.token_folder import REPAIR, TRAIN, VALIDATION
 
 # Not the run's seed: runs that differ in their seed are compared on the same validation documents.
 SPLIT_SEED = 0
 STREAM_PROBE = 10_000  # documents of a stream of which the first few percent are held out
 BLOCK_LINES = 200  # of a .txt file that are tokenised in one go
+REPAIR_OF_HUB = "check the name, its config, split and revision, or give a folder from save_to_disk"
+REPAIRS = {  # by what `datasets` says
+    "zstd not supported": "its files are .zst: pip install zstandard",
+    "scripts are no longer supported": "set the revision refs/convert/parquet, or give a folder from save_to_disk",
+}
 # What `datasets` raises for a name, a script that it no longer runs, a package that is missing, or a damaged file
 UNREADABLE = (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError, EOFError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Rows with a text column. `source` is how a message names them; `running_text`: rows are lines of one text."""
+    """Rows with a text column. `source` is how a message names them; `running_text`: rows are lines of one text.
+
+    tokens: the folder of the rows where they are tokens already (prepared.py), and no text.
+    """
 
     rows: Dataset | IterableDataset
     column: str
     source: str
     running_text: bool = False
+    tokens: Path | None = None
 
 
 def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
@@ -62,6 +66,9 @@ def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Docu
     drawn by a fixed seed (of a running text its last lines). Of a stream it is the first few: that percentage of the
     first STREAM_PROBE documents. A stream's validation documents are read at once, STREAM_PROBE at most.
     """
+    if source.kind == TOKENS:
+        train, validation = (_read_tokens(source, name) for name in (TRAIN, VALIDATION))
+        return train, validation if divide else None
     train, validation = _read(config, source, divide)
     if not divide:
         return in_blocks(train), None
@@ -115,31 +122,23 @@ def _reason(error: BaseException) -> str:
 
 
 def _read_files(config: RunConfig, source: Source) -> Documents:
-    files, column, cache = files_of(source.source), source.text_column, str(config.cache_dir / "datasets")
+    files, column = files_of(source.source), source.text_column
     kind = format_of(files[0])
     whole = kind == "text" and len(files) > 1
     assert kind is not None
     if kind not in TEXT_FORMATS:
         return Documents(_read_tables(config, source, kind, files), column, source.named)
-    pieces = [piece for file in files for piece in pieces_of(file, whole)]
-    options = {"pieces": pieces, "kind": kind, "column": column, "whole": whole}
-    features = Features({column: Value("large_string")})  # a plain string column holds 2 GB in a batch at most
+    texts = TextFiles(files, kind, column, whole)
 
     def load() -> Dataset | IterableDataset:
         if source.streaming:
-            return IterableDataset.from_generator(read_texts, features=features, gen_kwargs=options)
-        stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        kept = options | {"key": Hasher.hash(stamps)}
-        rows: Any = Dataset.from_generator(_keyed_texts, features=features, cache_dir=cache, gen_kwargs=kept)
-        return rows
+            options = {"pieces": texts.pieces(), "kind": kind, "column": column, "whole": whole}
+            return IterableDataset.from_generator(read_texts, features=features_of(column), gen_kwargs=options)
+        title = None if datasets.are_progress_bars_disabled() else f"reading {source.named}"
+        return convert(texts, config.cache_dir, config.data.preprocessing_num_workers, title)
 
     rows = _or_refused(source, load)
     return Documents(rows, column, source.named, running_text=kind == "text" and not whole)
-
-
-def _keyed_texts(pieces: Sequence[Piece], kind: str, column: str, whole: bool, key: str) -> Iterator[dict[str, str]]:
-    # datasets caches by the arguments of this function, so the files' sizes and times are among them
-    yield from read_texts(pieces, kind, column, whole)
 
 
 def _read_tables(config: RunConfig, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
@@ -149,6 +148,11 @@ def _read_tables(config: RunConfig, source: Source, kind: str, files: list[Path]
     rows = _or_refused(source, lambda: load_dataset(kind, data_files=data_files, split="train", **options))
     _check_column(source.named, rows, source.text_column)
     return _only(rows, source.text_column)
+
+
+def _read_tokens(source: Source, name: str) -> Documents:
+    folder = Path(source.source, name)
+    return Documents(read(folder, REPAIR), "tokens", source.named, tokens=folder)
 
 
 def _read_saved(source: Source) -> dict[str, Any]:
@@ -168,8 +172,9 @@ def _read_hub(config: RunConfig, source: Source) -> dict[str, Any]:
         names = [name for name in (source.split or "train", source.validation_split) if name]
         return {name: load_dataset(source.source, source.config, split=name, **options) for name in names}
     except UNREADABLE as error:
-        repair = "check the name, its config, split and revision, or give a folder from save_to_disk"
-        raise ConfigError([f"{source.named} cannot be loaded ({_reason(error)}); {repair}"]) from error
+        reason = _reason(error)
+        repair = next((repair for cause, repair in REPAIRS.items() if cause in reason), REPAIR_OF_HUB)
+        raise ConfigError([f"{source.named} cannot be loaded ({reason}); {repair}"]) from error
 
 
 def from_splits(splits: dict[str, Any], source: Source, divide: bool = True) -> tuple[Documents, Documents | None]:

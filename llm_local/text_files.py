@@ -36,7 +36,10 @@ class UnreadableText(ValueError):
     """Documents that a source cannot give; says where, and what to do."""
 
     def __init__(self, place: str, problem: str):
-        super().__init__(f"{place}: {problem}")
+        super().__init__(place, problem)  # as they are given, so that it can be sent from one process to another
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,14 @@ def format_of(path: Path | str) -> str | None:
     return None if packed and found not in TEXT_FORMATS else found
 
 
-def pieces_of(path: Path, whole: bool) -> list[Piece]:
+def pieces_of(path: Path, whole: bool, piece_bytes: int | None = None) -> list[Piece]:
     """The file as pieces that are read by themselves; one where `whole`, and where lines cannot be found within it."""
+    piece_bytes = piece_bytes or PIECE_BYTES
     size = path.stat().st_size
     undivided = whole or path.suffix.lower() in PACKED or format_of(path) == "csv"
     if undivided:
         return [(str(path), 0, sys.maxsize)]
-    return [(str(path), start, min(size, start + PIECE_BYTES)) for start in range(0, size, PIECE_BYTES)]
+    return [(str(path), start, min(size, start + piece_bytes)) for start in range(0, size, piece_bytes)]
 
 
 def read_texts(pieces: Sequence[Piece], kind: str, column: str, whole: bool = False) -> Iterator[dict[str, str]]:

@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from llm_local.config import ConfigError, RunConfig
-from llm_local.mixture import training_sources
+from llm_local.mixture import TOKENS, training_sources
 from llm_local.sentencepieces import BOS, EOS, EXACT, chunks, from_model, reason_of, train
 from llm_local.sequences import shares
 from llm_local.sources import Documents, load_training
@@ -35,6 +35,9 @@ def sample_texts(config: RunConfig, characters: int) -> Iterator[str]:
     """Texts of the run's training data of so many characters together: of each source its weight's share, drawn at
     random; the first ones of a stream. Raises ConfigError where a source cannot be read."""
     sources = training_sources(config)
+    for source in sources:
+        if source.kind == TOKENS:
+            raise ConfigError([f"{source.named} is a folder of tokens; a tokenizer is trained on text"])
     counts = shares([source.weight for source in sources])
     for source, count in zip(sources, counts, strict=True):
         left = characters * count // sum(counts)

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of, r
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import Data, prepare_all
 from llm_local.engine import NonFiniteLoss, StepResult
-from llm_local.evaluation import EvalSet, learn, tell
-from llm_local.feed import Feed
+from llm_local.evaluation import EvalSet, learn, over_replicas, tell
+from llm_local.feed import SOURCES, Feed, trained_tokens
 from llm_local.finish import finish
 from llm_local.links import Links
 from llm_local.loader import load_shared_head, take_up
 from llm_local.metrics import MetricsFile
 from llm_local.model_folder import ExportError
+from llm_local.packing import PackedSource
 from llm_local.preflight import Plan, open_output, preflight
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
@@ -81,6 +82,7 @@ class Run:
     eval_sets: tuple[EvalSet, ...]
     first_step: int
     first_row: int
+    sources: tuple[PackedSource, ...] = ()
 
     def traced(self, split: str, step: int) -> AbstractContextManager[None]:
         """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
@@ -89,6 +91,10 @@ class Run:
     def rows_after(self, step: int) -> int:
         """Sequences of the training data that are used up after the step."""
         return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
+
+    def data_state(self) -> dict[str, Any] | None:
+        """What a checkpoint has of the training data."""
+        return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         run = build(config, launch, watchdog, plan, data, meeting)
         train(run)
         rows = run.rows_after(config.train.max_steps)
-        finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows)
+        finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows, run.sources)
         run.links.close(config.train.max_steps)
         if run.refresher is not None:
             run.refresher.close(config.train.max_steps)
@@ -229,8 +235,7 @@ def build(
     metrics = None
     if place.is_recorder:
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
-    tokens = layout.sequences_per_step * config.data.seq_length
-    progress = Progress(world, config.train.max_steps, first_step, tokens)
+    progress = Progress(world, config.train.max_steps, first_step)
     for warning in (*plan.warnings, *warnings_of_data):
         progress.say(f"llm_local: warning: {warning}")
     for line in news:
@@ -258,6 +263,7 @@ def build(
         learn(world, config),
         first_step,
         first_row,
+        tuple(source.facts() for source in data.sources) if data is not None else (),
     )
 
 
@@ -272,7 +278,12 @@ def _make_feed(config: RunConfig, place: Place, data: Data | None, start: tuple[
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None) -> tuple[str, ...]:
     """Puts the training data where the checkpoint left it; says so where that takes reading all of it again."""
-    if feed is None or catalog is None or feed.restore(read_data_state(catalog.path)):
+    if feed is None or catalog is None:
+        return ()
+    state = read_data_state(catalog.path)
+    goes_on = feed.restore(state)
+    feed.tokens = trained_tokens(state, catalog.manifest.rows, catalog.manifest.layout.seq_length)
+    if goes_on:
         return ()
     rows = f"{catalog.manifest.rows:,} sequences"
     return (f"{catalog.path} has no place in this stream; it is read from its start, past {rows}, which may take long",)
@@ -295,14 +306,13 @@ def train(run: Run) -> None:
             run.engine.check_finite()
         if records:
             run.recorder.record(step, result)
-        run.recorder.end()
+        run.recorder.end(run.feed.step_tokens if run.feed else 0)
         if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
             _evaluate(run, step)
         if saves:
             shared_head = run.refresher.state() if run.refresher else None
             with run.traced("save", step):
-                data = run.feed.state() if run.feed else None
-                run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head, data)
+                run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head, run.data_state())
         run.saver.check()
     if train.eval_batches:
         _evaluate(run, train.max_steps)
@@ -329,7 +339,8 @@ def _evaluate(run: Run, step: int) -> None:
         if run.feed is not None:
             run.feed.validate_on(number)
         with run.traced(each.split, step):
-            losses = run.world.mean_over_replicas(run.engine.eval_batch(step, batches).double().cpu()).tolist()
+            losses, tokens = over_replicas(run.world, run.engine.eval_batch(step, batches))
         if run.metrics is not None:
             run.progress.publish(each.split, step, losses[-1])
-            run.metrics.write(each.record(step, place.stage, losses, rows * run.config.data.seq_length))
+            padding = 1 - tokens / (rows * run.config.data.seq_length)
+            run.metrics.write(each.record(step, place.stage, losses, tokens, padding))

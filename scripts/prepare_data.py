@@ -1,28 +1,35 @@
 """Tokenises a run's data once, before the run: pretrain.py with the same flags then only maps it.
 
-python scripts/prepare_data.py [CONFIG.yaml] --train_file text.jsonl --preprocessing_num_workers 8
+python scripts/prepare_data.py [CONFIG.yaml] [--output FOLDER] --train_file text.jsonl --preprocessing_num_workers 8
 
 Takes the flags of pretrain.py; those of data, tokenizer, packing and --cache_dir matter. What is interrupted goes on
 where it was when it is started again.
+
+--output FOLDER puts the tokens there, too: pretrain.py --dataset_name FOLDER --tokenizer_name FOLDER/tokenizer trains
+on them wherever the folder is copied, without the text, in any --seq_length and --packing.
 """
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import time
+from pathlib import Path
 
 from transformers.utils import logging
 
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.data import Data, prepare_all
-from llm_local.mixture import training_sources
+from llm_local.mixture import TOKENS, training_sources
 from llm_local.problems import data_flag_problems
+from llm_local.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
 from llm_local.tokenizer import load_tokenizer
 
 
-def prepare(config: RunConfig) -> Data:
-    """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data."""
+def prepare(config: RunConfig, output: Path | None = None) -> Data:
+    """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data, and OSError
+    where `output` cannot be written."""
     problems = data_flag_problems(config)
     if not problems:
         problems = [
@@ -30,9 +37,52 @@ def prepare(config: RunConfig) -> Data:
             for source in training_sources(config)
             if source.streaming
         ]
+        problems += _output_problems(config, output) if output is not None else []
     if problems:
         raise ConfigError(problems)
-    return prepare_all(config, load_tokenizer(config), progress=True)
+    tokenizer = load_tokenizer(config)
+    if output is not None and getattr(tokenizer, "backend_tokenizer", None) is None:
+        kind = type(tokenizer).__name__
+        raise ConfigError(
+            [f"output={output} needs a tokenizer with a tokenizer.json, which {kind} has not; leave it out"]
+        )
+    data = prepare_all(config, tokenizer, progress=True)
+    if output is not None:
+        source, validation = data.sources[0].tokens, data.validation[0].tokens
+        assert source is not None
+        assert validation is not None
+        about = training_sources(config)[0]
+        sets, percentage = (
+            {TRAIN: source.folder, VALIDATION: validation.folder},
+            config.data.validation_split_percentage,
+        )
+        write_token_folder(output, sets, tokenizer, about.named, about.text_column, percentage)
+    return data
+
+
+def _output_problems(config: RunConfig, output: Path) -> list[str]:
+    sources = training_sources(config)
+    problems = output_problems(output)
+    if len(sources) > 1:
+        problems.append(f"output={output} takes one source; write a folder for each, and name them in data_mixture")
+    elif sources[0].kind == TOKENS:
+        problems.append(f"{sources[0].named} is such a folder already; copy it")
+    if config.data.validation_files:
+        problems.append(f"output={output} has one set to validate on; give validation_files to pretrain.py")
+    return problems
+
+
+def parse_arguments(arguments: list[str]) -> tuple[RunConfig, Path | None]:
+    """The run's flags, and --output. Raises ConfigError."""
+    parser = _Parser(prog="prepare_data.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", type=Path)
+    given, rest = parser.parse_known_args(arguments)
+    return parse(rest), given.output
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError([f"{message}; see prepare_data.py --help"])
 
 
 def main(arguments: list[str]) -> int:
@@ -42,17 +92,21 @@ def main(arguments: list[str]) -> int:
     logging.set_verbosity_error()
     start = time.monotonic()
     try:
-        config = parse(arguments)
-        data = prepare(config)
+        config, output = parse_arguments(arguments)
+        data = prepare(config, output)
     except ConfigError as error:
         print(f"prepare_data.py: {'; '.join(error.problems)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     for source in data.sources:
         assert source.tokens is not None
         print(f"{source.describe()}\n  {source.tokens.tokens:,} tokens in {source.tokens.folder}")
     for each in data.validation:
         print(f"{each.name}: {each.sequences.num_sequences or 'mixed'} rows")
-    print(f"ready in {time.monotonic() - start:.1f} s; pretrain.py with these flags trains on it")
+    flags = f"--dataset_name {output} --tokenizer_name {output / TOKENIZER}" if output else "these flags"
+    print(f"ready in {time.monotonic() - start:.1f} s; pretrain.py with {flags} trains on it")
     return 0
 
 

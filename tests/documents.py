@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,6 +17,7 @@ from llm_local.mixture import training_sources, validation_sources
 from llm_local.sources import load_training, load_validation
 from llm_local.tokenizer import builtin_tokenizer_dir
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
@@ -40,6 +46,20 @@ def settings(tmp_path):
 @pytest.fixture
 def jsonl(tmp_path, texts):
     return write_jsonl(tmp_path / "train.jsonl", texts)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def write_jsonl(path, texts, column="text"):

@@ -249,3 +249,20 @@ def test_a_streamed_mixture_goes_on_where_it_was_killed(trainer: Trainer):
     assert [r["loss"] for r in records(killed, 1)] == [r["loss"] for r in records(straight, 1)]
     state = read_data_state(straight / "checkpoints" / "step-00000040")
     assert sum(part["position"] for part in state["parts"]) == 40 * 2 * 2
+
+
+@pytest.mark.processes
+def test_a_run_says_when_its_place_is_of_another_stream(trainer: Trainer):
+    """It is read from its start then, which is no reason to refuse the run."""
+    for name, word in (("a", "alpha"), ("b", "beta")):
+        lines = [json.dumps({"text": f"{word} {n} " * 30}) for n in range(200)]
+        (trainer.folder / f"{name}.jsonl").write_text("\n".join(lines))
+    common = {"num_stages": 1, "streaming": True, "save_steps": 2, "eval_batches": 0}
+    trainer.run("run", 1, max_steps=2, train_file=trainer.folder / "a.jsonl", **common)
+    checkpoint = trainer.folder / "run" / "checkpoints" / "step-00000002"
+    said = f"warning: {checkpoint} has no place in this stream; it is read from its start, past 4 sequences, which may"
+    for name, steps in (("a", 3), ("b", 4)):
+        flags = trainer.flags("run", max_steps=steps, train_file=trainer.folder / f"{name}.jsonl", **common)
+        with by_hand(1, [*flags, "--resume_from_checkpoint", str(checkpoint)], trainer.folder) as (rank,):
+            assert rank.wait(120) == 0, rank.text
+            assert (said in rank.text) == (name == "b"), rank.text

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Trainer, block_losses, records, weights
+from documents import write_jsonl
 from torch.nn import functional as F
 from transformers import AutoConfig
 
 from llm_local import heads
 from llm_local.anatomy import probe
-from llm_local.config import ModelArguments
+from llm_local.config import ModelArguments, parse
 from llm_local.distillation import distillation_loss, soft_targets
 from llm_local.heads import fit_head, head_logits
 from llm_local.partition import Span
 from llm_local.slices import Slice, new_slice
+from llm_local.tokenizer import load_tokenizer
 
 TOP_K = 5
 
@@ -51,6 +53,28 @@ def test_loss_and_gradients_are_those_of_whole_logits(kind: str, monkeypatch: py
     torch.testing.assert_close(matrix_gradient, matrix.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_padding_is_no_position(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Of padded rows it is the mean over the positions of the same rows without: loss and gradient."""
+    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
+    student, teacher = head_of(2, kind), head_of(4, kind)
+    normed, targets = torch.randn(2, 24, 32, requires_grad=True), soft_targets(teacher, torch.randn(2, 24, 32), TOP_K)
+    real = (24, 9)
+    mask = torch.stack([(torch.arange(24) < n).long() for n in real])
+    ours = distillation_loss(student, normed, targets, mask)
+    ours.backward()
+    gradient, normed.grad = normed.grad, None
+    assert gradient is not None
+    assert not gradient[1, 9:].any()
+    sums = [distillation_loss(student, normed[r, None, :n], targets[r, None, :n]) * n for r, n in enumerate(real)]
+    theirs = torch.stack(sums).sum() / sum(real)
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, normed.grad, rtol=1e-4, atol=1e-7)
+    full = torch.ones_like(mask)
+    assert torch.equal(distillation_loss(student, normed, targets, full), distillation_loss(student, normed, targets))
+
+
 @pytest.mark.processes
 def test_distilled_blocks_train_alike_anywhere_and_targets_are_counted(trainer: Trainer):
     chosen: dict[str, Any] = {"distillation_weight": 2.0, "distillation_top_k": TOP_K, "gradient_accumulation_steps": 2}
@@ -68,6 +92,37 @@ def test_distilled_blocks_train_alike_anywhere_and_targets_are_counted(trainer: 
     assert all(a != b for a, b in zip(before[2][:3], after[2][:3], strict=True)), "these have a teacher"
     sharded = trainer.run("sharded", 4, num_stages=2, **chosen, bf16=True, deepspeed="configs/ds/zero2.json")
     torch.testing.assert_close(torch.tensor(block_losses(sharded, 2)), wanted, rtol=2e-2, atol=0.0)
+
+
+def documents_of(trainer: Trainer, length: int) -> str:
+    """A file of documents of so many tokens, EOS included."""
+    tokenizer = load_tokenizer(parse(trainer.flags("x")))
+    found, words = [], []
+    for word in trainer.text.read_text().split():
+        words.append(word)
+        tokens = len(tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]) + 1
+        if tokens == length:
+            found.append(" ".join(words))
+        words = words if tokens < length else []
+    assert len(found) > 40
+    return write_jsonl(trainer.folder / "documents.jsonl", found)
+
+
+@pytest.mark.processes
+def test_padded_rows_distil_as_the_same_rows_without_padding(trainer: Trainer):
+    """Rows of 24 tokens, and the same ones in rows of 32: every loss is the same, on one stage and on two."""
+    chosen: dict[str, Any] = {"distillation_weight": 2.0, "distillation_top_k": TOP_K, "method": "greedy"}
+    chosen |= {"train_file": documents_of(trainer, 24), "packing": "none"}
+    short = trainer.run("short", 1, num_stages=1, seq_length=24, **chosen)
+    padded = trainer.run("padded", 2, num_stages=2, seq_length=32, **chosen)
+    for split in ("train", "eval"):
+        wanted = torch.tensor(block_losses(short, 1, split))
+        torch.testing.assert_close(torch.tensor(block_losses(padded, 2, split)), wanted, rtol=1e-5, atol=0.0)
+    assert [r["tokens"] for r in records(padded, 1)] == [r["tokens"] for r in records(short, 0)] == [48] * 4
+    assert records(padded, 1)[0]["padding"] == pytest.approx(8 / 32)
+    fitted = trainer.run("fitted", 1, num_stages=1, seq_length=32, **chosen | {"packing": "best_fit"})
+    ours, theirs = torch.tensor(block_losses(fitted, 1)), torch.tensor(block_losses(short, 1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.processes

@@ -12,8 +12,8 @@ config partition costs head_plan head_problems problems schedule peer_schedules 
 device trace watchdog world packet wire links
 gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
 shared_head distillation lowrank windows head_start stage refresh
-corpus text_files mixture packing encoding sentencepieces tokenizer source_problems sources sequences
-tokenizer_training streams prepared data feed
+corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer
+source_problems sources sequences tokenizer_training streams prepared data feed
 ds_config block_engine engine backprop
 shards checkpoint saver loader
 masters model_folder export model_card metrics progress timeline chrome_trace

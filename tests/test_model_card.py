@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from llm_local.config import from_flat, parse
 from llm_local.model_card import Training, installed_versions, model_card
+from llm_local.packing import Packed, PackedSource
 from llm_local.partition import Partition, Span
 
 PARTITION = Partition((Span(0, 2), Span(2, 4), Span(4, 6)), (Span(0, 1), Span(1, 2), Span(2, 3)))
@@ -106,6 +107,25 @@ class TestText:
         ):
             assert row in text.splitlines()
         assert r"stage 0: layers 0-1 \| stage 1: layers 2-3" in text, "a bar would end the cell"
+
+    def test_it_says_what_packing_made_of_each_source(self):
+        mixed = (
+            PackedSource("a.jsonl", 1.0, Packed("best_fit", 256, documents=2000, cut=30, rows=1000, tokens=253_440)),
+            PackedSource("HuggingFaceFW/fineweb-edu", 3.0, None),
+        )
+        made = training("--seq_length", "256", "--packing", "best_fit", sources=mixed, places=8_192_000 * 2)
+        lines = model_card(made).splitlines()
+        start = lines.index("## Data")
+        assert lines[start + 2] == "What there was to train on, in rows of 256 tokens."
+        assert lines[start + 4 : start + 8] == [
+            "| source | share of the rows | packing | documents | rows | padding | documents cut |",
+            "|---|---|---|---|---|---|---|",
+            "| a.jsonl | 25.0% | best_fit | 2,000 | 1,000 | 1.0% | 1.5% |",
+            "| HuggingFaceFW/fineweb-edu | 75.0% | best_fit | read as a stream |  |  |  |",
+        ]
+        assert "| tokens | 8,192,000, and 50.0% of the rows' places padding |" in lines
+        kept = [PackedSource.of(json.loads(json.dumps(asdict(source)))) for source in mixed]
+        assert tuple(kept) == mixed
 
     def test_an_exit_is_a_draft_for_the_whole(self):
         text = model_card(training("--head", "decoder", "--head_layers", "1"), 1)

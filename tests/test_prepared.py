@@ -21,6 +21,7 @@ from documents import write_jsonl
 from llm_local import prepared
 from llm_local.config import ConfigError
 from llm_local.data import prepare, prepare_all
+from llm_local.parts import MOST_PARTS, STATE
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_data.py"
 
@@ -61,7 +62,7 @@ def test_what_is_there_is_not_made_again(config, tokenizer):
     first = prepare_all(config(), tokenizer)
     folder = tokens_of(first).folder
     parts = sorted(folder.glob("data-*.arrow"))
-    (folder / prepared.STATE).unlink()  # as if it had been killed before the end
+    (folder / STATE).unlink()  # as if it had been killed before the end
     parts[3].unlink()
     (folder / f".{parts[3].name}.99999").write_bytes(b"half of it")
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("data-*.arrow")}
@@ -75,7 +76,7 @@ def test_the_folder_is_a_data_set_with_a_fingerprint(config, tokenizer, texts):
     folder = tokens_of(prepare_all(config(), tokenizer)).folder
     rows = load_from_disk(str(folder))
     assert isinstance(rows, Dataset)
-    assert json.loads((folder / prepared.STATE).read_text())["_fingerprint"] == folder.name
+    assert json.loads((folder / STATE).read_text())["_fingerprint"] == folder.name
     assert rows.num_rows == len(texts)
     assert tokenizer.decode(rows[7]["tokens"]) == texts[7] + tokenizer.eos_token
     assert rows[7]["bytes"] == len(texts[7].encode())
@@ -85,7 +86,7 @@ def test_the_folder_is_a_data_set_with_a_fingerprint(config, tokenizer, texts):
 def test_a_large_corpus_has_no_more_than_so_many_parts(monkeypatch: pytest.MonkeyPatch, tokenizer, tmp_path):
     rows = Dataset.from_dict({"text": ["some text"] * 3000})
     monkeypatch.setattr(prepared, "PART_BYTES", 1)
-    assert prepared.Job.of(rows, "text", tokenizer, 2, tmp_path).parts == prepared.MOST_PARTS
+    assert prepared.Job.of(rows, "text", tokenizer, 2, tmp_path).parts == MOST_PARTS
     monkeypatch.setattr(prepared, "PART_BYTES", 1 << 30)
     assert prepared.Job.of(rows, "text", tokenizer, 2, tmp_path).parts == 1
 
@@ -94,7 +95,7 @@ def test_a_large_corpus_has_no_more_than_so_many_parts(monkeypatch: pytest.Monke
 def test_a_part_that_cannot_be_written_is_named(config, tokenizer):
     folder = tokens_of(prepare_all(config(), tokenizer)).folder
     part = next(iter(folder.glob("data-*.arrow")))
-    (folder / prepared.STATE).unlink()
+    (folder / STATE).unlink()
     part.unlink()
     part.mkdir()
     for workers in (1, 2):
@@ -109,7 +110,7 @@ def test_a_damaged_part_is_named(config, tokenizer, finished: bool):
     folder = tokens_of(prepare_all(config(), tokenizer)).folder
     (part,) = folder.glob("data-*.arrow")
     if not finished:
-        (folder / prepared.STATE).unlink()
+        (folder / STATE).unlink()
     part.write_bytes(b"no arrow")
     with pytest.raises(ConfigError, match=rf"{folder.name} is damaged \(.*\); remove it, and it is made again"):
         prepare(config(), tokenizer)

@@ -1,7 +1,10 @@
 """Every source gives its documents, and training and validation share none."""
 
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -11,9 +14,11 @@ from transformers import AutoTokenizer
 from llm_local import corpus
 from llm_local.config import ConfigError
 from llm_local.data import data_problems, prepare
-from llm_local.mixture import Source
-from llm_local.sources import from_splits
+from llm_local.mixture import Source, training_sources
+from llm_local.sources import _read_hub, from_splits
 from llm_local.tokenizer import builtin_tokenizer_dir
+
+PRESETS = Path(__file__).parent.parent / "configs" / "data"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -145,3 +150,40 @@ def test_a_stream_whose_rows_lack_the_column_is_named():
 def test_a_name_that_the_hub_cannot_have_is_named(settings, tokenizer):
     with pytest.raises(ConfigError, match=r"dataset_name=bad name! cannot be loaded \(.*\); check the name"):
         prepare(settings(dataset_name="bad name!"), tokenizer)
+
+
+@pytest.mark.skipif(find_spec("zstandard") is not None, reason="the package is there")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zst_files_without_their_package_are_explained(settings, tmp_path, streaming):
+    """As SlimPajama has them: `datasets` needs a package for them, in a folder as on the hub."""
+    (tmp_path / "train" / "chunk1").mkdir(parents=True)
+    with pyarrow.output_stream(str(tmp_path / "train" / "chunk1" / "0.jsonl.zst"), compression="zstd") as file:
+        file.write(b'{"text": "a"}\n' * 9)
+    with pytest.raises(
+        ConfigError, match=r"dataset_name=.*zstd not supported\); its files are \.zst: pip install zstandard"
+    ):
+        _read_hub(settings(), Source("dataset_name", str(tmp_path), "text", streaming=streaming))
+
+
+def test_a_repository_with_a_script_is_explained(settings, tmp_path):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    (folder / "words.py").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"but found words\.py\); set the revision refs/convert/parquet, or give a fold"
+    ):
+        _read_hub(settings(), Source("dataset_name", str(folder), "text"))
+
+
+def test_a_parquet_branch_has_its_splits_by_folder_and_no_config(settings, tmp_path):
+    """The layout of refs/convert/parquet, which configs/data/lm1b.yaml names; `datasets` calls its config default."""
+    for split in ("train", "test"):
+        (tmp_path / "branch" / "plain_text" / split).mkdir(parents=True)
+        Dataset.from_dict({"text": [split] * 9}).to_parquet(
+            str(tmp_path / "branch" / "plain_text" / split / "0000.parquet")
+        )
+    (preset,) = training_sources(settings(data_mixture=str(PRESETS / "lm1b.yaml")))
+    splits = _read_hub(settings(), replace(preset, source=str(tmp_path / "branch"), revision=None))
+    train, validation = from_splits(splits, preset)
+    assert validation is not None
+    assert [train.rows["text"][:], validation.rows["text"][:]] == [["train"] * 9, ["test"] * 9]

@@ -49,7 +49,7 @@ def test_a_person_reads_the_set_s_name(capsys):
         EvalSet("validation", "eval", 4.0).describe(2.0) == "validation loss 2.0000, perplexity 7.4, 0.721 bits a byte"
     )
     assert EvalSet("wiki", "eval_wiki", 0.0).describe(2.0) == "validation loss on wiki 2.0000, perplexity 7.4"
-    progress = Progress(Store(), max_steps=1, first_step=0, tokens_per_step=10)
+    progress = Progress(Store(), max_steps=1, first_step=0)
     progress.publish("eval", 1, 3.5)
     progress.publish("eval_wiki", 1, 3.25)
     progress.show()
