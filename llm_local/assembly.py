@@ -8,19 +8,19 @@ from typing import Protocol
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from llm_local.anatomy import load_model_config, text_config
 from llm_local.backprop import make_backprop_engine
 from llm_local.block_engine import make_block_engine
+from llm_local.checks.preflight import Plan
 from llm_local.config import RunConfig
-from llm_local.distillation import Distillation
+from llm_local.data.feed import Feed
 from llm_local.ds_config import resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
-from llm_local.feed import Feed
 from llm_local.head_plan import HeadPlan
 from llm_local.links import Links
-from llm_local.preflight import Plan
+from llm_local.model.anatomy import load_model_config, text_config
+from llm_local.model.distillation import Distillation
+from llm_local.model.stage import build_blocks
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
-from llm_local.stage import build_blocks
 from llm_local.trace import Tracer
 from llm_local.world import World
 

@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llm_local.config import RunConfig
-from llm_local.stage import Block
+from llm_local.model.stage import Block
 
 WAITS = "waits"  # key of the parameter groups that are not trained while heads train alone
 

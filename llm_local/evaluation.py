@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from llm_local.config import RunConfig
-from llm_local.data import ValidationSet
+from llm_local.data.sets import ValidationSet
 from llm_local.engine import EvalResult
+from llm_local.export.model_card import perplexity
 from llm_local.metrics import Record
-from llm_local.model_card import perplexity
 from llm_local.world import World
 
 _KEY = "validation_sets"
@@ -32,7 +32,7 @@ class EvalSet:
         """Of the set's text, from nats a predicted token: (predicted tokens / bytes) · loss / ln 2.
 
         As in The Pile (Gao et al. 2020) and lm-evaluation-harness the bytes are all of the text's. There every token is
-        predicted; here a document's first one may be not (data.py), and has no nats then.
+        predicted; here a document's first one may be not (data/sets.py), and has no nats then.
         """
         return loss / math.log(2) / self.bytes_per_token
 

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_local.anatomy import load_model_config, probe
-from llm_local.checkpoint import MANIFEST, Catalog, read_manifest
+from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
+from llm_local.checkpoint.loader import fill_block
+from llm_local.checks.preflight import document_mask, plan_partition
 from llm_local.config import RunConfig, parse
-from llm_local.heads import IGNORED, LossLinear
-from llm_local.loader import fill_block
+from llm_local.data.sequences import Sequences
+from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.heads import IGNORED, LossLinear
+from llm_local.model.slices import Seam
+from llm_local.model.stage import Block, build_blocks
 from llm_local.partition import Partition
-from llm_local.preflight import document_mask, plan_partition
-from llm_local.sequences import Sequences
-from llm_local.slices import Seam
-from llm_local.stage import Block, build_blocks
 
 READOUT_LEARNING_RATE = 1e-2
 

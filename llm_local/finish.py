@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine
 from llm_local.backprop import BackpropEngine
-from llm_local.checkpoint import MANIFEST
+from llm_local.checkpoint.catalog import MANIFEST
+from llm_local.checks.preflight import Plan
 from llm_local.config import RunConfig
+from llm_local.data.feed import Feed
+from llm_local.data.packing import PackedSource
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.evaluation import EvalSet, learn
-from llm_local.export import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
-from llm_local.feed import Feed
-from llm_local.masters import masters_of
-from llm_local.model_card import Training, installed_versions, model_card
-from llm_local.model_folder import (
+from llm_local.export.masters import masters_of
+from llm_local.export.model_card import Training, installed_versions, model_card
+from llm_local.export.model_folder import (
     CARD,
     UnwrittenExport,
     WrongExport,
@@ -33,14 +34,13 @@ from llm_local.model_folder import (
     write_text,
     writing,
 )
+from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
+from llm_local.model.anatomy import load_model_config
+from llm_local.model.shared_head import folded
+from llm_local.model.slices import Slice
+from llm_local.model.stage import Block
 from llm_local.packet import CHECK
-from llm_local.packing import PackedSource
-from llm_local.preflight import Plan
 from llm_local.progress import Progress
-from llm_local.shared_head import folded
-from llm_local.slices import Slice
-from llm_local.stage import Block
-from llm_local.tokenizer import load_tokenizer
 from llm_local.world import Place, World
 
 SAMPLE_TOKENS = 80

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import torch
 
-from llm_local.anatomy import Anatomy, load_model_config, probe
-from llm_local.checkpoint import Catalog, read_data_state
+from llm_local.checkpoint.catalog import Catalog, read_data_state
+from llm_local.checkpoint.loader import fill, fill_block
+from llm_local.checkpoint.shards import EXITS
+from llm_local.checks.exit_check import refused_exits
+from llm_local.checks.preflight import plan_partition
 from llm_local.config import RunConfig, from_flat
+from llm_local.data.feed import SOURCES, trained_tokens
+from llm_local.data.packing import PackedSource
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
-from llm_local.exit_check import refused_exits
-from llm_local.export import collect, exit_name, trim_config
-from llm_local.feed import SOURCES, trained_tokens
-from llm_local.loader import fill, fill_block
-from llm_local.model_card import Training, installed_versions, model_card
-from llm_local.model_folder import (
+from llm_local.export.model_card import Training, installed_versions, model_card
+from llm_local.export.model_folder import (
     CARD,
     complete,
     draft_of,
@@ -32,13 +34,11 @@ from llm_local.model_folder import (
     write_shard,
     write_text,
 )
-from llm_local.packing import PackedSource
+from llm_local.export.stages import collect, exit_name, trim_config
+from llm_local.model.anatomy import Anatomy, load_model_config, probe
+from llm_local.model.shared_head import folded
+from llm_local.model.stage import build_block, build_slice
 from llm_local.partition import Partition
-from llm_local.preflight import plan_partition
-from llm_local.shards import EXITS
-from llm_local.shared_head import folded
-from llm_local.stage import build_block, build_slice
-from llm_local.tokenizer import load_tokenizer
 
 
 class NoSuchExit(ValueError):

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_local.checkpoint import Layout
+from llm_local.checkpoint.catalog import Layout
+from llm_local.checkpoint.saver import Saver
 from llm_local.config import RunConfig
 from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import StepResult
 from llm_local.links import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
+from llm_local.model.refresh import Refresher
 from llm_local.progress import Progress
-from llm_local.refresh import Refresher
-from llm_local.saver import Saver
 from llm_local.world import World
 
 

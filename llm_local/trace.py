@@ -4,7 +4,7 @@
     OUTPUT/trace/trace.json                    all of them joined, for Perfetto and chrome://tracing
 
 Times in a rank's file are those of its own clock. A reading says what to add for rank 0's; there is one in the header
-and one in the last line, and between them the difference is a straight line (timeline.py).
+and one in the last line, and between them the difference is a straight line (timeline/measured.py).
 """
 
 from __future__ import annotations

@@ -18,28 +18,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_local.anatomy import load_model_config
 from llm_local.assembly import Engine, make_engine
-from llm_local.checkpoint import BrokenCheckpoint, Catalog, Layout, layout_of, read_data_state
+from llm_local.checkpoint.catalog import BrokenCheckpoint, Catalog, Layout, layout_of, read_data_state
+from llm_local.checkpoint.loader import load_shared_head, take_up
+from llm_local.checkpoint.saver import Saver, UnsavedCheckpoint
+from llm_local.checks.preflight import Plan, open_output, preflight
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.data import Data, prepare_all
+from llm_local.data.feed import SOURCES, Feed, trained_tokens
+from llm_local.data.packing import PackedSource
+from llm_local.data.sets import Data, prepare_all
+from llm_local.data.text_files import UnreadableText
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import EvalSet, learn, over_replicas, tell
-from llm_local.feed import SOURCES, Feed, trained_tokens
+from llm_local.export.model_folder import ExportError
 from llm_local.finish import finish
 from llm_local.links import Links
-from llm_local.loader import load_shared_head, take_up
 from llm_local.metrics import MetricsFile
-from llm_local.model_folder import ExportError
-from llm_local.packing import PackedSource
-from llm_local.preflight import Plan, open_output, preflight
+from llm_local.model.anatomy import load_model_config
+from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
-from llm_local.refresh import Refresher, make_refresher
 from llm_local.run_trace import begin_trace, end_trace
-from llm_local.saver import Saver, UnsavedCheckpoint
-from llm_local.text_files import UnreadableText
-from llm_local.tokenizer import load_tokenizer
 from llm_local.trace import REFRESH_WAIT, Tracer, UnwrittenTrace, traced
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 from llm_local.world import (

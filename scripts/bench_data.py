@@ -25,8 +25,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from llm_local import corpus
-from llm_local.benchmark import (
+from llm_local.bench.cases import (
     ROOT,
     BenchmarkError,
     Spread,
@@ -39,9 +38,10 @@ from llm_local.benchmark import (
     write,
 )
 from llm_local.config import RunConfig
-from llm_local.prepared import Job, prepare_tokens
-from llm_local.timeline import LOAD, measured, read_trace
-from llm_local.tokenizer import builtin_tokenizer_dir
+from llm_local.data import corpus
+from llm_local.data.prepared import Job, prepare_tokens
+from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.timeline.measured import LOAD, measured, read_trace
 
 EXCHANGED = 0.05  # of the words
 SEQ_LENGTH = 512
@@ -60,8 +60,8 @@ START = """
 import json, sys, time
 from transformers.utils import logging
 from llm_local.config import from_flat
-from llm_local.data import prepare_all
-from llm_local.tokenizer import load_tokenizer
+from llm_local.data.sets import prepare_all
+from llm_local.data.tokenizer import load_tokenizer
 logging.set_verbosity_error()
 config = from_flat(json.loads(sys.argv[1]))
 tokenizer = load_tokenizer(config)

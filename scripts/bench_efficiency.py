@@ -13,7 +13,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import (
+from llm_local.bench.cases import (
     Case,
     Spread,
     arguments_of,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 
 METHODS = {"local": "chunked", "deepspeed": "backprop"}
 INTRODUCTION = """

@@ -16,9 +16,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from llm_local.anatomy import load_model_config, probe
-from llm_local.benchmark import ROOT, Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
+from llm_local.bench.cases import (
+    ROOT,
+    Case,
+    Spread,
+    arguments_of,
+    bench_model,
+    ends_with_a_line,
+    in_turns,
+    table,
+    write,
+)
 from llm_local.config import from_flat
+from llm_local.model.anatomy import load_model_config, probe
 from llm_local.partition import estimate_costs
 
 LARGE = {

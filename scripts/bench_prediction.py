@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
-from llm_local.plan_times import StageSeconds, predict
+from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.plan.times import StageSeconds, predict
 
 SYSTEMS = {"local": ("chunked", "local"), "deepspeed": ("backprop", "1f1b")}
 CALIBRATED = 4

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
+from llm_local.bench.cases import Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
 
 AXES: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16),

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import (
+from llm_local.bench.cases import (
     BenchmarkError,
     Case,
     arguments_of,
@@ -31,7 +31,7 @@ from llm_local.benchmark import (
     table,
     write,
 )
-from llm_local.relay import MTU, Relay, open_tun
+from llm_local.bench.relay import MTU, Relay, open_tun
 
 SYSTEMS = {"local": "chunked", "deepspeed": "backprop"}
 HOSTS = ("llmlocal0", "llmlocal1")

@@ -14,8 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench_peers import PEERS, missing
-from llm_local.benchmark import (
+from llm_local.bench.cases import (
     Case,
     Spread,
     arguments_of,
@@ -26,6 +25,7 @@ from llm_local.benchmark import (
     table,
     write,
 )
+from llm_local.bench.peers import PEERS, missing
 
 PIPES = ("deepspeed", *PEERS)
 GOALS = {1: 1.7, 2: 1.35, 4: 1.18, 8: 1.07}

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.benchmark import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 
 RUNS: dict[str, dict[str, Any]] = {
     "deepspeed 1F1B, bf16": {"method": "backprop", "bf16": True},

@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.jobs < 1:
         parser.error(f"--jobs {given.jobs}: give 1 or more")
-    from llm_local.coverage_report import all_types, chosen_types, page, table
-    from llm_local.coverage_run import examine_all
+    from llm_local.coverage.report import all_types, chosen_types, page, table
+    from llm_local.coverage.run import examine_all
 
     try:
         types = chosen_types(given.types) if given.types else all_types()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.anatomy import SliceError
-from llm_local.checkpoint import MANIFEST, BrokenCheckpoint
+from llm_local.checkpoint.catalog import MANIFEST, BrokenCheckpoint
 from llm_local.config import ConfigError
-from llm_local.model_folder import ExportError
+from llm_local.export.model_folder import ExportError
+from llm_local.model.anatomy import SliceError
 from llm_local.offline_export import NoSuchExit, export_checkpoint
 from llm_local.train import quiet_libraries
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.data import Data, SourceData, prepare_all
+from llm_local.data.sets import Data, SourceData, prepare_all
+from llm_local.data.text_files import UnreadableText
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.problems import data_flag_problems
-from llm_local.text_files import UnreadableText
-from llm_local.tokenizer import load_tokenizer
 
 END, CUT = "⟨end of document⟩", "⟨cut⟩"
 FORMATS = (".png", ".svg", ".pdf")

@@ -18,12 +18,12 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import HEADS, ConfigError, RunConfig, parse
-from llm_local.plan_layouts import Planner
-from llm_local.plan_machine import Machine
-from llm_local.plan_model import read_model
-from llm_local.plan_report import Plan, as_json, draw, short, text, trace_events, verdict
-from llm_local.plan_search import check_plan, search
-from llm_local.plan_stages import LOCAL_METHODS
+from llm_local.plan.layouts import Planner
+from llm_local.plan.machine import Machine
+from llm_local.plan.model import read_model
+from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
+from llm_local.plan.search import check_plan, search
+from llm_local.plan.stages import LOCAL_METHODS
 from llm_local.train import quiet_libraries
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.data import Data, prepare_all
-from llm_local.mixture import TOKENS, training_sources
+from llm_local.data.mixture import TOKENS, training_sources
+from llm_local.data.sets import Data, prepare_all
+from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.problems import data_flag_problems
-from llm_local.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
-from llm_local.tokenizer import load_tokenizer
 
 
 def prepare(config: RunConfig, output: Path | None = None) -> Data:

@@ -21,12 +21,12 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and warns
 
-from llm_local.checkpoint import BrokenCheckpoint
+from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.config import ConfigError
-from llm_local.data import prepare
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import local_device
 from llm_local.examine import TrainedRun, compare_gradients, linear_losses, load_run
-from llm_local.tokenizer import load_tokenizer
 from llm_local.train import quiet_libraries
 
 COLUMNS = ("block", "stage", "layers", "loss", "linear_loss", "cosine", "local_norm", "true_norm")

@@ -70,8 +70,8 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
 
 def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float) -> None:
     """The comparison as JSON with versions and command, as a table, and, where matplotlib is, as a picture."""
-    from llm_local.comparison import table
-    from llm_local.study import write_whole
+    from llm_local.study.comparison import table
+    from llm_local.study.runs import write_whole
 
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     facts = {"study": str(study), "command": sys.argv, "versions": versions, "seconds": seconds}
@@ -90,9 +90,9 @@ def run(path: Path, output: Path, jobs: int) -> int:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process
-    from llm_local.comparison import compare, table
-    from llm_local.points import read_study
-    from llm_local.study import runs_of, train_all
+    from llm_local.study.comparison import compare, table
+    from llm_local.study.points import read_study
+    from llm_local.study.runs import runs_of, train_all
 
     start = time.monotonic()
     study = read_study(path)

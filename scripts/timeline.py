@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_local.chrome_trace import write_chrome_trace
-from llm_local.replay import simulated
-from llm_local.timeline import measured, read_trace, stage_times, table
-from llm_local.timeline_picture import Panel, draw_timeline
+from llm_local.timeline.chrome_trace import write_chrome_trace
+from llm_local.timeline.measured import measured, read_trace, stage_times, table
+from llm_local.timeline.picture import Panel, draw_timeline
+from llm_local.timeline.replay import simulated
 
 DRAWN_STEPS, DRAWN_BARS = 3, 80
 FORMATS = (".png", ".svg", ".pdf")

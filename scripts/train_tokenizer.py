@@ -17,9 +17,9 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from llm_local.config import ConfigError, parse
-from llm_local.data import data_problems
+from llm_local.data.sets import data_problems
+from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
 from llm_local.problems import data_flag_problems
-from llm_local.tokenizer_training import KINDS, sample_texts, train_tokenizer
 
 CHARACTERS = 20_000_000
 

@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_local.config import from_flat
-from llm_local.mixture import training_sources, validation_sources
-from llm_local.sources import load_training, load_validation
-from llm_local.tokenizer import builtin_tokenizer_dir
+from llm_local.data.mixture import training_sources, validation_sources
+from llm_local.data.sources import load_training, load_validation
+from llm_local.data.tokenizer import builtin_tokenizer_dir
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]

@@ -17,11 +17,12 @@ from conftest import TINY, Trainer
 from ranks import run_ranks
 from torch.distributed.pipelining import schedules
 
-from llm_local import benchmark, relay
-from llm_local.benchmark import BenchmarkError, Case, Spread, ratios, run_case, table
+from llm_local.bench import cases as benchmark
+from llm_local.bench import relay
+from llm_local.bench.cases import BenchmarkError, Case, Spread, ratios, run_case, table
+from llm_local.bench.relay import MTU, Relay
+from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import parse
-from llm_local.relay import MTU, Relay
-from llm_local.saved_bytes import saved_bytes
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -36,7 +37,7 @@ def script(name: str) -> ModuleType:
 
 
 def measured(measure: str, system: str, flags: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]:
-    from llm_local.bench_worker import MEASURES, Task
+    from llm_local.bench.worker import MEASURES, Task
 
     return MEASURES[measure](Task(measure, system, flags, steps, "", warmup=1, rounds=rounds))
 

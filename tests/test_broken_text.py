@@ -12,11 +12,11 @@ from datasets import Dataset
 from documents import in_file_order, write_jsonl
 from launching import by_hand
 
-from llm_local import encoding, text_files
 from llm_local.config import ConfigError
-from llm_local.data import data_problems, prepare
-from llm_local.source_problems import CHECKED_BYTES
-from llm_local.text_files import UnreadableText, pieces_of, read_texts
+from llm_local.data import encoding, text_files
+from llm_local.data.sets import data_problems, prepare
+from llm_local.data.source_problems import CHECKED_BYTES
+from llm_local.data.text_files import UnreadableText, pieces_of, read_texts
 
 BOM = b"\xef\xbb\xbf"
 

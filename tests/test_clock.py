@@ -11,9 +11,9 @@ from deepspeed.runtime.pipe.schedule import (
     TrainSchedule,
 )
 
-from llm_local.plan_times import StageSeconds, predict
+from llm_local.plan.times import StageSeconds, predict
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
-from llm_local.simulate import Durations, Timeline, simulate
+from llm_local.simulator.simulate import Durations, Timeline, simulate
 
 
 def starts(timeline: Timeline, stage: int, kind: str) -> list[float]:

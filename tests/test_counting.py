@@ -16,15 +16,15 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm_local.config import parse
-from llm_local.data import prepare_all
+from llm_local.data.feed import Feed, trained_tokens
+from llm_local.data.packing import count_openings, inputs_of, mark_of, pack
+from llm_local.data.sequences import PackedTokens, StoredSequences
+from llm_local.data.sets import prepare_all
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.examine import Readout
-from llm_local.feed import Feed, trained_tokens
 from llm_local.offline_export import export_checkpoint
 from llm_local.packet import CHECK, EVAL, TRAIN, Packet
-from llm_local.packing import count_openings, inputs_of, mark_of, pack
 from llm_local.progress import Progress
-from llm_local.sequences import PackedTokens, StoredSequences
-from llm_local.tokenizer import load_tokenizer
 from llm_local.world import Place
 
 PAD = mark_of(2)

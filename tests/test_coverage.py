@@ -9,14 +9,14 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 import llm_local
-from llm_local.anatomy import SliceError, probe
-from llm_local.class_problems import class_problems
+from llm_local.checks.class_problems import class_problems
+from llm_local.checks.tiny import NUM_LAYERS, tiny_config
 from llm_local.config import ModelArguments, RunConfig
-from llm_local.coverage import EXACT, REFUSED, UNTRIED, WRONG, Finding, compare, examine, one_line
-from llm_local.coverage_report import all_types, chosen_types, counts, page, table
-from llm_local.coverage_run import examine_all
-from llm_local.slices import try_slices
-from llm_local.tiny import NUM_LAYERS, tiny_config
+from llm_local.coverage.model_type import EXACT, REFUSED, UNTRIED, WRONG, Finding, compare, examine, one_line
+from llm_local.coverage.report import all_types, chosen_types, counts, page, table
+from llm_local.coverage.run import examine_all
+from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.slices import try_slices
 
 PAGE = Path(llm_local.__file__).parents[1] / "docs" / "coverage.md"
 TYPES = """
@@ -71,7 +71,7 @@ def test_a_type_without_a_tiny_model_is_not_tried():
 
 
 def test_a_model_that_stays_large_is_not_tried(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llm_local.coverage.MOST_PARAMETERS", 1000)
+    monkeypatch.setattr("llm_local.coverage.model_type.MOST_PARAMETERS", 1000)
     assert re.fullmatch(r"the tiny model still has [\d,]+ parameters", examine("gpt2").reason)
 
 

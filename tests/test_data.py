@@ -9,7 +9,7 @@ from documents import in_file_order, write_jsonl
 from transformers import AutoTokenizer
 
 from llm_local.config import ConfigError
-from llm_local.data import prepare, tokenizer_key
+from llm_local.data.sets import prepare, tokenizer_key
 
 
 def decoded(sequences, tokenizer, whole):

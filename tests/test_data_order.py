@@ -12,14 +12,14 @@ from conftest import Trainer, records, weights
 from datasets import Dataset, IterableDataset, load_dataset
 from launching import by_hand, until_step
 
-from llm_local import streams, text_files
-from llm_local.checkpoint import BrokenCheckpoint, read_data_state
-from llm_local.data import prepare
-from llm_local.feed import Feed
+from llm_local.checkpoint.catalog import BrokenCheckpoint, read_data_state
+from llm_local.data import streams, text_files
+from llm_local.data.feed import Feed
+from llm_local.data.sequences import MixedSequences, PackedTokens, StoredSequences
+from llm_local.data.sets import prepare
+from llm_local.data.streams import StreamedSequences
+from llm_local.data.text_files import UnreadableText, pieces_of, read_texts
 from llm_local.packet import EVAL, TRAIN
-from llm_local.sequences import MixedSequences, PackedTokens, StoredSequences
-from llm_local.streams import StreamedSequences
-from llm_local.text_files import UnreadableText, pieces_of, read_texts
 from llm_local.world import Place
 
 LENGTH = 4

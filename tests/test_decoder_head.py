@@ -10,11 +10,11 @@ import torch
 from conftest import TINY, Trainer, block_losses, records, weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.anatomy import probe
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
+from llm_local.model.anatomy import probe
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Costs, Span, make_partition
-from llm_local.preflight import preflight
-from llm_local.stage import Block, build_block
 
 HEAD = {"head": "decoder", "head_layers": 1}
 

@@ -11,14 +11,14 @@ from documents import write_jsonl
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from llm_local import heads
-from llm_local.anatomy import probe
 from llm_local.config import ModelArguments, parse
-from llm_local.distillation import distillation_loss, soft_targets
-from llm_local.heads import fit_head, head_logits
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.model import heads
+from llm_local.model.anatomy import probe
+from llm_local.model.distillation import distillation_loss, soft_targets
+from llm_local.model.heads import fit_head, head_logits
+from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
-from llm_local.slices import Slice, new_slice
-from llm_local.tokenizer import load_tokenizer
 
 TOP_K = 5
 

@@ -93,12 +93,17 @@ def test_every_metric_is_described():
 
 
 def test_modules_on_the_ladder_are_in_both_pages():
-    ladder = [path.stem for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    package = Path(llm_local.__file__).parent
+    modules = [path for path in package.rglob("*.py") if path.stem != "__init__"]
     section = (ROOT / "docs/architecture.md").read_text().partition("## The ladder")[2].partition("\n## ")[0]
-    table = [line for line in section.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table))) == sorted(ladder)
-    drawn = README.partition("a module knows only lower rungs:\n")[2].partition("\n\n`make check`")[0]
-    assert set(ladder) <= set(re.findall(r"\w+", drawn))
+    names = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
+    assert sorted(re.findall(r"`(\w+)`", "\n".join(names))) == sorted(path.stem for path in modules)
+    packages = {path.parent.name for path in modules} - {package.name}
+    assert set(re.findall(r"\*\*(\w+)/\*\*", "\n".join(names))) == packages
+    drawn = README.partition("knows only what stands above it:\n")[2].partition("\n\n`make check`")[0]
+    flat = {path.stem for path in modules if path.parent == package}
+    assert flat <= set(re.findall(r"\w+", drawn))
+    assert packages <= set(re.findall(r"(\w+)/", drawn))
 
 
 def test_the_makefile_has_its_targets():

@@ -12,13 +12,13 @@ from conftest import TINY, Trainer, block_losses, records
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llm_local.anatomy import probe
+from llm_local.checks.preflight import preflight
+from llm_local.checks.trial import document_problems
 from llm_local.config import ConfigError, from_flat, parse
-from llm_local.document_mask import DocumentMask
+from llm_local.model.anatomy import probe
+from llm_local.model.document_mask import DocumentMask
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
-from llm_local.preflight import preflight
-from llm_local.stage import Block, build_block
-from llm_local.trial import document_problems
 
 EOS, VOCABULARY = 2, 64
 LENGTHS = ((7, 1, 12), (13, 7))

@@ -11,11 +11,11 @@ from conftest import TINY
 from test_export import MINICPM3
 from transformers import AutoConfig
 
-from llm_local.anatomy import Anatomy, probe
+from llm_local.checks.exit_check import difference_at, exit_depths, exit_warnings, refused_exits
+from llm_local.checks.preflight import Plan, preflight
 from llm_local.config import ModelArguments, RunConfig, parse
-from llm_local.exit_check import difference_at, exit_depths, exit_warnings, refused_exits
+from llm_local.model.anatomy import Anatomy, probe
 from llm_local.partition import Partition, Span
-from llm_local.preflight import Plan, preflight
 
 TWO_STAGES = Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
 JAPANESE = TINY | {"model_type": "gpt_neox_japanese"}

@@ -17,15 +17,15 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llm_local.anatomy import probe
+from llm_local.checks.preflight import Plan, open_output
 from llm_local.config import parse
-from llm_local.data import prepare
-from llm_local.export import StageTensors, write_stage
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.export.model_folder import WrongExport
+from llm_local.export.stages import StageTensors, write_stage
 from llm_local.finish import check_stage
-from llm_local.model_folder import WrongExport
+from llm_local.model.anatomy import probe
 from llm_local.partition import Partition, Span
-from llm_local.preflight import Plan, open_output
-from llm_local.tokenizer import load_tokenizer
 from llm_local.world import Place
 
 SMALL: dict[str, dict[str, Any]] = {

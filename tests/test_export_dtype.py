@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, Trainer, weights
 from transformers import AutoConfig
 
-from llm_local.checkpoint import Catalog
+from llm_local.checkpoint.catalog import Catalog
 
 pytestmark = pytest.mark.processes
 

@@ -13,8 +13,8 @@ import torch
 from conftest import TINY, Trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_local import checkpoint as checkpoint_format
-from llm_local.checkpoint import Catalog
+from llm_local.checkpoint import catalog as checkpoint_format
+from llm_local.checkpoint.catalog import Catalog
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.processes

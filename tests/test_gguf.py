@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel  # pyright: ignore[reportAttributeAccessIssue]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llm_local.anatomy import load_model_config
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
-from llm_local.gguf_cache import convert, gguf_path, weights_path
-from llm_local.preflight import preflight
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.model.anatomy import load_model_config
+from llm_local.model.gguf_cache import convert, gguf_path, weights_path
 from llm_local.problems import static_problems
-from llm_local.tokenizer import load_tokenizer
 
 gguf: Any = pytest.importorskip("gguf")
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -156,7 +156,7 @@ def test_flags_that_do_not_go_with_it():
 
 
 def test_without_the_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llm_local.gguf_cache.is_gguf_available", lambda: False)
+    monkeypatch.setattr("llm_local.model.gguf_cache.is_gguf_available", lambda: False)
     with pytest.raises(ConfigError, match=r"gguf_file=model\.gguf needs the package gguf; pip install gguf"):
         gguf_path(settings(folder, tmp_path).model)
 

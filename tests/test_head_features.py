@@ -10,13 +10,13 @@ import torch
 from conftest import TINY, Trainer, block_losses, records, weights
 from transformers import AutoConfig
 
-from llm_local.anatomy import probe
 from llm_local.block_engine import parameter_groups
+from llm_local.checks.preflight import preflight
 from llm_local.config import from_flat, parse
-from llm_local.heads import head_loss
+from llm_local.model.anatomy import probe
+from llm_local.model.heads import head_loss
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Costs, make_partition
-from llm_local.preflight import preflight
-from llm_local.stage import Block, build_block
 
 FLAGS = {"config_name": "x.json", "layers_per_block": 1, "head_features": True, "weight_decay": 0.1}
 

@@ -11,15 +11,15 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.anatomy import probe
 from llm_local.block_engine import WAITS, make_optimizer, make_scheduler, parameter_groups
 from llm_local.config import ModelArguments, from_flat
 from llm_local.ds_config import deepspeed_problems
-from llm_local.head_start import SHARE, quieten
+from llm_local.model.anatomy import probe
+from llm_local.model.head_start import SHARE, quieten
+from llm_local.model.slices import Slice, new_slice
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Costs, Span, make_partition
 from llm_local.problems import static_problems
-from llm_local.slices import Slice, new_slice
-from llm_local.stage import Block, build_block
 
 DS = Path(__file__).parent.parent / "configs" / "ds"
 KINDS = ("llama", "gpt2", "gemma2", "opt")

@@ -10,12 +10,12 @@ from conftest import TINY
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from llm_local import heads
-from llm_local.anatomy import SliceError, probe
 from llm_local.config import ModelArguments
-from llm_local.heads import LossLinear, fit_head, head_logits, head_loss
+from llm_local.model import heads
+from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.heads import LossLinear, fit_head, head_logits, head_loss
+from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
-from llm_local.slices import Slice, new_slice
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -11,11 +11,11 @@ from conftest import TINY
 from torch import nn
 from transformers import AutoConfig
 
-from llm_local.anatomy import probe
 from llm_local.config import from_flat
+from llm_local.model.anatomy import probe
+from llm_local.model.slices import Slice
+from llm_local.model.stage import build_slice
 from llm_local.partition import Span
-from llm_local.slices import Slice
-from llm_local.stage import build_slice
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64, "tie_word_embeddings": False}
 WINDOWS = {"head_dim": 8, "sliding_window": 4}

@@ -1,56 +1,85 @@
 """The imports of the package form a ladder: a module imports only modules of lower rungs."""
 
 import ast
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 import llm_local
 
+# a line is a rung: modules, or a package and its modules
 LADDER = """
-config partition costs head_plan head_problems problems schedule peer_schedules clock simulate
+config partition costs head_plan head_problems problems schedule
+simulator: peer_schedules clock simulate
 device trace watchdog world packet wire links
-gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
-shared_head distillation lowrank windows head_start stage refresh
-corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer
-source_problems sources sequences tokenizer_training streams prepared data feed
+model: gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
+model: shared_head distillation lowrank windows head_start stage refresh
+data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer
+data: source_problems sources sequences tokenizer_training streams prepared sets feed
 ds_config block_engine engine backprop
-shards checkpoint saver loader
-masters model_folder export model_card metrics progress timeline chrome_trace
-profile tiny trial exit_check class_problems weight_problems preflight examine assembly
-run_trace evaluation recorder finish train
-offline_export points comparison study replay timeline_picture coverage coverage_run coverage_report
-saved_bytes bench_peers bench_worker benchmark relay
-plan_times plan_machine plan_memory plan_model plan_stages plan_layouts plan_report plan_search
-""".split()  # noqa: SIM905
+checkpoint: shards catalog saver loader
+export: masters model_folder stages model_card
+metrics progress
+timeline: measured chrome_trace replay picture
+checks: profile tiny trial exit_check class_problems weight_problems preflight
+examine assembly run_trace evaluation recorder finish train offline_export
+coverage: model_type run report
+study: points comparison runs
+plan: times machine memory model stages layouts report search
+bench: saved_bytes peers worker cases relay
+"""
+PACKAGE = Path(llm_local.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 
-MODULES = sorted(path for path in Path(llm_local.__file__).parent.glob("*.py") if path.stem != "__init__")
+
+def rungs() -> list[str]:
+    """'config', ..., 'simulator.clock', ..., bottom rung last."""
+    found = []
+    for line in LADDER.split("\n"):
+        package, colon, names = line.rpartition(":")
+        found += [f"{package}.{name}" if colon else name for name in names.split()]
+    return found
 
 
-def imported_modules(source: str) -> set[str]:
+RUNGS = rungs()
+
+
+def rung_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported_modules(source: str, among: Sequence[str] = RUNGS) -> set[str]:
     """Names of the package's modules that a module of it imports, wherever in the file."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = ("llm_local." if node.level else "") + (node.module or "")
-            # `from llm_local import config` and `from . import config` name the module after `import`.
-            is_package = package.rstrip(".") == "llm_local"
-            names |= {f"llm_local.{alias.name}" for alias in node.names} if is_package else {package}
-    return {name.split(".")[1] for name in names if name.startswith("llm_local.")}
+            assert not node.level, "imports say the whole name"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name.removeprefix("llm_local.") for name in names if name.startswith("llm_local.")}
+    return {rung for rung in among for name in ours if name == rung or name.startswith(f"{rung}.")}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_stands_on_the_ladder_and_imports_lower_rungs_only(path):
-    assert path.stem in LADDER, f"{path.name} has no rung: add it to the ladder of this test, where its imports allow"
-    lower = LADDER[: LADDER.index(path.stem)]
-    above = sorted(imported_modules(path.read_text()) - set(lower))
+@pytest.mark.parametrize("path", MODULES, ids=rung_of)
+def test_a_module_stands_on_the_ladder_and_imports_lower_rungs_only(path: Path):
+    name = rung_of(path)
+    assert name in RUNGS, f"{path.name} has no rung: add it to the ladder of this test, where its imports allow"
+    above = sorted(imported_modules(path.read_text()) - set(RUNGS[: RUNGS.index(name)]))
     assert not above, f"{path.name} imports {', '.join(above)}, which is not on a lower rung"
 
 
 def test_no_module_has_two_rungs():
-    assert len(set(LADDER)) == len(LADDER)
+    assert len(set(RUNGS)) == len(RUNGS)
+    assert set(RUNGS) == {rung_of(path) for path in MODULES}
+
+
+def test_a_package_is_one_rung():
+    """Packages import one way, too."""
+    packages = [name.partition(".")[0] for name in RUNGS if "." in name]
+    assert len({*packages}) == sum(1 for _ in groupby(packages))
 
 
 @pytest.mark.parametrize(
@@ -60,14 +89,14 @@ def test_no_module_has_two_rungs():
         "import llm_local.train as t, os",
         "from llm_local.train import run",
         "from llm_local import train",
-        "from . import train",
-        "from .train import run",
         "def late():\n    from llm_local import train",
         "if TYPE_CHECKING:\n    from llm_local.train import run",
     ],
 )
-def test_every_form_of_import_is_seen(source):
+def test_every_form_of_import_is_seen(source: str):
     assert imported_modules(source) == {"train"}
+    inner = source.replace("llm_local import train", "llm_local.plan import stages")
+    assert imported_modules(inner.replace("llm_local.train", "llm_local.plan.stages")) == {"plan.stages"}
 
 
 def test_other_packages_are_not_ours():

@@ -16,9 +16,9 @@ from launching import job
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from llm_local.checkpoint import Catalog
+from llm_local.checkpoint.catalog import Catalog
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
-from llm_local.preflight import preflight
 
 pytestmark = pytest.mark.processes
 DS = Path(__file__).parent.parent / "configs" / "ds"

@@ -11,12 +11,12 @@ from conftest import TINY, Trainer, block_losses, weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.anatomy import probe
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
-from llm_local.lowrank import LowRankLinear, multiplied
+from llm_local.model.anatomy import probe
+from llm_local.model.lowrank import LowRankLinear, multiplied
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Costs, make_partition
-from llm_local.preflight import preflight
-from llm_local.stage import Block, build_block
 
 SETTINGS = {"head": "decoder", "head_layers": 1, "head_rank": 4, "stage_layers": "2,2"}
 

@@ -14,10 +14,10 @@ from datasets import Dataset, DatasetDict
 from documents import in_file_order, write_jsonl
 
 from llm_local.config import ConfigError
-from llm_local.data import data_problems, prepare, prepare_all
-from llm_local.mixture import Source, training_sources, validation_sources
-from llm_local.sequences import CYCLE, MixedSequences, shares
-from llm_local.sources import load_training
+from llm_local.data.mixture import Source, training_sources, validation_sources
+from llm_local.data.sequences import CYCLE, MixedSequences, shares
+from llm_local.data.sets import data_problems, prepare, prepare_all
+from llm_local.data.sources import load_training
 
 PRESETS = Path(__file__).parent.parent / "configs" / "data"
 # What the hub's data sets have beside the text, and the splits that the presets name

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from llm_local.config import from_flat, parse
-from llm_local.model_card import Training, installed_versions, model_card
-from llm_local.packing import Packed, PackedSource
+from llm_local.data.packing import Packed, PackedSource
+from llm_local.export.model_card import Training, installed_versions, model_card
 from llm_local.partition import Partition, Span
 
 PARTITION = Partition((Span(0, 2), Span(2, 4), Span(4, 6)), (Span(0, 1), Span(1, 2), Span(2, 3)))

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from llm_local.export import trim_config
-from llm_local.model_folder import (
+from llm_local.export.model_folder import (
     UnwrittenExport,
     WrongExport,
     check_export,
@@ -30,6 +29,7 @@ from llm_local.model_folder import (
     write_model,
     write_text,
 )
+from llm_local.export.stages import trim_config
 
 IDS = torch.arange(8)[None]
 MIXTRAL = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import TINY, Trainer, block_losses, records, weights
 
-from llm_local.anatomy import load_model_config, probe
+from llm_local.checks.preflight import plan_partition
 from llm_local.config import RunConfig, parse
-from llm_local.data import prepare
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.slices import new_slice
+from llm_local.model.stage import build_blocks
 from llm_local.partition import Span
-from llm_local.preflight import plan_partition
-from llm_local.slices import new_slice
-from llm_local.stage import build_blocks
-from llm_local.tokenizer import load_tokenizer
 
 LAYERS = 5
 RATE = 0.5

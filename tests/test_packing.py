@@ -16,12 +16,12 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm_local.config import from_flat
-from llm_local.data import prepare, prepare_all
-from llm_local.feed import Feed
+from llm_local.data.feed import Feed
+from llm_local.data.packing import count_cut, inputs_of, mark_of, marked, pack, rows_of
+from llm_local.data.sets import prepare, prepare_all
+from llm_local.data.streams import StreamedSequences
 from llm_local.packet import CHECK, TRAIN
-from llm_local.packing import count_cut, inputs_of, mark_of, marked, pack, rows_of
 from llm_local.problems import static_problems
-from llm_local.streams import StreamedSequences
 from llm_local.world import Place
 
 PAD = mark_of(2)
@@ -218,7 +218,7 @@ def test_the_loss_of_padded_rows_is_what_transformers_says(trainer: Trainer):
     settings = {"train_file": lines(trainer), "packing": "none", "eval_batches": 1, "max_steps": 2}
     run = trainer.run("run", 1, **settings)
     from llm_local.config import parse
-    from llm_local.tokenizer import load_tokenizer
+    from llm_local.data.tokenizer import load_tokenizer
 
     config = parse(trainer.flags("run", **settings))
     _, validation = prepare(config, load_tokenizer(config))

@@ -11,12 +11,12 @@ from conftest import TINY
 from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llm_local.anatomy import probe
 from llm_local.config import from_flat
 from llm_local.links import Receiver, Sender
+from llm_local.model.anatomy import probe
+from llm_local.model.stage import Block, build_block
 from llm_local.packet import TRAIN, Packet
 from llm_local.partition import Partition, Span
-from llm_local.stage import Block, build_block
 from llm_local.watchdog import Watchdog
 from llm_local.world import Launch, Place, connect, open_store
 

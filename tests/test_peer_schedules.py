@@ -5,9 +5,9 @@ import textwrap
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from llm_local import peer_schedules
-from llm_local.peer_schedules import GPipeSchedule, InterleavedSchedule, WeightPass, ZeroBubbleSchedule
-from llm_local.simulate import Durations, Timeline, picture, simulate
+from llm_local.simulator import peer_schedules
+from llm_local.simulator.peer_schedules import GPipeSchedule, InterleavedSchedule, WeightPass, ZeroBubbleSchedule
+from llm_local.simulator.simulate import Durations, Timeline, picture, simulate
 
 SHAPES = [(1, 3), (2, 2), (2, 6), (3, 6), (4, 4), (4, 8), (8, 16)]
 THIRDS = Durations(1, 2, optimizer=0, weight=1)  # F, B and W take the same

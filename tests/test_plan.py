@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from planning import MODEL
 
-from llm_local.plan_stages import PEER_METHODS
+from llm_local.plan.stages import PEER_METHODS
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,13 +11,13 @@ import pytest
 from llm_local.config import RunConfig
 from llm_local.costs import Setting, Shape, count_flops, count_passes
 from llm_local.partition import Span
-from llm_local.plan_layouts import Outcome, Planner, fastest
-from llm_local.plan_machine import Machine
-from llm_local.plan_memory import ModelSizes
-from llm_local.plan_model import read_model
-from llm_local.plan_report import Plan, verdict
-from llm_local.plan_stages import PEER_METHODS, Layout
-from llm_local.plan_times import Link
+from llm_local.plan.layouts import Outcome, Planner, fastest
+from llm_local.plan.machine import Machine
+from llm_local.plan.memory import ModelSizes
+from llm_local.plan.model import read_model
+from llm_local.plan.report import Plan, verdict
+from llm_local.plan.stages import PEER_METHODS, Layout
+from llm_local.plan.times import Link
 
 MACHINE = Machine(
     devices=8,

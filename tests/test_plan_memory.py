@@ -21,7 +21,7 @@ from transformers import (
 
 from llm_local.config import ConfigError, ModelArguments, RunConfig
 from llm_local.partition import Costs, make_partition
-from llm_local.plan_memory import (
+from llm_local.plan.memory import (
     Memory,
     ModelSizes,
     Parameters,
@@ -33,8 +33,8 @@ from llm_local.plan_memory import (
     stage_parameters,
     state_memory,
 )
-from llm_local.plan_model import read_model
-from llm_local.plan_times import LOCAL, PEERS, Pipe, StageSeconds
+from llm_local.plan.model import read_model
+from llm_local.plan.times import LOCAL, PEERS, Pipe, StageSeconds
 
 SMALL: dict[str, Any] = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 64}
 LLAMA = LlamaConfig(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from llm_local.plan_times import (
+from llm_local.plan.times import (
     LOCAL,
     PEERS,
     Link,

@@ -18,10 +18,10 @@ import torch
 from datasets import Dataset, load_from_disk
 from documents import write_jsonl
 
-from llm_local import prepared
 from llm_local.config import ConfigError
-from llm_local.data import prepare, prepare_all
-from llm_local.parts import MOST_PARTS, STATE
+from llm_local.data import prepared
+from llm_local.data.parts import MOST_PARTS, STATE
+from llm_local.data.sets import prepare, prepare_all
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_data.py"
 
@@ -145,7 +145,7 @@ def test_a_preparation_that_is_killed_goes_on_and_leaves_no_process(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", [f"{n} {text}" for n in range(90)])
     held = write_jsonl(tmp_path / "held.jsonl", ["some words " * 200])
     flags = ["--train_file", train, "--validation_file", held, "--cache_dir", str(tmp_path / "cache")]
-    small = "import runpy; from llm_local import prepared; prepared.PART_BYTES = 1 << 20"
+    small = "import runpy; from llm_local.data import prepared; prepared.PART_BYTES = 1 << 20"
     begin = f"{small}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     command = [sys.executable, "-c", begin, *flags, "--preprocessing_num_workers", "2"]
     with (tmp_path / "log.txt").open("wb") as log:

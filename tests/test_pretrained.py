@@ -14,11 +14,11 @@ from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from llm_local.anatomy import probe
 from llm_local.config import ConfigError, ModelArguments
-from llm_local.export import collect
+from llm_local.export.stages import collect
+from llm_local.model.anatomy import probe
+from llm_local.model.pretrained import load_slice, tensor_files
 from llm_local.partition import Span
-from llm_local.pretrained import load_slice, tensor_files
 
 SHAPE = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 256}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,10 +16,10 @@ import torch
 from conftest import Trainer, records
 from transformers import AutoModelForCausalLM
 
-from llm_local.checkpoint import BrokenCheckpoint, Layout, Manifest
-from llm_local.data import prepare
+from llm_local.checkpoint.catalog import BrokenCheckpoint, Layout, Manifest
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.examine import compare_gradients, find_committed, linear_losses, load_run
-from llm_local.tokenizer import load_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SAVED = {"num_stages": 2, "max_steps": 6, "save_steps": 3}

@@ -9,11 +9,11 @@ import yaml
 from conftest import TINY, Trainer, records
 from transformers import AutoConfig
 
-from llm_local.anatomy import probe
+from llm_local.checks.profile import layer_kinds, measure_costs
+from llm_local.checks.tiny import tiny_config
 from llm_local.config import RunConfig, from_flat
+from llm_local.model.anatomy import probe
 from llm_local.partition import Costs, Span, make_partition
-from llm_local.profile import layer_kinds, measure_costs
-from llm_local.tiny import tiny_config
 
 
 def parts(model_config: Any, **flags: Any) -> tuple[RunConfig, Any, Any]:

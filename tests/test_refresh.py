@@ -12,7 +12,7 @@ from ranks import run_ranks
 from test_links import meet
 
 from llm_local.links import LinkError, Links
-from llm_local.refresh import INSTALLED, Refresher, Timetable
+from llm_local.model.refresh import INSTALLED, Refresher, Timetable
 
 
 def read_in(timetable: Timetable) -> list[int]:

@@ -13,8 +13,8 @@ from conftest import TINY, Trainer
 from launching import by_hand, deepspeed, job
 from transformers.utils import is_flash_attn_2_available
 
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
-from llm_local.preflight import preflight
 from llm_local.train import REFUSED, main
 
 DS = Path(__file__).parent.parent / "configs" / "ds"

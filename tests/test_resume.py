@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, Trainer, records, weights
 from launching import job
 
-from llm_local.checkpoint import Catalog, find_checkpoint, read_manifest
+from llm_local.checkpoint.catalog import Catalog, find_checkpoint, read_manifest
 from llm_local.config import ConfigError, from_flat
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"

@@ -11,12 +11,12 @@ from conftest import TINY, Trainer, block_losses
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from llm_local.anatomy import probe
+from llm_local.checks.preflight import preflight
+from llm_local.checks.trial import router_problems
 from llm_local.config import ConfigError, from_flat, parse
+from llm_local.model.anatomy import probe
+from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
-from llm_local.preflight import preflight
-from llm_local.stage import Block, build_block
-from llm_local.trial import router_problems
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64}
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.5, "output_router_logits": True}

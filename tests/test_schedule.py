@@ -24,7 +24,7 @@ from llm_local.schedule import (
     LocalSchedule,
     OverlapSchedule,
 )
-from llm_local.simulate import Durations, picture, simulate
+from llm_local.simulator.simulate import Durations, picture, simulate
 
 SHAPES = [(1, 1), (1, 4), (2, 1), (2, 4), (3, 2), (4, 4), (4, 8), (5, 3), (8, 16)]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import IterableDataset
 
-from llm_local.sequences import PackedTokens, StoredSequences
-from llm_local.streams import StreamedSequences
+from llm_local.data.sequences import PackedTokens, StoredSequences
+from llm_local.data.streams import StreamedSequences
 
 
 def test_a_row_lies_across_pieces():

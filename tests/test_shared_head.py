@@ -12,13 +12,13 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.anatomy import SliceError, probe
 from llm_local.block_engine import parameter_groups
+from llm_local.checks.preflight import preflight
 from llm_local.config import RunConfig, from_flat, parse
+from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.shared_head import install, installed, make_read_only, matrix_name
+from llm_local.model.stage import Block, build_blocks
 from llm_local.partition import Costs, make_partition
-from llm_local.preflight import preflight
-from llm_local.shared_head import install, installed, make_read_only, matrix_name
-from llm_local.stage import Block, build_blocks
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 SHARED = {"head": "shared", "head_refresh_steps": 2}

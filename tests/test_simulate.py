@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 
 from llm_local.schedule import LocalEvalSchedule, LocalSchedule
-from llm_local.simulate import Durations, Timeline, TimeSpan, picture, simulate
+from llm_local.simulator.simulate import Durations, Timeline, TimeSpan, picture, simulate
 
 
 def local(micro_batches: int, num_stages: int, **options) -> Timeline:

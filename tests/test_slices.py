@@ -12,11 +12,11 @@ import torch
 from conftest import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.config import ConfigError, ModelArguments
+from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
+from llm_local.model.pretrained import load_slice
+from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
-from llm_local.pretrained import load_slice
-from llm_local.slices import Slice, new_slice
 
 BASE = TINY | {"vocab_size": 256, "num_hidden_layers": 6}
 GPT: dict[str, Any] = {"vocab_size": 256, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64}

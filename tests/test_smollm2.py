@@ -13,12 +13,12 @@ from conftest import records
 from launching import ROOT, deepspeed, job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_local.anatomy import load_model_config, probe
 from llm_local.config import RunConfig, from_flat
-from llm_local.gguf_cache import convert, weights_path
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.gguf_cache import convert, weights_path
+from llm_local.model.pretrained import load_slice
 from llm_local.partition import Span
-from llm_local.pretrained import load_slice
-from llm_local.tokenizer import load_tokenizer
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # found and not imported: the package imports a runtime that nobody needs here

@@ -8,9 +8,9 @@ from datasets import Dataset, DatasetDict
 from documents import in_file_order
 
 from llm_local.config import ConfigError, from_flat
-from llm_local.data import data_problems
-from llm_local.mixture import Source
-from llm_local.source_problems import builtin_problems, file_problems
+from llm_local.data.mixture import Source
+from llm_local.data.sets import data_problems
+from llm_local.data.source_problems import builtin_problems, file_problems
 
 
 @pytest.fixture

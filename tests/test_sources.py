@@ -11,12 +11,12 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from documents import in_file_order, write_jsonl
 from transformers import AutoTokenizer
 
-from llm_local import corpus
 from llm_local.config import ConfigError
-from llm_local.data import data_problems, prepare
-from llm_local.mixture import Source, training_sources
-from llm_local.sources import _read_hub, from_splits
-from llm_local.tokenizer import builtin_tokenizer_dir
+from llm_local.data import corpus
+from llm_local.data.mixture import Source, training_sources
+from llm_local.data.sets import data_problems, prepare
+from llm_local.data.sources import _read_hub, from_splits
+from llm_local.data.tokenizer import builtin_tokenizer_dir
 
 PRESETS = Path(__file__).parent.parent / "configs" / "data"
 

@@ -17,11 +17,11 @@ from ranks import run_ranks
 from torch.distributed import PrefixStore, TCPStore
 from transformers import AutoTokenizer
 
+from llm_local.checks.preflight import Plan, preflight
 from llm_local.config import ConfigError, parse
-from llm_local.data import Data, ValidationSet
+from llm_local.data.sets import Data, ValidationSet
+from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.packet import TRAIN
-from llm_local.preflight import Plan, preflight
-from llm_local.tokenizer import builtin_tokenizer_dir
 from llm_local.train import REFUSED, _make_feed, main, store_name
 from llm_local.watchdog import LostPeer
 from llm_local.world import PLAN, Launch, Place, fetch_plan, open_store

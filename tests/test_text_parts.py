@@ -18,11 +18,11 @@ import pytest
 from datasets import Dataset, Features, Value
 from documents import write_jsonl
 
-from llm_local import text_parts
 from llm_local.config import ConfigError
-from llm_local.mixture import training_sources
-from llm_local.parts import STATE, Parts, make, read
-from llm_local.sources import load_training
+from llm_local.data import text_parts
+from llm_local.data.mixture import training_sources
+from llm_local.data.parts import STATE, Parts, make, read
+from llm_local.data.sources import load_training
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_folder_that_another_start_has_finished_meanwhile_is_taken(tmp_path):
 
 
 def test_progress_is_shown_in_bytes(settings, tokenizer, jsonl, tmp_path, capfd):
-    from llm_local.data import prepare
+    from llm_local.data.sets import prepare
 
     prepare(settings(train_file=jsonl), tokenizer, progress=True)
     assert f"reading train_file={jsonl}: 100%" in capfd.readouterr().err
@@ -201,10 +201,10 @@ def test_progress_is_shown_in_bytes(settings, tokenizer, jsonl, tmp_path, capfd)
 
 READ = """
 import sys
-from llm_local import text_parts
+from llm_local.data import text_parts
 from llm_local.config import parse
-from llm_local.mixture import training_sources
-from llm_local.sources import load_training
+from llm_local.data.mixture import training_sources
+from llm_local.data.sources import load_training
 text_parts.PART_BYTES = 1 << 20
 config = parse(sys.argv[1:])
 documents, _ = load_training(config, training_sources(config)[0], divide=False)

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from llm_local.chrome_trace import write_chrome_trace
-from llm_local.replay import simulated
-from llm_local.timeline import measured, read_trace, stage_times
+from llm_local.timeline.chrome_trace import write_chrome_trace
+from llm_local.timeline.measured import measured, read_trace, stage_times
+from llm_local.timeline.replay import simulated
 from llm_local.trace import COMPUTE, RECEIVE, STEP, Event, Header, Reading, Tracer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

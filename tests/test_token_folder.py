@@ -17,11 +17,11 @@ from conftest import Trainer, records
 from documents import write_jsonl
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from llm_local import token_folder
 from llm_local.config import ConfigError
-from llm_local.data import data_problems, prepare_all, tokenizer_key
-from llm_local.parts import STATE
-from llm_local.tokenizer_training import sample_texts
+from llm_local.data import token_folder
+from llm_local.data.parts import STATE
+from llm_local.data.sets import data_problems, prepare_all, tokenizer_key
+from llm_local.data.tokenizer_training import sample_texts
 
 Write = Callable[..., Path]
 

@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from llm_local import corpus
 from llm_local.config import ConfigError, from_flat
-from llm_local.tokenizer import VOCAB_SIZE, builtin_tokenizer_dir, load_tokenizer
+from llm_local.data import corpus
+from llm_local.data.tokenizer import VOCAB_SIZE, builtin_tokenizer_dir, load_tokenizer
 
 TEXTS = {
     "indentation": "class A:\n    def f(self):\n        return 1\n\n\n    \n",

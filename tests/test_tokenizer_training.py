@@ -18,10 +18,10 @@ from documents import write_jsonl
 from test_tokenizer import TEXTS
 from transformers import AutoTokenizer
 
-from llm_local import corpus
 from llm_local.config import ConfigError, from_flat
-from llm_local.tokenizer import load_tokenizer
-from llm_local.tokenizer_training import KINDS, sample_texts, train_tokenizer
+from llm_local.data import corpus
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tokenizer.py"
 SIZE = 700

@@ -17,12 +17,12 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSch
 from ranks import free_port
 from torch.distributed import TCPStore
 
-from llm_local.chrome_trace import meetings
+from llm_local.checks.preflight import open_output, preflight
 from llm_local.config import ConfigError, parse
-from llm_local.preflight import open_output, preflight
-from llm_local.replay import simulated
 from llm_local.schedule import LocalSchedule, OverlapSchedule
-from llm_local.timeline import Row, RunTrace, measured, read_trace, stage_times
+from llm_local.timeline.chrome_trace import meetings
+from llm_local.timeline.measured import Row, RunTrace, measured, read_trace, stage_times
+from llm_local.timeline.replay import simulated
 from llm_local.trace import (
     BUFFERED_EVENTS,
     COMPUTE,

@@ -12,10 +12,10 @@ from conftest import TINY, Trainer, block_losses, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerFast
 
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.device import missing_for_compile
 from llm_local.metrics import Record
-from llm_local.preflight import preflight
 
 pytestmark = pytest.mark.processes
 

@@ -9,7 +9,7 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.config import from_flat
-from llm_local.data import prepare_all
+from llm_local.data.sets import prepare_all
 from llm_local.evaluation import EvalSet, split_of
 from llm_local.problems import static_problems
 from llm_local.progress import Progress

@@ -13,12 +13,12 @@ from test_pretrained import SHAPE, saved
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from llm_local.anatomy import load_model_config
+from llm_local.checks.preflight import preflight
+from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, from_flat, parse
-from llm_local.preflight import preflight
-from llm_local.pretrained import tensor_files
-from llm_local.tokenizer import builtin_tokenizer_dir
-from llm_local.weight_problems import weight_problems
+from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.model.anatomy import load_model_config
+from llm_local.model.pretrained import tensor_files
 
 AGAIN = "copy it again from where it came"
 

@@ -11,12 +11,12 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from llm_local.anatomy import probe
 from llm_local.config import from_flat
 from llm_local.head_plan import HeadPlan
+from llm_local.model.anatomy import probe
+from llm_local.model.stage import Block, build_block
+from llm_local.model.windows import cut, draw_window
 from llm_local.partition import Costs, make_partition
-from llm_local.stage import Block, build_block
-from llm_local.windows import cut, draw_window
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64}

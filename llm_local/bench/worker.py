@@ -1,0 +1,251 @@
+"""One rank of a benchmark: trains by one of the systems that are compared, and measures what it was told to.
+
+    torchrun --nproc_per_node 2 -m llm_local.bench.worker '{"measure": "rate", "system": "local", ...}'
+
+Every system trains the same slices of the same model on the same rows: local learning and DeepSpeed's PipelineEngine as
+pretrain.py starts them, and those of torch.distributed.pipelining with the schedules of that library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llm_local.bench.peers import PEERS, System, make_peer
+from llm_local.bench.saved_bytes import saved_bytes
+from llm_local.config import RunConfig, from_flat
+from llm_local.engine import LocalEngine
+from llm_local.links import Links
+from llm_local.packet import Packet
+from llm_local.train import Run, build, check, quiet_libraries
+from llm_local.watchdog import Watchdog
+from llm_local.world import Launch
+
+LOCAL, DEEPSPEED = "local", "deepspeed"
+SECONDS = 300.0  # longest wait of ranks for one another
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a rank is told. flags: of the run, as in run.yaml. steps: measured ones, after `warmup` others."""
+
+    measure: str
+    system: str
+    flags: dict[str, Any]
+    steps: int
+    results: str
+    warmup: int = 3
+    rounds: int = 1
+
+
+def main(text: str) -> None:
+    task = Task(**json.loads(text))
+    rank = int(os.environ["RANK"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one core each, also for the threads of gloo
+    quiet_libraries()
+    result = MEASURES[task.measure](task)
+    Path(task.results, f"rank-{rank}.json").write_text(json.dumps(result))
+    os._exit(0)  # process groups of peers need not be taken down in order
+
+
+def begin(task: Task) -> Run:
+    """A run as pretrain.py starts it, up to its first step."""
+    flags = {"logging_steps": 1, "eval_batches": 0, "overwrite_output_dir": True, "max_grad_norm": 0.0, **task.flags}
+    config: RunConfig = from_flat({**flags, "max_steps": 1_000_000, "lr_scheduler_type": "constant"})
+    launch = Launch.from_environment(os.environ)
+    watchdog = Watchdog(launch.rank)
+    watchdog.start()
+    plan, data = check(config, launch.world_size) if launch.rank == 0 else (None, None)
+    return build(config, launch, watchdog, plan, data)
+
+
+def leave(run: Run) -> None:
+    """Nobody's links go while another still trains."""
+    run.world.everybody("done", SECONDS, "all ranks to be done")
+    run.world.finish()
+
+
+def system_of(task: Task) -> System:
+    """What trains on every rank."""
+    if task.system in PEERS:
+        return make_peer(task.system, task.flags)
+    run = begin(task)
+
+    def step(number: int) -> float:
+        return float(run.engine.train_batch(number).losses[-1])
+
+    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run))
+
+
+def rate(task: Task) -> dict[str, Any]:
+    """Seconds of each step, with nothing between one and the next: the last stage's tell the throughput."""
+    system = system_of(task)
+    for number in range(1, task.warmup + 1):
+        system.step(number)
+    system.everybody("warm")
+    ends, losses = [time.perf_counter()], []
+    for number in range(task.warmup + 1, task.warmup + task.steps + 1):
+        losses.append(system.step(number))
+        ends.append(time.perf_counter())
+    system.finish()
+    return {"seconds": [b - a for a, b in pairwise(ends)], "losses": losses}
+
+
+@dataclass
+class _Fed:
+    """In a receiver's place: the same micro-batch again and again, from memory."""
+
+    packet: Packet
+
+    def receive(self, kind: int, step: int, index: int) -> Packet:
+        return replace(self.packet, kind=kind, step=step, index=index)
+
+
+class _Nowhere:
+    """In a sender's place."""
+
+    def send(self, packet: Packet) -> None:
+        pass
+
+
+class _Keeping:
+    """A receiver that remembers what it gave last."""
+
+    def __init__(self, receiver: Any):
+        self._receiver = receiver
+        self.last: Packet | None = None
+
+    def receive(self, kind: int, step: int, index: int) -> Packet:
+        packet = self._receiver.receive(kind, step, index)
+        self.last = packet
+        return packet
+
+
+def efficiency(task: Task) -> dict[str, Any]:
+    """Rounds of steps in the pipe, and of steps of each stage by itself, fed from memory, while the others also run."""
+    run = begin(task)
+    engine: Any = run.engine
+    assert isinstance(engine, LocalEngine)
+    links, numbers = run.links, count(1)
+    keeping = None if links.receiver is None else _Keeping(links.receiver)
+    piped: Any = Links(receiver=keeping, sender=links.sender)  # pyright: ignore[reportArgumentType]
+    result: dict[str, Any] = {"piped": [], "fed": [], "waiting": []}
+    for turn in range(task.rounds + 1):
+        engine.links = piped
+        for _ in range(2):  # fills the pipe
+            engine.train_batch(next(numbers))
+        waited, start = _waited(run), time.perf_counter()
+        for _ in range(task.steps):
+            engine.train_batch(next(numbers))
+        seconds, waited = time.perf_counter() - start, _waited(run) - waited
+        run.world.everybody(f"piped {turn}", SECONDS, "the pipe's turn")
+        engine.links = Links(
+            receiver=None if keeping is None else _Fed(keeping.last),  # pyright: ignore[reportArgumentType]
+            sender=None if links.sender is None else _Nowhere(),  # pyright: ignore[reportArgumentType]
+        )
+        alone = [_timed(engine, next(numbers)) for _ in range(task.steps)]
+        run.world.everybody(f"fed {turn}", SECONDS, "each stage's own turn")
+        if turn:  # the first is for warming up
+            result["piped"].append(seconds / task.steps)
+            result["fed"].append(sum(alone) / task.steps)
+            result["waiting"].append(waited / seconds)
+    leave(run)
+    return result
+
+
+def _waited(run: Run) -> float:
+    return sum(link.wait_seconds for link in run.links.all())
+
+
+def _timed(engine: Any, number: int) -> float:
+    start = time.perf_counter()
+    engine.train_batch(number)
+    return time.perf_counter() - start
+
+
+def memory(task: Task) -> dict[str, Any]:
+    """The most bytes that graphs held for their backward passes in a step."""
+    with saved_bytes() as saved:
+        system = system_of(task)
+        for number in range(1, task.steps + 1):
+            system.step(number)
+        system.finish()
+    return {"peak_saved_bytes": saved.peak}
+
+
+def traffic(task: Task) -> dict[str, Any]:
+    """Bytes that leave this rank in a step: of a link all, of DeepSpeed's pipeline the floating-point tensors, as its
+    own models load token ids on every stage that reads them."""
+    from deepspeed.runtime.pipe import p2p
+
+    sent, send = [0], p2p.send
+
+    def counted(tensor: Any, dest_stage: int) -> Any:
+        sent[0] += tensor.numel() * tensor.element_size() if tensor.is_floating_point() else 0
+        return send(tensor, dest_stage)
+
+    p2p.send = counted
+    run = begin(task)
+    before = []
+    for number in range(1, task.steps + 2):
+        before.append(sum(link.bytes for link in (run.links.sender, run.links.gradient_sender) if link) + sent[0])
+        run.engine.train_batch(number)
+    leave(run)
+    return {"bytes_a_step": median(b - a for a, b in pairwise(before))}
+
+
+class _Stopwatch:
+    """In a tracer's place: the seconds of every instruction, by its name, and of these the ones that it had a core."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.core_seconds: dict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, instruction_map: dict[type, Callable[..., None]]) -> dict[type, Callable[..., None]]:
+        return {kind: self._timed(kind.__name__, function) for kind, function in instruction_map.items()}
+
+    def _timed(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start, on_core = time.perf_counter(), time.process_time()
+            function(*args, **kwargs)
+            self.seconds[name].append(time.perf_counter() - start)
+            self.core_seconds[name].append(time.process_time() - on_core)
+
+        return timed
+
+
+def passes(task: Task) -> dict[str, Any]:
+    """Median seconds of each kind of instruction; of sends and receives that is how long the stage waited. Where ranks
+    share a core, core_seconds leave out those in which another one had it."""
+    run, watch = begin(task), _Stopwatch()
+    engine: Any = run.engine
+    for number in range(1, task.warmup + 1):
+        engine.train_batch(number)
+    engine.trace(watch)
+    for number in range(task.warmup + 1, task.warmup + task.steps + 1):
+        engine.train_batch(number)
+    leave(run)
+    found = {"seconds": watch.seconds, "core_seconds": watch.core_seconds}
+    return {kind: {name: median(seconds) for name, seconds in by_name.items()} for kind, by_name in found.items()}
+
+
+MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "rate": rate,
+    "efficiency": efficiency,
+    "memory": memory,
+    "traffic": traffic,
+    "passes": passes,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1])

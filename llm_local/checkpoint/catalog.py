@@ -1,0 +1,286 @@
+"""Checkpoints: what a folder of one holds, which one to go on from, and reading it at any layout.
+
+    OUTPUT/checkpoints/step-00000200/stage-00/replica-00.safetensors    this rank's stretch of every tensor of its stage
+    OUTPUT/checkpoints/step-00000200/stage-00/state.json                schedulers and loss scales of the stage's blocks
+    OUTPUT/checkpoints/step-00000200/manifest.json                      the commit mark, written last
+
+Tensors have the model's names (shards.py) and lie flat, in the safetensors format of torch.distributed.checkpoint
+(hf_storage.py), so a reader takes the elements it wants wherever they lie. Loading runs no code from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from transformers import PretrainedConfig
+
+from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
+from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.ds_config import load_json, zero_stage
+from llm_local.partition import Partition
+
+MANIFEST = "manifest.json"
+STATE_FILE = "state.json"
+DATA_FILE = "data.json"  # of the first stage, which reads: see feed.py
+
+
+_BYTES_AT_A_TIME = 32 * 2**20  # read in one go: the pages of the files stay mapped for as long as it lasts
+
+
+class BrokenCheckpoint(RuntimeError):
+    """A file of a committed checkpoint is missing or damaged."""
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f"{path}: {str(reason).partition(chr(10))[0]}; resume from an earlier checkpoint")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out; what must_match must be that of the checkpoint that it goes on from."""
+
+    method: str
+    num_stages: int
+    replicas: int
+    blocks: list[list[int]]
+    zero_stage: int
+    precision: str
+    sequences_per_step: int
+    seq_length: int
+    seed: int
+    model: dict[str, Any]
+
+
+MUST_MATCH = {
+    "seq_length": "rows of another length are other rows",
+    "seed": "another seed puts the data in another order",
+}
+# of a model's config, what says nothing of its weights or of how they are used
+# flags that say nothing of what is trained
+_OF_NO_WEIGHT = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "cache_dir"),
+    *("max_steps", "logging_steps", "eval_steps", "eval_batches", "eval_on_start", "report_to", "sample_prompt"),
+    *("ddp_timeout", "link_timeout_seconds", "preprocessing_num_workers", "export_dtype", "model"),
+}
+_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
+    train = config.train
+    model = json.loads(json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str))
+    return Layout(
+        method=config.local.method,
+        num_stages=partition.num_stages,
+        replicas=num_replicas,
+        blocks=[[b.start, b.stop] for b in partition.blocks],
+        zero_stage=zero_stage(load_json(config)),
+        precision=config.precision,
+        sequences_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * num_replicas,
+        seq_length=config.data.seq_length,
+        seed=train.seed,
+        model={name: value for name, value in model.items() if name not in _INCIDENTAL},
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's."""
+
+    step: int
+    rows: int
+    layout: Layout
+    flags: dict[str, Any]
+    versions: dict[str, str]
+
+
+def resumes(config: RunConfig) -> bool:
+    return (config.train.resume_from_checkpoint or "false").lower() != "false"
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None if the flag is not set.
+
+    Raises ConfigError if there is none, or if it is only half written.
+    """
+    wanted = config.train.resume_from_checkpoint
+    if wanted is None or not resumes(config):
+        return None
+    place = config.output_dir if wanted.lower() in ("true", "last", "latest") else Path(wanted)
+    if place.name.startswith("step-"):
+        if not (place / MANIFEST).exists():
+            named = f"resume_from_checkpoint={place}{from_here(place)}"
+            raise ConfigError([f"{named} has no {MANIFEST}: it is missing or half written"])
+        return place
+    committed = sorted((place / "checkpoints").glob(f"step-*/{MANIFEST}"))
+    if not committed:
+        folder = place / "checkpoints"
+        raise ConfigError([f"resume_from_checkpoint={wanted}: no complete checkpoint in {folder}{from_here(folder)}"])
+    return committed[-1].parent
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises ConfigError naming the file if it is no manifest of ours."""
+    path = checkpoint / MANIFEST
+    try:
+        values = json.loads(path.read_text())
+        return Manifest(**values | {"layout": Layout(**values["layout"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
+
+
+def read_data_state(checkpoint: Path) -> dict[str, Any]:
+    """Where the training data stood, beyond the number of rows; empty if that says it all. Raises BrokenCheckpoint."""
+    path = checkpoint / "stage-00" / DATA_FILE
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(path, error) from error
+
+
+def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
+    """Why the run cannot go on from the checkpoint, naming both sides."""
+    saved, instead = read_manifest(checkpoint).layout, "start a new run from its export (--model_name_or_path)"
+    problems = [
+        f"{checkpoint} was written with {name}={getattr(saved, name)}, this run has {name}={getattr(layout, name)}: "
+        f"{why}; {instead}"
+        for name, why in MUST_MATCH.items()
+        if getattr(saved, name) != getattr(layout, name)
+    ]
+    names = sorted(set(saved.model) | set(layout.model))
+    differing = [name for name in names if saved.model.get(name) != layout.model.get(name)]
+    if differing:
+        theirs, ours = (", ".join(f"{n}={m.get(n)}" for n in differing[:3]) for m in (saved.model, layout.model))
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        problems.append(f"{checkpoint} holds another model ({theirs}{more}); this run's has {ours}{more}")
+    return problems
+
+
+def layout_changes(saved: Manifest, layout: Layout, flags: dict[str, Any]) -> list[str]:
+    """What differs from the run that wrote a checkpoint, and is followed: 'num_stages 2 → 4'."""
+    theirs, ours = saved.flags | asdict(saved.layout), flags | asdict(layout)
+    names = [name for name in ours if name not in _OF_NO_WEIGHT]
+    return [f"{name} {theirs.get(name)} → {ours[name]}" for name in names if theirs.get(name) != ours[name]]
+
+
+class _StretchPlanner(DefaultLoadPlanner):
+    """Reads stretches of flat tensors, in which torch.distributed.checkpoint sees whole ones."""
+
+    def __init__(self, wanted: Mapping[str, Stretch]):
+        super().__init__()
+        self._wanted = wanted
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for name, stretch in self._wanted.items():
+            here = ChunkStorageMetadata(torch.Size([stretch.start]), torch.Size([len(stretch.values)]))
+            saved: Any = self.metadata.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, saved, [here])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._wanted[index.fqn].values
+
+
+class Catalog:
+    """What a checkpoint holds, by name. Raises BrokenCheckpoint naming the file that is missing or damaged.
+
+    blocks: state.json of all stages. states, scalars: what the optimizer kept of a parameter, by its name.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.path = checkpoint
+        self.manifest = read_manifest(checkpoint)
+        self.blocks: list[dict[str, Any]] = []
+        self.states: dict[str, list[str]] = {}
+        self.scalars: dict[str, list[str]] = {}
+        self._numels: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._folders: dict[str, Path] = {}
+        for stage in range(self.manifest.layout.num_stages):
+            self._add(checkpoint / f"stage-{stage:02d}")
+
+    def _add(self, folder: Path) -> None:
+        try:
+            self.blocks += json.loads((folder / STATE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise BrokenCheckpoint(folder / STATE_FILE, error) from error
+        for replica in range(self.manifest.layout.replicas):
+            path = folder / replica_file(replica)
+            try:
+                with safe_open(path, "pt"):  # a truncated file shows by its header
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise BrokenCheckpoint(path, error) from error
+        for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+            tensor: Any = found
+            self._folders[name] = folder
+            self._numels[name], self._dtypes[name] = tensor.size.numel(), tensor.properties.dtype
+            for kept, mark in ((self.states, STATE), (self.scalars, SCALAR)):
+                if mark in name:
+                    kept.setdefault(name.partition(mark)[0], []).append(name)
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the parameters and buffers."""
+        return [name for name in self._numels if STATE not in name and SCALAR not in name]
+
+    def source(self, name: str, numel: int) -> str | None:
+        """The name under which the checkpoint has a tensor of so many elements; another one where it was tied."""
+        if name not in self._numels:
+            name = next((block["tied"][name] for block in self.blocks if name in block["tied"]), name)
+        return name if self._numels.get(name) == numel else None
+
+    def read(self, wanted: Mapping[str, Stretch]) -> None:
+        """Fills the stretches, in whatever dtype they have, from the tensors of these names."""
+        batches: dict[Path, list[dict[str, Stretch]]] = {}
+        for name, stretch in wanted.items():
+            found = batches.setdefault(self._folders[name], [{}])
+            if sum(other.values.nbytes for other in found[-1].values()) >= _BYTES_AT_A_TIME:
+                found.append({})
+            found[-1][name] = stretch
+        for folder, some in ((folder, some) for folder, found in batches.items() for some in found):
+            reader, planner = HuggingFaceStorageReader(str(folder)), _StretchPlanner(some)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({n: s.values for n, s in some.items()}, storage_reader=reader, planner=planner, no_dist=True)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole of one, flat."""
+        whole = torch.empty(self._numels[name], dtype=self._dtypes[name])
+        self.read({name: Stretch(whole.numel(), 0, whole)})
+        return whole
+
+
+def replica_file(replica: int) -> str:
+    return f"replica-{replica:02d}.safetensors"
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that others may read as far as the umask lets them; the library's own are for the owner."""
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(0o666 & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no way to read it but to set it, for all threads
+    os.umask(mask)
+    return mask

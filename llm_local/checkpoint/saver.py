@@ -1,0 +1,226 @@
+"""Writes checkpoints beside the training.
+
+A save copies what this rank owns to host memory, which is all that training waits for; a thread writes the copy, and
+the thread that finishes last of all ranks commits the checkpoint. So no stage waits for another to save, a kill at any
+moment leaves the checkpoints that are committed, and a folder without a manifest is never picked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.optim.lr_scheduler import LambdaLR
+
+from llm_local.checkpoint.catalog import (
+    DATA_FILE,
+    MANIFEST,
+    STATE_FILE,
+    Layout,
+    Manifest,
+    replica_file,
+    save_tensors,
+)
+from llm_local.checkpoint.shards import SCALAR, STATE, Shard, base_optimizer, shards, tied_names
+from llm_local.config import RunConfig
+from llm_local.model.stage import Block
+from llm_local.world import World
+
+SHARED = "shared/"
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class UnsavedCheckpoint(RuntimeError):
+    """A checkpoint could not be written, for want of space say; those before it are whole."""
+
+
+class Saver:
+    """Writes this rank's part of every checkpoint of a run, one at a time."""
+
+    def __init__(self, world: World, config: RunConfig, layout: Layout):
+        self._seconds = 0.0
+        self._world = world
+        self._store = world.store.clone()
+        self._layout = layout
+        self._flags = config.flat()
+        self._folder = config.output_dir / "checkpoints"
+        self._limit = config.train.save_total_limit
+        self._thread: threading.Thread | None = None
+        self._failure: UnsavedCheckpoint | None = None
+
+    def save(
+        self,
+        engines: Sequence[DeepSpeedEngine],
+        step: int,
+        rows: int,
+        shared_head: Mapping[str, torch.Tensor] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
+
+        shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises UnsavedCheckpoint
+        if the save before has failed.
+        """
+        start = time.perf_counter()
+        self.wait()
+        place, root = self._world.place, self._folder / f"step-{step:08d}"
+        folder = root / f"stage-{place.stage:02d}"
+        if place.is_recorder:  # what a killed run left half written, or one that went on from before
+            (root / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self._world.stage_barrier()
+        tensors, starts = snapshot(engines, place.replica)
+        files: dict[str, Any] = {}
+        if place.is_recorder:
+            for name, matrix in (shared_head or {}).items():
+                tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
+            files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
+            if data:
+                files[DATA_FILE] = json.dumps(data)
+        manifest = Manifest(step, rows, self._layout, self._flags, _versions())
+        arguments = (root, folder, tensors, starts, files, manifest)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)
+        self._thread.start()
+        self._seconds += time.perf_counter() - start
+
+    def take_seconds(self) -> float:
+        """How long saving has held the training up since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is on the disk. Raises UnsavedCheckpoint if it is not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises UnsavedCheckpoint if a save has failed; waits for nothing."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(
+        self,
+        root: Path,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        starts: dict[str, int],
+        files: dict[str, str],
+        manifest: Manifest,
+    ) -> None:
+        path = folder / replica_file(self._world.place.replica)
+        try:
+            offsets = {name: {"saved_offsets": [starts.get(name, 0)]} for name in tensors}
+            header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            save_tensors(tensors, path, header)
+            _to_disk(path)
+            for name, text in files.items():
+                path = folder / name
+                path.write_text(text + "\n")
+                _to_disk(path)
+            path = root / MANIFEST
+            if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
+                _commit(path, manifest)
+                _remove_old(root.parent, self._limit)
+        except Exception as error:  # of whatever library; the training thread raises it
+            shutil.rmtree(folder, ignore_errors=True)
+            self._failure = UnsavedCheckpoint(
+                f"{path} could not be written ({error}); the checkpoints before it are whole: make room, and resume"
+            )
+
+
+def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Copies in host memory of all that this rank owns, flat, and the first element of each in its tensor.
+
+    What every replica has is replica 0's to save. Raises UnsavedCheckpoint for an optimizer whose state is neither one
+    number for each weight nor one for the parameter.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    starts: dict[str, int] = {}
+    for engine in engines:
+        states = base_optimizer(engine).state
+        for shard in shards(engine, replica):
+            if shard.master is None or (shard.is_replicated and replica > 0):
+                continue
+            tensors[shard.name] = shard.master.values.to("cpu", copy=True)
+            starts[shard.name] = shard.master.start
+            state = {} if shard.holder is None else states.get(shard.holder, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.numel() == _numel(shard) and value.dim():
+                    tensors[f"{shard.name}{STATE}{key}"] = shard.part(value.detach()).to("cpu", copy=True)
+                    starts[f"{shard.name}{STATE}{key}"] = shard.master.start
+                elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+                    if shard.master.start == 0:
+                        tensors[f"{shard.name}{SCALAR}{key}"] = torch.as_tensor(value).cpu().clone().view(1)
+                else:
+                    kind = type(base_optimizer(engine)).__name__
+                    raise UnsavedCheckpoint(
+                        f"{kind} keeps {key} of {shard.name} in a shape that no checkpoint can hold"
+                    )
+    return tensors, starts
+
+
+def _numel(shard: Shard) -> int:
+    return 0 if shard.holder is None else shard.holder.numel()
+
+
+def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """Where the block's schedule stands, which names stand for others, and with fp16 its loss scale."""
+    scheduler: Any = engine.lr_scheduler
+    position = {"last_epoch": scheduler.last_epoch} if isinstance(scheduler, LambdaLR) else scheduler.state_dict()
+    module: Any = engine.module
+    span = module.body.span if isinstance(module, Block) else None
+    scales = {f"{number}.{name}": value for number, name, _, value in loss_scales(engine)}
+    span = None if span is None else [span.start, span.stop]
+    return {"span": span, "tied": tied_names(module), "scheduler": position, "loss_scale": scales}
+
+
+def loss_scales(engine: DeepSpeedEngine) -> list[tuple[int, str, Any, float]]:
+    """(owner's number, name, owner, value) of what a dynamic loss scale consists of; nothing but with fp16."""
+    optimizer: Any = engine.optimizer
+    owners = (optimizer, getattr(optimizer, "loss_scaler", None)) if engine.fp16_enabled() else ()
+    found = []
+    for number, owner in enumerate(owners):
+        for name in _LOSS_SCALE:
+            value = getattr(owner, name, None)
+            if isinstance(value, (int, float)):
+                found.append((number, name, owner, value))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    import deepspeed
+
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
+def _commit(path: Path, manifest: Manifest) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    _to_disk(draft)
+    os.replace(draft, path)
+
+
+def _to_disk(path: Path) -> None:
+    """Forces a file out of the page cache: the manifest must not overtake it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _remove_old(folder: Path, limit: int | None) -> None:
+    committed = sorted(manifest.parent for manifest in folder.glob(f"step-*/{MANIFEST}"))
+    for old in committed[: -limit if limit else 0]:
+        (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is not one
+        shutil.rmtree(old)

@@ -1,0 +1,57 @@
+"""What a model class does that shows in numbers alone, tried before the start on the run's model in small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llm_local.checks.trial import small_model
+from llm_local.config import RunConfig
+from llm_local.model.anatomy import Anatomy, SliceError
+from llm_local.model.slices import new_slice
+from llm_local.partition import Span
+
+TOLERANCE = 1e-4  # of the logits' size: what rounding alone may do
+_IDS = torch.arange(8, 32).reshape(2, -1)
+
+
+def class_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+    """Whether the class sets all of a new model's weights, and predicts a token without having seen it.
+
+    [] where the small model cannot be made or run.
+    """
+    plain = replace(config, model=replace(config.model, attn_implementation=None))
+    problems = []
+    try:
+        model = small_model(plain, model_config, anatomy)
+        if not config.model.model_name_or_path:
+            problems += _unset(config, model, anatomy)
+        moved = _moved_by_later_tokens(model)
+    except Exception:  # of a class in sizes that it was not meant for
+        return problems
+    if moved > TOLERANCE:
+        is_encoder = getattr(model_config, "is_decoder", None) is False
+        repair = "set is_decoder=true in config_overrides" if is_encoder else "use a causal one"
+        kind = model_config.model_type
+        problems.append(f"model type {kind!r} reads later tokens, so that predicting them is copying; {repair}")
+    return problems
+
+
+def _unset(config: RunConfig, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+    options = {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        new_slice(model.config, anatomy, Span(0, anatomy.num_layers), seed=0, **options)
+    except SliceError as error:
+        return [str(error)]
+    return []
+
+
+@torch.no_grad()
+def _moved_by_later_tokens(model: PreTrainedModel) -> float:
+    """How far another last token moves the logits before it, relative to the largest."""
+    changed = _IDS.clone()
+    changed[:, -1] += 40
+    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (_IDS, changed))
+    return float((after - before).abs().max() / before.abs().max())

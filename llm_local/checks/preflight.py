@@ -1,0 +1,330 @@
+"""Everything that can be wrong with a run, found by rank 0 before the ranks meet and before a file is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llm_local.checkpoint.catalog import (
+    BrokenCheckpoint,
+    Catalog,
+    find_checkpoint,
+    layout_of,
+    layout_problems,
+    resumes,
+)
+from llm_local.checks.class_problems import class_problems
+from llm_local.checks.exit_check import exit_warnings, refused_exits
+from llm_local.checks.profile import measure_costs
+from llm_local.checks.trial import document_problems, router_problems
+from llm_local.checks.weight_problems import weight_problems
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data.sets import data_problems
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.device import missing_for_compile, supports
+from llm_local.ds_config import deepspeed_problems
+from llm_local.export.model_folder import draft_of, predecessor_of
+from llm_local.head_problems import cut_problems, head_warnings
+from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.model.document_mask import DocumentMask
+from llm_local.model.gguf_cache import convert
+from llm_local.model.lowrank import rank_problems
+from llm_local.model.router_loss import wants_router_loss
+from llm_local.model.slices import try_slices
+from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
+from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.trace import FOLDER as TRACE
+
+_EXPORT = Path("export")
+OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
+OURS += ("tensorboard", "csv", TRACE)
+READ = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
+READ += ("data_mixture",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 decides for all: how the model is made, how it is cut, and where the run goes on from."""
+
+    anatomy: Anatomy
+    partition: Partition
+    checkpoint: str | None
+    warnings: tuple[str, ...] = ()
+    documents: DocumentMask | None = None
+    refused_exits: dict[str, str] = field(default_factory=dict)
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """The flags with what was measured written down, so that a reader of them finds the same stages."""
+        if config.local.partition == "flops":
+            return config
+        layers = [len(self.partition.layers_of(stage)) for stage in range(self.partition.num_stages)]
+        return replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        values = json.loads(text)
+        cut = values["partition"]
+        blocks, stages = (tuple(Span(**span) for span in cut[name]) for name in ("blocks", "stages"))
+        anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
+        partition = Partition(blocks, stages, cut["overlap"])
+        documents = DocumentMask(**values["documents"]) if values["documents"] else None
+        return Plan(
+            anatomy, partition, values["checkpoint"], tuple(values["warnings"]), documents, values["refused_exits"]
+        )
+
+
+def preflight(config: RunConfig, world_size: int) -> Plan:
+    """Checks the whole run. Raises ConfigError with every problem that was found."""
+    problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
+    num_replicas = max(1, world_size // max(1, config.local.num_stages))
+    problems += deepspeed_problems(config, num_replicas) + data_problems(config) + _folder_problems(config)
+    cache_problems = _unwritable("cache_dir", config.cache_dir)
+    problems += cache_problems
+    found = _Model()
+    if (config.model.config_name or config.model.model_name_or_path or config.model.model_type) and not cache_problems:
+        problems += found.look(config, world_size)
+    if not problems:
+        assert found.anatomy is not None
+        assert found.partition is not None
+        assert found.config is not None
+        checkpoint, more = _resume(config, found.config, found.partition, world_size)
+        problems += more
+        if not problems:
+            partition = found.partition
+            if config.local.partition == "profile" and config.local.stage_layers is None:
+                costs = measure_costs(config, found.config, found.anatomy)
+                partition = plan_partition(config, found.config, found.anatomy, costs)
+            warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
+            refused = refused_exits(config, found.config, found.anatomy, partition)
+            warnings += exit_warnings(found.config.model_type, refused)
+            return Plan(found.anatomy, partition, checkpoint, warnings, document_mask(config), refused)
+    raise ConfigError(problems)
+
+
+class _Model:
+    """What is learned of the model while looking for problems."""
+
+    def __init__(self) -> None:
+        self.config: PretrainedConfig | None = None
+        self.anatomy: Anatomy | None = None
+        self.partition: Partition | None = None
+        self.warnings: tuple[str, ...] = ()
+
+    def look(self, config: RunConfig, world_size: int) -> list[str]:
+        try:
+            self.config = load_model_config(config.model)
+            self.anatomy = probe(self.config, config.model, try_slices)
+            convert(config)
+        except ConfigError as error:
+            return error.problems
+        except SliceError as error:
+            return [_attention_problem(config, error.__cause__) or str(error)]
+        problems, self.warnings = weight_problems(config, self.config)
+        problems += _size_problems(config, self.config) + _support_problems(config, self.config)
+        problems += class_problems(config, self.config, self.anatomy)
+        if config.data.document_mask:
+            problems += document_problems(config, self.config, self.anatomy)
+        if wants_router_loss(self.config):
+            problems += router_problems(config, self.config, self.anatomy)
+        if config.local.num_stages > 0:
+            try:
+                self.partition = plan_partition(config, self.config, self.anatomy)
+                problems += cut_problems(config, self.partition)
+                problems += rank_problems(config, self.config, self.anatomy, self.partition)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+
+def _attention_problem(config: RunConfig, cause: BaseException | None) -> str:
+    """What is wrong with the kernel that was asked for, '' if it is not that what kept the model from being watched."""
+    wanted, reason = config.model.attn_implementation, str(cause).partition("\n")[0]
+    if not wanted or not (isinstance(cause, ImportError) or "attn_implementation" in reason):
+        return ""
+    return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"
+
+
+def document_mask(config: RunConfig) -> DocumentMask | None:
+    """How the run keeps packed documents apart, if it does."""
+    end: Any = load_tokenizer(config).eos_token_id if config.data.document_mask else None
+    return None if end is None else DocumentMask(end)  # data/sets.py refuses a tokenizer without
+
+
+def plan_partition(
+    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, costs: Costs | None = None
+) -> Partition:
+    """The cut that the flags ask for; costs: by default counted. Raises ValueError where it leaves a stage without a
+    layer."""
+    local = config.local
+    costs = costs or estimate_costs(
+        anatomy.layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
+    )
+    by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
+    return make_partition(
+        num_layers=anatomy.num_layers,
+        num_stages=local.num_stages,
+        costs=costs,
+        layers_per_block=config.block_layers,
+        block_stride=config.window_stride,
+        stage_layers=by_hand,
+        local_heads=not config.is_pipelined,
+        head_layers=config.head_layers_schedule,
+        shared_head=config.shares_head,
+        token_fraction=config.local.head_token_fraction,
+    )
+
+
+def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+    text = text_config(model_config)
+    problems = []
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and config.data.seq_length > positions:
+        problems.append(
+            f"seq_length={config.data.seq_length} is longer than the model's {positions} positions; shorten it, or set "
+            f"max_position_embeddings={config.data.seq_length} in config_overrides"
+        )
+    try:
+        tokens = len(load_tokenizer(config))
+    except ConfigError as error:
+        return problems + error.problems
+    if config.local.distillation_weight > 0 and config.local.distillation_top_k > text.vocab_size:
+        problems.append(
+            f"distillation_top_k={config.local.distillation_top_k} is more than the model's vocabulary of "
+            f"{text.vocab_size}; lower it"
+        )
+    if text.vocab_size < tokens:
+        problems.append(
+            f"the model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {tokens}; "
+            + (
+                "choose another tokenizer (--tokenizer_name): a pretrained model has weights for no more tokens"
+                if config.model.model_name_or_path
+                else f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
+            )
+        )
+    return problems
+
+
+def _tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
+    """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
+    tokenizer = load_tokenizer(config)
+    text = "def f(x):\n    return 'é' + x\n"
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model_config.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    if again(text).input_ids == tokenizer(text).input_ids:
+        return ()
+    kind = model_config.model_type
+    return (
+        f"beside a {kind!r} model AutoTokenizer reads this tokenizer as {type(again).__name__} and gets other tokens; "
+        "load it from the export with PreTrainedTokenizerFast, or train with the model's own (--tokenizer_name)",
+    )
+
+
+def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+    text = text_config(model_config)
+    problems = []
+    if getattr(text, "layerdrop", 0) or getattr(text, "decoder_layerdrop", 0):
+        problems.append("the model's config has layerdrop, which would skip a stage's border; set layerdrop=0.0")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if config.train.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
+        problems.append(f"model type {model_config.model_type!r} does not support gradient_checkpointing; leave it off")
+    if config.train.torch_compile and (missing := missing_for_compile()):
+        problems.append(f"torch_compile=True needs {missing}, which is not there; install it, or leave it off")
+    return problems
+
+
+def _folder_problems(config: RunConfig) -> list[str]:
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir={folder} is a file; name a folder"]
+    problems = _unwritable("output_dir", folder)
+    if resumes(config):
+        return problems
+    if config.train.overwrite_output_dir:
+        return problems + _lost_inputs(config)
+    if (folder / "run.yaml").exists():
+        problems.append(
+            f"output_dir={folder} holds another run; go on with it (--resume_from_checkpoint true), "
+            "replace it (--overwrite_output_dir), or choose another folder"
+        )
+    return problems
+
+
+def _unwritable(name: str, folder: Path) -> list[str]:
+    """Tries it where the folder is or would be made: with a file that has no name, which leaves no trace."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return []
+    except OSError as error:
+        return [f"{name}={folder} cannot be written ({error.strerror}); choose another, or change its permissions"]
+
+
+def _lost_inputs(config: RunConfig) -> list[str]:
+    """What the run reads and overwrite_output_dir would remove first."""
+    given = {n: Path(value) for n in (*READ, "deepspeed") if (value := config.flat()[n]) and Path(value).exists()}
+    given["cache_dir"] = config.cache_dir
+    removed = [config.output_dir / name for name in OURS]
+    return [
+        f"{name}={path} lies in {entry}, which overwrite_output_dir removes before the run reads it; "
+        "choose another output_dir, or move it elsewhere"
+        for name, path in given.items()
+        for entry in removed
+        if path.resolve().is_relative_to(entry.resolve())
+    ]
+
+
+def _resume(
+    config: RunConfig, model_config: PretrainedConfig, partition: Partition, world_size: int
+) -> tuple[str | None, list[str]]:
+    layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
+    try:
+        checkpoint = find_checkpoint(config)
+        if checkpoint is None:
+            return None, []
+        problems = layout_problems(checkpoint, layout)
+        step = Catalog(checkpoint).manifest.step
+    except ConfigError as error:
+        return None, error.problems
+    except BrokenCheckpoint as error:
+        return None, [str(error)]
+    if step > config.train.max_steps:
+        problems.append(f"{checkpoint} is beyond max_steps={config.train.max_steps}; raise max_steps")
+    if config.train.trace and step == config.train.max_steps:
+        problems.append(
+            f"trace=True finds no step to record: {checkpoint} is at max_steps; raise it, or leave trace off"
+        )
+    return str(checkpoint), problems
+
+
+def open_output(config: RunConfig, plan: Plan) -> None:
+    """Makes OUTPUT and writes run.yaml; a run that is replaced goes first, and nothing else in the folder does."""
+    folder = config.output_dir
+    if config.train.overwrite_output_dir and plan.checkpoint is None:
+        for name in OURS:
+            _remove(folder / name)
+    if config.train.trace:  # of the part of the run that is gone on from
+        _remove(folder / TRACE)
+    _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
+    (folder / "run.yaml").write_text(f"# {plan.partition.describe()}\n{text}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

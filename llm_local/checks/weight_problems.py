@@ -1,0 +1,119 @@
+"""What is wrong with a pretrained model's files, seen by their headers: no tensor is read.
+
+transformers itself says which tensors are missing or have another shape: it loads the headers' shapes into a model
+without memory, with the renaming and fusing of names that a real load has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from llm_local.config import ConfigError, RunConfig, some_of
+from llm_local.model.gguf_cache import weights_path
+from llm_local.model.pretrained import COPY_AGAIN, find, model_without_weights, open_shard, tensor_files
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_problems(config: RunConfig, model_config: PretrainedConfig) -> tuple[list[str], tuple[str, ...]]:
+    """Why the run's pretrained model cannot be loaded, and what is left out of it: problems and warnings."""
+    if config.model.model_name_or_path is None:
+        return [], ()
+    path = weights_path(config)
+    method = getattr(model_config, "quantization_config", None)
+    if method is not None:
+        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        return [f"{path} has quantised weights ({kind}), which cannot be trained; use the model they were made of"], ()
+    try:
+        files = tensor_files(path)
+        problems, shapes = read_shapes(path, files)
+    except ConfigError as error:
+        return error.problems, ()
+    return (problems, ()) if problems else _compare(config, path, model_config, files, shapes)
+
+
+def read_shapes(path: str, files: dict[str, str]) -> tuple[list[str], Shapes]:
+    """Shapes of all tensors, from the headers of the files; and the files that are missing, damaged or not the
+    index's."""
+    problems: list[str] = []
+    shapes: Shapes = {}
+    for name in sorted(set(files.values())):
+        tensors = [tensor for tensor, file in files.items() if file == name]
+        found = find(path, name)
+        if found is None:
+            problems.append(f"{_index(path)} names {name}, which is not there; {COPY_AGAIN}")
+            continue
+        try:
+            with open_shard(Path(found)) as shard:
+                there = {tensor: tuple(shard.get_slice(tensor).get_shape()) for tensor in shard.keys()}  # noqa: SIM118
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        shapes |= {tensor: there[tensor] for tensor in tensors if tensor in there}
+        absent = [tensor for tensor in tensors if tensor not in there]
+        if absent:
+            problems.append(f"{_index(path)} names {some_of(absent)} of {name}, which does not hold it; {COPY_AGAIN}")
+    return problems, shapes
+
+
+def _index(path: str) -> Path:
+    return Path(find(path, SAFE_WEIGHTS_INDEX_NAME) or path)
+
+
+def _compare(
+    config: RunConfig, path: str, model_config: PretrainedConfig, files: dict[str, str], shapes: Shapes
+) -> tuple[list[str], tuple[str, ...]]:
+    """What transformers would say of the tensors when it loads them."""
+    skeleton: Any = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=model_config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError:  # some experts of a layer are missing or of another shape
+        info = _by_name(skeleton, shapes)
+    wanted_by, repair = _described(config, model_config)
+    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        instead = f", and has {some_of(left)} instead" if left else ""
+        return [f"{path} lacks {some_of(missing)} that {wanted_by} has{instead}; {repair}"], ()
+    if info["mismatched_keys"]:
+        (name, found, wanted), *more = sorted(info["mismatched_keys"], key=lambda entry: entry[0])
+        file = Path(path, files[name]) if name in files else path
+        others = f" (and {len(more)} more differ)" if more else ""
+        return [f"{file} has {name} in shape {_shape(found)}, {wanted_by} in {_shape(wanted)}{others}; {repair}"], ()
+    return [], ((f"{path} has more than the model, and it is left out: {some_of(left)}",) if left else ())
+
+
+def _by_name(skeleton: Any, shapes: Shapes) -> dict[str, Any]:
+    """The same by the names that the model itself would save its tensors under."""
+    wanted = {n: tuple(t.shape) for n, t in revert_weight_conversion(skeleton, skeleton.state_dict()).items()}
+    return {
+        "missing_keys": wanted.keys() - shapes.keys(),
+        "unexpected_keys": shapes.keys() - wanted.keys(),
+        "mismatched_keys": {(n, shapes[n], w) for n, w in wanted.items() if n in shapes and shapes[n] != w},
+    }
+
+
+def _described(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
+    """Where the expected shapes come from, and how to mend it."""
+    overrides = config.model.config_overrides
+    if overrides:
+        return f"its config with config_overrides={overrides!r}", "leave out overrides that change what is loaded"
+    return f"its config (model_type {model_config.model_type!r})", "use the config that was saved with the weights"
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape)) or "()"

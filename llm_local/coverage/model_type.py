@@ -1,0 +1,310 @@
+"""Whether a model type can be trained in stages and exported, tried on a tiny model of it in this process.
+
+    examine("mixtral")    # Finding(model_type='mixtral', status='exact', ties=('untied', 'tied'), exits='exact', ...)
+
+Three stages of two layers, with weights under which no norm or bias is an identity, against the undivided model of
+plain transformers, bit for bit on the CPU and for tied and untied embeddings: new weights; logits, loss and all
+gradients of the chained stages; the logits of the exported whole, and of the exit of each stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from llm_local.checks.class_problems import class_problems
+from llm_local.checks.exit_check import refused_exits
+from llm_local.checks.tiny import tiny_config
+from llm_local.config import ModelArguments, RunConfig
+from llm_local.export.model_folder import model_without_memory
+from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
+from llm_local.model.anatomy import SliceError, probe, text_config
+from llm_local.model.heads import head_loss
+from llm_local.model.slices import new_slice, try_slices
+from llm_local.model.stage import Block, build_block
+from llm_local.partition import Partition, Span
+
+EXACT, REFUSED, WRONG, UNTRIED = "exact", "refused", "wrong", "not tried"
+NUM_STAGES = 3
+MOST_PARAMETERS = 10_000_000
+LOSS_TOLERANCE = 1e-5  # the local loss is summed position by position
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out for a model type.
+
+    status: exact; refused, before a run would start; wrong, which should not be; not tried. reason: why, in a line.
+    ties: the variants that were compared. exits: how the models of the earlier stages do. note: what else there is.
+    """
+
+    model_type: str
+    status: str
+    reason: str = ""
+    ties: tuple[str, ...] = ()
+    exits: str = ""
+    note: str = ""
+
+
+class Different(Exception):
+    """The stages and the undivided model do not agree; the message says in what."""
+
+
+class Refused(Exception):
+    """A run of the type would not start; the message is the line that it ends with."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message, with the kind of error where it is none of ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (SliceError, Refused, Different)) else f"{type(error).__name__}: {text}"[:200]
+
+
+def examine(model_type: str) -> Finding:
+    """Tries the type, untied and tied where it can be both."""
+    try:
+        config = tiny_config(model_type)
+        size = sum(parameter.numel() for parameter in model_without_memory(config).parameters())
+    except Exception as error:  # whatever a class makes of sizes that it was not meant for
+        return Finding(model_type, UNTRIED, f"no tiny model: {one_line(error)}")
+    if size > MOST_PARAMETERS:
+        return Finding(model_type, UNTRIED, f"the tiny model still has {size:,} parameters")
+    return replace(compare(config), model_type=model_type)  # gpt-sw3's config says gpt2
+
+
+def compare(config: PretrainedConfig) -> Finding:
+    """Tries the model of a config, untied and tied where it can be both."""
+    kind = config.model_type
+    ties: list[str] = []
+    refused: dict[str, str] = {}
+    exits = note = ""
+    for wanted in (False, True):
+        variant = copy.deepcopy(config)
+        variant.tie_word_embeddings = text_config(variant).tie_word_embeddings = wanted
+        try:
+            trial = _Trial(variant)
+            if not ties:  # they are the same for both
+                refused = trial.look_ahead()
+            trial.check_new_weights()
+            trial.copy_weights()
+            trial.check_chain()
+            note = trial.check_losses()
+            exits = trial.check_exports(refused)
+        except (SliceError, Refused) as error:
+            return Finding(kind, REFUSED, one_line(error))
+        except Exception as error:
+            return Finding(kind, WRONG, one_line(error), tuple(ties))
+        ties.append("tied" if trial.anatomy.tied else "untied")
+    return Finding(kind, EXACT, "", tuple(dict.fromkeys(ties)), exits, note)
+
+
+class _Trial:
+    """One tiny model, undivided and in stages. Each check raises Different where they do not agree."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.config = config
+        self.config.dtype = torch.float32
+        self.anatomy = probe(config, ModelArguments(), try_slices)
+        layers = self.anatomy.num_layers
+        cuts = [layers * k // NUM_STAGES for k in range(NUM_STAGES + 1)]
+        spans = tuple(Span(a, b) for a, b in pairwise(cuts))
+        self.partition = Partition(spans, tuple(Span(k, k + 1) for k in range(NUM_STAGES)))
+        run = RunConfig()
+        self.run = replace(run, train=replace(run.train, seed=_SEED))
+        self.blocks = [build_block(self.run, config, self.anatomy, self.partition, k) for k in range(NUM_STAGES)]
+        self.whole: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(3, text_config(config).vocab_size, (2, 12), generator=generator)
+
+    def look_ahead(self) -> dict[str, str]:
+        """What else a run finds out before it starts: raises Refused, or returns why exits are no models."""
+        problems = class_problems(self.run, self.config, self.anatomy)
+        if problems:
+            raise Refused(problems[0])
+        return refused_exits(self.run, self.config, self.anatomy, self.partition)
+
+    def check_new_weights(self) -> None:
+        """One slice of all layers and the stages' slices have the same new weights and buffers."""
+        whole = new_slice(self.config, self.anatomy, Span(0, self.anatomy.num_layers), _SEED)
+        wanted = _tensors(whole.model)
+        tied = f"{_name_of(whole.model, whole.model.get_output_embeddings())}." if self.anatomy.tied else None
+        found: dict[str, torch.Tensor] = dict(_parts(self.blocks))
+        for name in sorted(wanted.keys() | found.keys()):
+            if tied is None or not name.startswith(tied):
+                _same(f"new weights {name}", found.get(name), wanted.get(name))
+
+    def copy_weights(self) -> None:
+        """Noisy weights of the undivided model for the stages; the heads of earlier stages get noise of their own."""
+        perturb(self.whole, 0)
+        source = self.whole.state_dict()
+        for index, block in enumerate(self.blocks):
+            is_last = index == NUM_STAGES - 1
+            with torch.no_grad():
+                for part in (block.body.model, block.head.model) if is_last else (block.body.model,):
+                    for name, tensor in part.state_dict().items():
+                        tensor.copy_(source[name])
+            if not is_last:
+                perturb(block.head.model, 100 + index, leave=tuple(block.body.model.parameters()))
+
+    def check_chain(self) -> None:
+        """Logits, loss and gradients in training, with gradients through all stages."""
+        for model in (self.whole, *self.blocks):
+            model.train()
+        inputs = {"input_ids": self.ids, "use_cache": False, **self._labels()}
+        theirs = self.whole(**inputs)
+        head = self.blocks[-1].head
+        head.border.entering = self._features()[-1]
+        ours = head.model(**inputs)
+        head.border.entering = None
+        _same("logits", ours.logits, theirs.logits)
+        losses = [_next_token_loss(a.logits, self.ids) if a.loss is None else a.loss for a in (ours, theirs)]
+        _same("loss", *losses)
+        for loss in losses:
+            loss.backward()
+        gradients: dict[str, torch.Tensor | None] = {}
+        seen: set[int] = set()
+        for name, tensor in _parts(self.blocks):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                gradients[name] = tensor.grad
+        for names, parameter in _named_once(self.whole):
+            # what the model ties is apart in the stages, which have the summands of its gradient
+            summands = [g for name in names if (g := gradients.get(name)) is not None]
+            _same(f"gradient of {names[0]}", torch.stack(summands).sum(0) if summands else None, parameter.grad)
+        self.whole.zero_grad()
+        for block in self.blocks:
+            block.zero_grad()
+
+    @torch.no_grad()
+    def check_losses(self) -> str:
+        """Logits of the last stage's head in evaluation; returns what there is to say of the class's own loss."""
+        for model in (self.whole, *self.blocks):
+            model.eval()
+        labels = self._labels()
+        theirs = self.whole(input_ids=self.ids, use_cache=False, **labels)
+        features, block = self._features()[-1], self.blocks[-1]
+        _same("logits of the head", block.logits(features, self.ids), theirs.logits)
+        ours = float(head_loss(block.head, block.normed(features, self.ids), self.ids, None))
+        wanted = float(_next_token_loss(theirs.logits, self.ids))
+        if not abs(ours - wanted) <= LOSS_TOLERANCE * wanted:
+            raise Different(f"local loss: {ours:.6f}, not {wanted:.6f}")
+        if not labels:
+            return "the class has no loss of text alone"
+        if abs(float(theirs.loss) - wanted) > LOSS_TOLERANCE * wanted:
+            return "the class's own loss is not that of the next token, which is what stages are trained with"
+        return ""
+
+    @torch.no_grad()
+    def check_exports(self, refused: dict[str, str]) -> str:
+        """The whole model as AutoModelForCausalLM loads it; returns how the exits do."""
+        last = NUM_STAGES - 1
+        with tempfile.TemporaryDirectory() as folder:
+            export = Path(folder)
+            for stage, block in enumerate(self.blocks):
+                tensors = collect([block.body], block.head, False, True, {})
+                write_stage(export, stage, NUM_STAGES, tensors, has_head=stage == last or not refused)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+            name = type(self.blocks[0].body.model).__name__
+            compose(export, self.partition, (0,), self.config, name, tokenizer, not refused)
+            answers = [b.logits(f, self.ids) for b, f in zip(self.blocks, self._features(), strict=True)]
+            _check_loads(export, self.ids, answers[last])
+            if refused:
+                return f"refused: {next(iter(refused.values()))}"
+            for stage in range(last):
+                try:
+                    _check_loads(exit_folder(export, stage), self.ids, answers[stage])
+                except Different as error:
+                    return f"{exit_name(stage)}: {error}"
+        return EXACT
+
+    def _features(self) -> list[torch.Tensor]:
+        """What leaves each stage, with its graph."""
+        hidden, found = None, []
+        for block in self.blocks:
+            hidden = block.features(self.ids, hidden)
+            found.append(hidden)
+        return found
+
+    def _labels(self) -> dict[str, torch.Tensor]:
+        """Labels, if the class computes a loss of text alone."""
+        try:
+            with torch.no_grad():
+                output = self.whole(input_ids=self.ids, labels=self.ids, use_cache=False)
+        except (ValueError, RuntimeError, TypeError):
+            return {}
+        return {} if output.loss is None else {"labels": self.ids}
+
+
+def perturb(module: nn.Module, seed: int, leave: Sequence[torch.Tensor] = ()) -> None:
+    """Adds noise to all numbers that are saved, so that no norm is all ones and no bias is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    done = {id(tensor) for tensor in leave}
+    with torch.no_grad():
+        for tensor in module.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point() and id(tensor) not in done:
+                done.add(id(tensor))
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+
+
+def _parts(blocks: Sequence[Block]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the layers of all stages and of the last head."""
+    for block in blocks:
+        yield from _tensors(block.body.model).items()
+    yield from _tensors(blocks[-1].head.model).items()
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def _named_once(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Each parameter with all of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [(names[id(parameter)], parameter) for parameter in model.parameters()]
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def _same(what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
+    """Raises Different unless both are equal bit for bit, or both are not there."""
+    if ours is None or theirs is None:
+        if ours is not theirs:
+            raise Different(f"{what}: only {'the stages have' if theirs is None else 'the model has'} it")
+    elif ours.shape != theirs.shape:
+        raise Different(f"{what}: shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+    elif not torch.equal(ours, theirs):
+        raise Different(f"{what}: differs by {float((ours.float() - theirs.float()).abs().max()):.2g}")
+
+
+def _check_loads(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raises Different unless transformers loads the folder and gets the same logits, bit for bit."""
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:
+        raise Different(f"export does not load ({one_line(error)})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise Different(f"export: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
+    _same("logits of the export", model.eval()(input_ids=ids, use_cache=False).logits, logits)

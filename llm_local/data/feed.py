@@ -1,0 +1,95 @@
+"""The micro-batches of stage 0: each replica's share of the global batch, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from llm_local.data.packing import inputs_of
+from llm_local.data.sequences import Sequences
+from llm_local.packet import EVAL, TRAIN, Packet
+from llm_local.world import Place
+
+CHECK_TOKENS = 64
+TOKENS, SOURCES = "tokens", "sources"  # of a state: tokens trained on, and what they are of
+NOT_OF_THE_DATA = (TOKENS, SOURCES)
+
+
+def trained_tokens(state: Mapping[str, Any], rows: int, seq_length: int) -> int:
+    """Tokens that were trained on before a checkpoint of so many rows, from its state of the data."""
+    return state.get(TOKENS, rows * seq_length)  # old ones have none, and may have counted padding
+
+
+class Feed:
+    """load(kind, step, index) for an engine of stage 0.
+
+    A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
+    start: the steps that are done and the rows that they used up, which may have been of other batches than these.
+
+    tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
+    were done before; step_tokens: what that one step had.
+    """
+
+    def __init__(
+        self,
+        train: Sequences,
+        validation: Sequence[Sequences],
+        place: Place,
+        rows: int,
+        micro_batches: int,
+        eval_batches: int,
+        start: tuple[int, int] = (0, 0),
+    ):
+        self._train = train
+        self._validation = validation
+        self._number = 0
+        self._micro_batches = {TRAIN: micro_batches, EVAL: eval_batches}
+        self._start = start
+        self._place = place
+        self._rows = rows
+        self._held: tuple[tuple[int, int, int], torch.Tensor, int] | None = None
+        self._counted = start[0]
+        self.tokens = self.step_tokens = 0
+
+    def __call__(self, kind: int, step: int, index: int) -> Packet:
+        """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
+        if kind in self._micro_batches:
+            rows = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
+            if kind == TRAIN and step > self._counted:
+                self._count(step)
+            return Packet(kind, step, index, **inputs_of(rows))
+        rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
+        ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
+        return Packet(kind, step, index, input_ids=ids)
+
+    def validate_on(self, number: int) -> None:
+        """The next evaluation reads this one of the validation sets."""
+        self._number = number
+
+    def state(self) -> dict[str, Any]:
+        """Where the training data stands after the last step, beyond the number of rows."""
+        return {**self._train.state(), TOKENS: self.tokens}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Takes up what state() gave; False where it is of other data."""
+        self.tokens = state.get(TOKENS, 0)
+        return self._train.restore({name: value for name, value in state.items() if name not in NOT_OF_THE_DATA})
+
+    def _count(self, step: int) -> None:
+        assert self._held is not None
+        self._counted, self.step_tokens = step, self._held[2]
+        self.tokens += self.step_tokens
+
+    def _share(self, kind: int, step: int) -> torch.Tensor:
+        """This replica's rows of the step, (rows · micro-batches, T); an evaluation always has the same ones."""
+        key = (kind, step, self._number)
+        if self._held is None or self._held[0] != key:
+            source = self._train if kind == TRAIN else self._validation[self._number]
+            replicas = self._place.num_replicas
+            done, first = self._start if kind == TRAIN else (step - 1, 0)
+            batch = source.batch(step - 1 - done, self._rows * self._micro_batches[kind] * replicas, first)
+            share = batch[self._place.replica :: replicas].contiguous()
+            self._held = (key, share, int((batch >= 0).sum()) if kind == TRAIN else 0)
+        return self._held[1]

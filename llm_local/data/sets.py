@@ -1,0 +1,265 @@
+"""From a run's data flags to its token sequences: load, tokenise once, pack.
+
+    train, validation = prepare(config, tokenizer)
+    train.batch(index=7, rows=32)    # (32, seq_length), the same whoever asks
+
+Each document is followed by EOS, and documents are packed into rows as config.data.packing says. Empty documents and
+NUL characters are left out. Tokens are kept below config.cache_dir, under a key of the documents and the tokenizer, so
+that a second start only maps a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data.encoding import REVISION, encode, tokenizer_key
+from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
+from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
+from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
+from llm_local.data.sequences import FittedTokens, MixedSequences, PackedTokens, Sequences, StoredSequences, shares
+from llm_local.data.source_problems import data_problems
+from llm_local.data.sources import Documents, load_training, load_validation
+from llm_local.data.streams import StreamedSequences
+from llm_local.data.token_folder import REPAIR, require_tokenizer
+
+__all__ = [
+    "Data",
+    "Sequences",
+    "SourceData",
+    "ValidationSet",
+    "data_problems",
+    "prepare",
+    "prepare_all",
+    "tokenizer_key",
+]
+
+VALIDATION_SEED = 0  # mixed, so that a short evaluation sees many documents; the same in every run
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Sequences to evaluate on. bytes_per_token: UTF-8 bytes of its text by those of its tokens that are predicted, EOS
+    included: see _predicted."""
+
+    name: str
+    sequences: Sequences
+    bytes_per_token: float
+    tokens: Prepared | None = None  # of one source
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """What a source gives to train on; tokens and how they are packed are not known of a stream. title: what it is
+    called away from this machine."""
+
+    name: str
+    weight: float
+    sequences: Sequences
+    tokens: Prepared | None = None
+    packed: Packed | None = None
+    title: str = ""
+
+    def describe(self) -> str:
+        """In a line for a person."""
+        how = self.packed.describe() if self.packed else "a stream, packed as it is read"
+        return f"{self.name}: {how}"
+
+    def facts(self) -> PackedSource:
+        """What can be kept of it."""
+        return PackedSource(self.title or self.name, self.weight, self.packed)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and evaluates on. The first validation set is the one that a single number speaks of."""
+
+    train: Sequences
+    validation: tuple[ValidationSet, ...]
+    sources: tuple[SourceData, ...] = ()
+
+
+def prepare(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False
+) -> tuple[Sequences, Sequences]:
+    """(train, validation) as prepare_all makes them, of the first validation set alone."""
+    data = prepare_all(config, tokenizer, progress)
+    return data.train, data.validation[0].sequences
+
+
+def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Data:
+    """The run's sequences; training ones are shuffled by config.train.seed, validation always alike.
+
+    Raises ConfigError for what data_problems finds, a tokenizer without EOS, and a source with too little text for
+    one sequence (for validation only if the run evaluates). `progress` shows the progress bars of `datasets`.
+    """
+    if tokenizer.eos_token_id is None:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ConfigError([f"the tokenizer {name} has no EOS token to end a document; set eos_token in its config"])
+    problems = data_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    for source in training_sources(config):
+        if source.kind == TOKENS:
+            require_tokenizer(source.named, Path(source.source), tokenizer)
+    with _progress_bars(progress):
+        given = {
+            name: _validate_on(load_validation(config, source), tokenizer, config)
+            for name, source in validation_sources(config).items()
+        }
+        parts: list[SourceData] = []
+        held_out = []
+        for source in training_sources(config):
+            train, validation = load_training(config, source, divide=not given)
+            if validation is not None:
+                held_out.append(_validate_on(validation, tokenizer, config))
+            parts.append(replace(_train_on(train, source.weight, tokenizer, config), title=_title(source)))
+    weights, rows = [part.weight for part in parts], [part.sequences for part in parts]
+    if not given:
+        given = {"validation": _mixed(held_out, weights)}
+    sets = tuple(ValidationSet(name, f.sequences, f.bytes_per_token, f.tokens) for name, f in given.items())
+    return Data(rows[0] if len(rows) == 1 else MixedSequences(rows, weights, config.train.seed), sets, tuple(parts))
+
+
+def _title(source: Source) -> str:
+    """What a source is called away from this machine."""
+    return source.source if source.kind in ("hub", BUILTIN) else Path(source.source).name
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """A set to evaluate on. density: tokens that are predicted by places of its rows."""
+
+    sequences: Sequences
+    bytes_per_token: float
+    density: float
+    tokens: Prepared | None = None
+
+
+def _mixed(held_out: list[_HeldOut], weights: list[float]) -> _HeldOut:
+    """What was held out of each source as one set with the weights of the training data."""
+    if len(held_out) == 1:
+        return held_out[0]
+    counts = [rows * each.density for rows, each in zip(shares(weights), held_out, strict=True)]
+    text_bytes = sum(count * each.bytes_per_token for count, each in zip(counts, held_out, strict=True))
+    mixed = MixedSequences([each.sequences for each in held_out], weights, VALIDATION_SEED)
+    return _HeldOut(mixed, text_bytes / (sum(counts) or 1.0), sum(counts) / sum(shares(weights)))
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    were_shown = not datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.enable_progress_bars if were_shown else datasets.disable_progress_bars)()
+
+
+def _validate_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> _HeldOut:
+    found = _store(documents, tokenizer, config, seed=VALIDATION_SEED)
+    if config.train.eval_batches:
+        _require_a_sequence(found.sequences, f"{documents.source} (validation)", config)
+    predicted, tokens = _predicted(found, config), found.sequences.num_tokens
+    places = tokens if found.pieces is None else found.packed.rows * found.packed.room
+    bytes_per_token = found.tokens.text_bytes / max(1, predicted)
+    return _HeldOut(found.sequences, bytes_per_token, predicted / max(1, places), found.tokens)
+
+
+def _predicted(found: _Stored, config: RunConfig) -> int:
+    """Tokens of a set's text that a model is asked for; of the others it has bytes and no nats.
+
+    Nothing foretells a document's first token where documents are kept apart, or where it begins a padded row. A token
+    that begins a row because the one before was full is asked for in principle, and counts as the others on average.
+    """
+    if config.data.document_mask:
+        return found.sequences.num_tokens - found.packed.documents
+    openings = 0 if found.pieces is None else count_openings(found.pieces, found.tokens.lengths())
+    return found.sequences.num_tokens - openings
+
+
+def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> SourceData:
+    if isinstance(documents.rows, IterableDataset):
+        return SourceData(documents.source, weight, _stream(documents, tokenizer, config))
+    found = _store(documents, tokenizer, config, seed=config.train.seed)
+    _require_a_sequence(found.sequences, documents.source, config)
+    return SourceData(documents.source, weight, found.sequences, found.tokens, found.packed)
+
+
+def _require_a_sequence(sequences: StoredSequences, source: str, config: RunConfig) -> None:
+    if not sequences.num_sequences:
+        found = f"{source} holds {sequences.num_tokens} tokens"
+        needed = f"one sequence needs {config.data.seq_length}"
+        raise ConfigError([f"{found}, {needed}; give more text or lower seq_length"])
+
+
+def _packing(running_text: bool, config: RunConfig) -> str:
+    """A running text is one document, and all that can be done with it is to cut it."""
+    return CONCAT if running_text else config.data.packing
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """pieces: where the tokens of padded rows are; None: end to end."""
+
+    sequences: StoredSequences
+    tokens: Prepared
+    packed: Packed
+    pieces: Pieces | None
+
+
+def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int) -> _Stored:
+    """The documents' sequences on disk, made the first time."""
+    prepared, eos = _tokens(documents, tokenizer, config), _eos(tokenizer)
+    running = prepared.end is None
+    last = [np.array([eos], dtype=np.int32)] if running else []
+    tokens = PackedTokens([*prepared.pieces, *last], config.data.seq_length)
+    kept = config.cache_dir / "tokens" / prepared.fingerprint
+    pieces, packed = packed_rows(prepared, config.data.seq_length, _packing(running, config), kept)
+    fitted = tokens if pieces is None else FittedTokens(tokens, pieces, mark_of(eos))
+    if running:  # its parts are no documents
+        packed = replace(packed, documents=1, cut=int(packed.rows > 1))
+    return _Stored(StoredSequences(fitted, seed), prepared, packed, pieces)
+
+
+def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prepared:
+    if documents.tokens is not None:
+        return open_tokens(documents.tokens, REPAIR)
+    rows = documents.rows
+    assert isinstance(rows, Dataset)
+    end = None if documents.running_text else _eos(tokenizer)
+    key = Hasher.hash([REVISION, rows._fingerprint, tokenizer_key(tokenizer), documents.column, end])
+    job = Job.of(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
+    title = None if datasets.are_progress_bars_disabled() else f"tokenising {documents.source}"
+    return prepare_tokens(job, key, config.data.preprocessing_num_workers, title)
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos: Any = tokenizer.eos_token_id
+    return eos
+
+
+def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> StreamedSequences:
+    assert isinstance(documents.rows, IterableDataset)
+    eos, running = _eos(tokenizer), documents.running_text
+    return StreamedSequences(
+        documents.rows,
+        lambda texts: encode(texts, tokenizer, None if running else eos)[0],
+        config.data.seq_length,
+        seed=None if running else config.train.seed,
+        source=documents.source,
+        column=documents.column,
+        last=[eos] if running else [],
+        packing=_packing(running, config),
+        padding=mark_of(eos),
+    )

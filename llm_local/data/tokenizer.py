@@ -1,0 +1,81 @@
+"""The run's tokenizer: the one named, the model's, or the built-in one trained on the built-in corpus.
+
+The built-in one is a sentencepiece BPE of 4096 pieces, kept as a Hugging Face tokenizer (sentencepieces.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.data import corpus
+from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model, train
+from llm_local.model.gguf_cache import weights_path
+
+VOCAB_SIZE = 4096
+REVISION = 1  # counts changes of this file that change the result but not SETTINGS
+
+SETTINGS = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, **EXACT}
+SAMPLE_STRIDE = 8  # every eighth document: about 4 MB, half a second of training
+SAMPLE_CHUNKS = 20_000
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """tokenizer_name, else that of model_name_or_path or of its GGUF (which must be converted by now), else the
+    built-in one. Raises ConfigError if there is none."""
+    model = config.model
+    field = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
+    name = model.tokenizer_name or model.model_name_or_path
+    if model.gguf_file is not None and not model.tokenizer_name:
+        name = weights_path(config)
+    if name is None:
+        return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
+    if field == "tokenizer_name" and name.endswith(".model") and not Path(name).is_dir():
+        return read_model(Path(name), f"{field}={name!r}")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        repair = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
+        named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))
+        raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
+
+
+def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_size: int = VOCAB_SIZE) -> Path:
+    """The directory of the built-in tokenizer, trained the first time that this Python and these settings meet.
+
+    The directory appears whole or not at all, and processes that train at the same time end up with the same one.
+    """
+    folder = folder or corpus.stdlib_folder()
+    settings = SETTINGS | {"vocab_size": vocab_size}
+    key = Hasher.hash([REVISION, json.dumps(settings), SAMPLE_STRIDE, SAMPLE_CHUNKS, corpus.corpus_key(folder)])
+    target = cache_dir / "tokenizer" / f"python-{platform.python_version()}-{key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
+        model = train(islice(sample(folder), SAMPLE_CHUNKS), settings)
+        made = Path(unfinished, "tokenizer")
+        from_model(model).save_pretrained(made)
+        (made / "tokenizer.model").write_bytes(model)
+        try:
+            os.rename(Path(unfinished, "tokenizer"), target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, with the same result
+                raise
+    return target
+
+
+def sample(folder: Path) -> Iterator[str]:
+    """Some of the corpus, in chunks for the trainer."""
+    for text in islice(corpus.documents(folder), 0, None, SAMPLE_STRIDE):
+        yield from chunks(text)

@@ -1,0 +1,280 @@
+"""The README.md of an exported model, in the hub's model-card format: what it is and how it was trained.
+
+A pure function of the facts of a run; `finish` and an exporter of checkpoints gather them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from llm_local.config import RunConfig
+from llm_local.data.packing import PackedSource
+from llm_local.data.source_problems import uses_builtin
+from llm_local.ds_config import Json, zero_stage
+from llm_local.partition import Partition
+
+PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
+# of a machine or of one start, and nothing that the weights depend on
+INCIDENTAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "ddp_timeout")
+DATA = "built-in corpus: the sources of Python's own library"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished run, or one up to a checkpoint.
+
+    tokens: those trained on, without padding; places: with it. losses: the validation loss of each stage's exit at the
+    end, nats a token; None where nothing was evaluated. exits: stages whose exits are exported as models of their own.
+    deepspeed: the JSON. sources: what there was to train on, as far as it is known.
+    """
+
+    config: RunConfig
+    partition: Partition
+    num_replicas: int
+    model_type: str
+    steps: int
+    tokens: int
+    losses: tuple[float | None, ...]
+    exits: tuple[int, ...]
+    deepspeed: Json
+    versions: dict[str, str]
+    places: int = 0
+    sources: tuple[PackedSource, ...] = ()
+
+
+def installed_versions() -> dict[str, str]:
+    """Of Python and of the packages that the result depends on, as far as they are installed as packages."""
+    found = {"python": python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(training: Training, stage: int | None = None) -> str:
+    """The text of README.md: of the exit of a stage, or of the whole model."""
+    sections = [
+        f"# {_name(training, stage)}\n\n{_what_it_is(training, stage)}",
+        f"## Use\n\n{_use(stage, training.exits)}",
+        f"## Training\n\n{_table(_facts(training))}",
+        *([f"## Data\n\n{_sources(training)}"] if training.sources else []),
+        *([f"## Validation loss\n\n{_losses(training, stage)}"] if _shown_losses(training, stage) else []),
+        f"## Reproduce\n\n{_reproduce(training)}",
+    ]
+    return str(ModelCard(f"---\n{_metadata(training, stage).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _name(training: Training, stage: int | None) -> str:
+    run = training.config.output_dir.absolute().name
+    return run if stage is None else f"{run}, exit of stage {stage}"
+
+
+def _metadata(training: Training, stage: int | None) -> ModelCardData:
+    config = training.config
+    data, base = _hub_name(config.data.dataset_name), _hub_name(config.model.model_name_or_path)
+    loss = training.losses[-1 if stage is None else stage]
+    results = []
+    if loss is not None:
+        pairs = (("loss", round(loss, 6)), ("perplexity", round(perplexity(loss), 4)))
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data or "text",
+                dataset_name=_data(config),
+                dataset_config=config.data.dataset_config_name if data else None,
+                dataset_split="validation",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in pairs
+        ]
+    known: dict[str, Any] = {
+        "language": "code" if uses_builtin(config) else None,
+        "base_model": base,
+        "datasets": [data] if data else None,
+        "model_name": _name(training, stage),
+        "eval_results": results or None,
+    }
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llm_local", training.model_type, config.local.method, *([] if stage is None else ["draft-model"])],
+        **known,
+    )
+
+
+def _hub_name(name: str | None) -> str | None:
+    """The name if it is one of the hub's: not a folder of this machine, and not a word of the project's own."""
+    if name is None or name == "builtin" or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _data(config: RunConfig) -> str:
+    if uses_builtin(config):
+        return DATA
+    if config.data.data_mixture:
+        return f"the mixture {Path(config.data.data_mixture).name}"
+    part = f" ({config.data.dataset_config_name})" if config.data.dataset_config_name else ""
+    return Path(config.data.train_file).name if config.data.train_file else f"{config.data.dataset_name}{part}"
+
+
+def _what_it_is(training: Training, stage: int | None) -> str:
+    config, partition = training.config, training.partition
+    kind = f"a causal language model of type `{training.model_type}`"
+    if stage is not None and stage < partition.num_stages - 1:
+        private = len(partition.private_layers(partition.stages[stage].stop - 1, config.head_layers_schedule))
+        layers = partition.layers_of(stage).stop
+        return textwrap.fill(
+            f"An exit: the first {layers} of {partition.num_layers} layers of {kind}, with stage {stage}'s own head"
+            f"{f' (private layers: {private})' if private else ''}. It is a smaller and faster model by itself. "
+            "As it has layers and vocabulary from the whole model, it also drafts for it (speculative decoding).",
+            120,
+        )
+    if config.local.method == "backprop":
+        how = "trained by backpropagation through all of its layers"
+    else:
+        how = (
+            f"trained by local parallelism (Laskin et al. 2020, arXiv 2012.03837): {len(partition.blocks)} blocks of "
+            "layers with a loss each, and no gradient between them"
+            + (", but between windows that overlap" if config.local.method == "overlapping" else "")
+        )
+    return textwrap.fill(f"{kind[0].upper()}{kind[1:]}, {how}.", 120)
+
+
+def _use(stage: int | None, exits: tuple[int, ...]) -> str:
+    whole = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    drafts = [stage] if stage is not None else [number for number in exits if number != max(exits)][:1]
+    lines = [
+        whole,
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("export")',
+        'model = AutoModelForCausalLM.from_pretrained("export")',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+    ]
+    options = "max_new_tokens=64"
+    for draft in drafts:
+        lines.append(f'draft = AutoModelForCausalLM.from_pretrained("export/exits/stage-{draft:02d}")')
+        options = f"assistant_model=draft, {options}"
+    lines += [f"output = model.generate(**inputs, {options})", "print(tokenizer.decode(output[0]))"]
+    note = "\n\nGreedy text is the same with the draft as without." if drafts else ""
+    return "```python\n" + "\n".join(lines) + "\n```" + note
+
+
+def _facts(training: Training) -> dict[str, str]:
+    config = training.config
+    local, train = config.local, config.train
+    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps * training.num_replicas
+    warmup = f", {train.warmup_steps} steps of warm-up" if train.warmup_steps else ""
+    facts = {
+        "method": local.method,
+        "blocks": training.partition.describe(),
+        "head": _head(config),
+        "stages × replicas": f"{training.partition.num_stages} × {training.num_replicas}",
+        "data": _data(config),
+        "tokens": f"{training.tokens:,}{_padding(training)}",
+        "steps": f"{training.steps:,}",
+        "batch": f"{sequences} sequences of {config.data.seq_length} tokens",
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}{warmup}",
+        "precision": f"{config.precision}, exported as {config.export_dtype}",
+        "ZeRO stage": str(zero_stage(training.deepspeed)),
+        "versions": ", ".join(f"{name} {text}" for name, text in training.versions.items()),
+    }
+    if config.model.model_name_or_path:
+        facts = {"started from": config.model.model_name_or_path, **facts}
+    if local.final_backprop_steps:
+        facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
+    return facts
+
+
+def _padding(training: Training) -> str:
+    if training.places <= training.tokens:
+        return ""
+    return f", and {1 - training.tokens / training.places:.1%} of the rows' places padding"
+
+
+def _sources(training: Training) -> str:
+    """What packing made of each source."""
+    whole = sum(source.weight for source in training.sources)
+    columns = ("source", "share of the rows", "packing", "documents", "rows", "padding", "documents cut")
+    lines: list[tuple[str, ...]] = []
+    for source in training.sources:
+        packed, share = source.packed, f"{source.weight / whole:.1%}"
+        known = (training.config.data.packing, *("read as a stream", "", "", ""))
+        if packed is not None:
+            cut = packed.cut / max(1, packed.documents)
+            known = (packed.packing, f"{packed.documents:,}", f"{packed.rows:,}", f"{packed.padding:.1%}", f"{cut:.1%}")
+        lines.append((_cell(source.name), share, *known))
+    about = f"What there was to train on, in rows of {training.config.data.seq_length} tokens."
+    head = [about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _head(config: RunConfig) -> str:
+    if config.local.method == "backprop":
+        return "the model's own"
+    layers = ", ".join(map(str, config.head_layers_schedule))
+    private = f", private layers by block: {layers}" if any(config.head_layers_schedule) else ""
+    return f"{config.local.head}{private}"
+
+
+def _table(facts: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(text)} |" for name, text in facts.items())])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
+def _shown_losses(training: Training, stage: int | None) -> dict[str, float]:
+    """By what a reader knows them as; of the baseline only the whole model's."""
+    last = len(training.losses) - 1
+    wanted = range(last + 1) if training.config.local.method != "backprop" else [last]
+    named = {
+        f"stage {k}{' (the whole model)' if k == last else ''}{' (this exit)' if k == stage else ''}": k for k in wanted
+    }
+    return {name: loss for name, k in named.items() if (loss := training.losses[k]) is not None}
+
+
+def _losses(training: Training, stage: int | None) -> str:
+    rows = [
+        f"| {name} | {loss:.4f} | {perplexity(loss):,.1f} |" for name, loss in _shown_losses(training, stage).items()
+    ]
+    held_out = "Of each stage's exit on held-out text, nats a token."
+    return "\n".join([held_out, "", "| exit | loss | perplexity |", "|---|---|---|", *rows])
+
+
+def _reproduce(training: Training) -> str:
+    default = RunConfig().flat()
+    given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in INCIDENTAL}
+    ranks = training.partition.num_stages * training.num_replicas
+    text = (
+        f"With `run.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}```\n\n"
+        f"```sh\ndeepspeed --num_gpus {ranks} scripts/pretrain.py run.yaml\n```"
+    )
+    if training.deepspeed:
+        name = training.config.train.deepspeed
+        text += f"\n\nDeepSpeed's JSON, `{name}`:\n\n```json\n{json.dumps(training.deepspeed, indent=1)}\n```"
+    return text

@@ -1,0 +1,269 @@
+"""The folder of one model: shards of its tensors, and beside them what transformers needs to load it.
+
+A folder appears whole or not at all. It is written under another name beside its own and then renamed, so a full disk
+or a kill leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
+
+from llm_local.checkpoint.catalog import save_tensors
+from llm_local.model.anatomy import text_config
+
+INDEX, CARD = "model.safetensors.index.json", "README.md"
+
+
+class ExportError(RuntimeError):
+    """There is no export; the message says all there is to say of it."""
+
+
+class UnwrittenExport(ExportError):
+    """A file of an export could not be written; what was exported before is as it was."""
+
+
+class WrongExport(ExportError):
+    """An export is not the model that it should be."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f"export {folder}: {reason}")
+        self.reason = reason
+
+
+def draft_of(folder: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def predecessor_of(folder: Path) -> Path:
+    """Where the folder that is replaced lies for a moment."""
+    return folder.with_name(f"{folder.name}.before")
+
+
+def put_in_place(folder: Path) -> None:
+    """Gives the draft of the folder its name; what had that name before goes."""
+    before = predecessor_of(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    draft_of(folder).rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UnwrittenExport naming the file where the disk takes no more of it."""
+    try:
+        yield
+    except Exception as error:
+        # the tokenizers library has no class of its own for what the system says
+        if not (isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        raise UnwrittenExport(
+            f"{path} could not be written ({reason}); what was exported before is as it was; make room and export again"
+        ) from error
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A file of tensors under original names. Raises UnwrittenExport."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(dict(tensors), path, metadata={"format": "pt"})
+
+
+def original_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names that a checkpoint of the model has: transformers fuses experts and renames when it loads.
+
+    model: of the class, or some layers of it; its own tensors are not looked at and may be on the meta device.
+    """
+    given = dict(tensors)
+    return {k: v.contiguous() for k, v in revert_weight_conversion(model, given).items()} if given else {}
+
+
+def model_without_memory(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that the config describes, on the meta device."""
+    trusted = type(config).__module__.startswith("transformers_modules")  # code that was run already
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
+
+
+def tied_names(config: PretrainedConfig) -> dict[str, str]:
+    """Original names of tensors that the config ties, with those that they are tied to: the output matrix's."""
+    if not (config.tie_word_embeddings or text_config(config).tie_word_embeddings):
+        return {}
+    model = model_without_memory(config)
+    tied = model.all_tied_weights_keys or {}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    # one at a time: two names of one tensor
+    originals = {n: next(iter(original_names(model, {n: named[n]}))) for n in {*tied, *tied.values()}}
+    return {originals[copied]: originals[source] for copied, source in tied.items()}
+
+
+def write_model(
+    folder: Path,
+    parts: Sequence[Mapping[str, torch.Tensor]],
+    config: PretrainedConfig,
+    class_name: str,
+    tokenizer: Any,
+    card: str | None = None,
+) -> None:
+    """Writes a model as a folder for from_pretrained, in the place of what was there.
+
+    parts: tensors under their original names (original_names), a shard for each part; together the whole model. config:
+    of that many layers (export.trim_config). card: the text of README.md. Raises UnwrittenExport naming a file.
+    """
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shards = [draft / shard_name(index, len(parts)) for index in range(len(parts))]
+        for shard, tensors in zip(shards, parts, strict=True):
+            write_shard(shard, tensors)
+        complete(draft, shards, config, class_name, tokenizer, tied_names(config))
+        if card is not None:
+            write_text(draft / CARD, card)
+        put_in_place(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def complete(
+    folder: Path,
+    shards: Sequence[Path],
+    config: PretrainedConfig,
+    class_name: str,
+    tokenizer: Any,
+    tied: Mapping[str, str],
+) -> None:
+    """Makes a model of shards that lie in the folder. tied: see tied_names; where the two are not equal bit for bit the
+    model is untied. Raises UnwrittenExport naming a file."""
+    is_tied = drop_copies(shards, tied)
+    places = _places(shards)
+    index = {
+        "metadata": {"total_size": sum(shard.stat().st_size for shard in shards)},
+        "weight_map": {name: path.name for name, path in sorted(places.items())},
+    }
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    config = copy.deepcopy(config)
+    config.architectures = [class_name]
+    if not is_tied:
+        config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
+    with writing(folder / "config.json"):
+        config.save_pretrained(folder)
+    with writing(folder / "generation_config.json"):
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    with writing(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises UnwrittenExport naming the file."""
+    with writing(path):
+        path.write_text(text)
+
+
+def _places(shards: Sequence[Path]) -> dict[str, Path]:
+    """The shard of every tensor."""
+    places: dict[str, Path] = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                assert name not in places, f"{name} is in {places[name].name} and in {shard.name}"
+                places[name] = shard
+    return places
+
+
+def drop_copies(shards: Sequence[Path], tied: Mapping[str, str]) -> bool:
+    """Takes tied tensors out of the shards where every one equals what it is tied to; returns whether that is so."""
+    places = _places(shards)
+    copies = [name for name in tied if name in places]
+    if not tied or not all(_are_equal(places, name, tied[name]) for name in copies):
+        return False
+    for shard in {places[name] for name in copies}:
+        kept = {name: tensor for name, tensor in load_file(shard).items() if name not in copies}
+        smaller = shard.with_name(f"{shard.name}.smaller")  # a new file: the old one may have other names, too
+        write_shard(smaller, kept)
+        smaller.replace(shard)
+    return True
+
+
+def _are_equal(places: Mapping[str, Path], one: str, other: str) -> bool:
+    if other not in places:
+        return False
+    tensors = []
+    for name in (one, other):
+        with safe_open(places[name], "pt") as file:
+            tensors.append(file.get_tensor(name))
+    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
+
+
+def link(source: Path, target: Path) -> None:
+    """Lets a shard lie in two folders. Raises UnwrittenExport."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, target)
+
+
+def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, **model_args: Any) -> str:
+    """Loads an export and compares its logits (1, T, V) with the pipeline's; returns how that went.
+
+    Raises WrongExport naming the folder if it does not load, tensors are missing or left over, or the logits differ by
+    more than tolerance, relative to the largest.
+    """
+    size = sum(shard.stat().st_size for shard in folder.glob("model-*.safetensors"))
+    free = psutil.virtual_memory().available
+    if free < 1.5 * size:
+        return f"not checked, {size >> 20} MiB of weights and {free >> 20} MiB of free memory"
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
+    except (OSError, MemoryError):  # the machine's doing
+        raise
+    except Exception as error:  # whatever the model class makes of the config
+        raise WrongExport(folder, f"does not load ({describe(error)})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise WrongExport(folder, f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
+    with torch.no_grad():
+        again = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    difference = relative_difference(again, logits.cpu().float())
+    if not difference <= tolerance:
+        raise WrongExport(folder, f"its logits differ from the pipeline's by {difference:.2g} of the largest")
+    same = (
+        "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"
+    )
+    return f"loads with no missing or unexpected key, logits {same}"
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number of theirs."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+def describe(error: Exception) -> str:
+    """In one line what a library said."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

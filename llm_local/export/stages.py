@@ -1,0 +1,170 @@
+"""From the stages of a run to Hugging Face models that transformers loads as they are.
+
+    OUTPUT/export/                     the whole model: one shard a stage, and the last stage's head
+    OUTPUT/export/exits/stage-00/      the layers up to stage 0 with stage 0's own head, a model of its own
+
+Every stage writes its layers once and its head once, under the model's original parameter names; an exit's folder
+links to the layers it shares. Each exported model is loaded back and its logits are compared with the pipeline's.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PretrainedConfig
+
+from llm_local.export.masters import Masters
+from llm_local.export.model_folder import complete, link, original_names, shard_name, tied_names, write_shard
+from llm_local.model.anatomy import text_config
+from llm_local.model.lowrank import multiplied
+from llm_local.model.router_loss import want_none
+from llm_local.model.slices import Slice
+from llm_local.partition import Partition
+
+LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
+
+
+@dataclass(frozen=True)
+class StageTensors:
+    """A stage's parameters and saved buffers under the names that a checkpoint of the model has."""
+
+    body: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor]
+
+
+def collect(
+    bodies: Sequence[Slice],
+    head: Slice | None,
+    zero3: bool,
+    keep: bool,
+    folded: dict[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    masters: Masters | None = None,
+) -> StageTensors:
+    """The tensors of a stage's layers, and of its last block's head where that is a slice of its own, on the CPU.
+
+    Every replica must call under ZeRO-3 and with masters, where the parameters are gathered one by one; `keep` says who
+    gets them. folded: tensors of the head that take the place of its own. dtype: of the parameters, by default the
+    model's own. masters: where they are read from instead of the model.
+    """
+    body: dict[str, torch.Tensor] = {}
+    heads: dict[str, torch.Tensor] = {}
+    for part in bodies:
+        tensors = _cast(part, _state(part, zero3, keep, masters), dtype)
+        before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
+        after = tuple(f"{name}." for name in part.anatomy.after)
+        body |= _original_names(part, {k: v for k, v in tensors.items() if not k.startswith(before + after)})
+        if part.has_head:
+            heads = _original_names(part, {k: v for k, v in tensors.items() if k.startswith(after)})
+    if head is not None:
+        layers = [f"{head.anatomy.layers}.{index}." for index in range(head.span.start, head.span.stop)]
+        names = (*layers, *(f"{name}." for name in head.anatomy.after))
+        tensors = multiplied(head, _state(head, zero3, keep, masters)) | (folded if keep else {})
+        tensors = _cast(head, tensors, dtype)
+        heads = _original_names(head, {k: v for k, v in tensors.items() if k.startswith(names)})
+    return StageTensors(body, heads)
+
+
+def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
+    ignored = set(part.model._keys_to_ignore_on_save or [])
+    named = {k: v for k, v in part.model.state_dict(keep_vars=True).items() if k not in ignored}
+    kept: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in named.items():
+        master = None if masters is None else masters(tensor)
+        if master is not None:
+            if keep:
+                kept[name] = master.detach().to("cpu", copy=True)
+        elif zero3 and isinstance(tensor, torch.nn.Parameter):
+            with deepspeed.zero.GatheredParameters([tensor]):
+                if keep:
+                    kept[name] = tensor.detach().cpu().clone()
+        elif keep:
+            tied = tensor.data_ptr() in places  # such get a copy each: the export is untied
+            places.add(tensor.data_ptr())
+            kept[name] = tensor.detach().to("cpu", copy=tied)
+    return kept
+
+
+def _cast(part: Slice, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Parameters in the dtype; buffers have one of their own."""
+    buffers = {name for name, _ in part.model.named_buffers()}
+    return {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and name not in buffers else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _original_names(part: Slice, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return original_names(part.model, tensors)
+
+
+def exit_name(stage: int) -> str:
+    return f"stage-{stage:02d}"
+
+
+def exit_folder(export: Path, stage: int) -> Path:
+    return export / "exits" / exit_name(stage)
+
+
+def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors, has_head: bool) -> None:
+    """Writes what belongs to one stage: its layers into the whole model, its head into its exit."""
+    write_shard(export / shard_name(stage, num_stages + 1), tensors.body)
+    if has_head:
+        write_shard(exit_folder(export, stage) / shard_name(stage + 1, stage + 2), tensors.head)
+
+
+def compose(
+    export: Path,
+    partition: Partition,
+    head_layers: Sequence[int],
+    config: PretrainedConfig,
+    class_name: str,
+    tokenizer: Any,
+    exits: bool,
+) -> None:
+    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
+    last, tied = partition.num_stages - 1, tied_names(config)
+    for stage in range(last + 1) if exits else (last,):
+        folder, count = exit_folder(export, stage), stage + 2
+        for index in range(stage + 1):
+            link(export / shard_name(index, last + 2), folder / shard_name(index, count))
+        private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
+        trimmed = trim_config(config, private.stop)
+        complete(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer, tied)
+    whole = exit_folder(export, last)
+    link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
+    shards = [export / shard_name(index, last + 2) for index in range(last + 2)]
+    complete(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer, tied)
+    if not exits:
+        shutil.rmtree(export / "exits")
+
+
+def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The config of the first num_layers layers. Of fewer than all, it asks for no router loss: none of them may have a
+    router."""
+    config = copy.deepcopy(config)
+    whole = text_config(config).num_hidden_layers
+    if num_layers < whole:
+        want_none(config)
+    # of a config for encoder and decoder text_config is a copy
+    text = config if config.is_encoder_decoder else text_config(config)
+    different = text.to_dict().get("per_layer_config")  # where single layers have values of their own, by number
+    if different:
+        text.per_layer_config = None
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == whole and name != "architectures":
+            setattr(text, name, type(value)(value[:num_layers]))
+    for name in ("num_hidden_layers", "decoder_layers", "num_blocks"):
+        if getattr(text, name, None) == whole:
+            setattr(text, name, num_layers)
+    if different:
+        text.per_layer_config = {int(k): v for k, v in different.items() if int(k) < num_layers}
+    return config

@@ -1,0 +1,212 @@
+"""How a Hugging Face causal LM is put together, found out by watching one forward pass.
+
+`probe` runs the real model class under FakeTensorMode: no weights, no memory, seconds even for a 70B config. It sees
+which module list holds the layers, through which argument hidden states pass from layer to layer, and which modules
+with parameters run before and after them. A model whose layers exchange anything else is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llm_local.config import ConfigError, ModelArguments, from_here
+from llm_local.model.gguf_cache import gguf_path, read_gguf_config
+from llm_local.model.observation import (
+    ROWS,
+    TOKENS,
+    SliceError,
+    check_parameters,
+    find_argument,
+    find_layers,
+    find_output_length,
+    first_tensor,
+    text_config,
+    watch,
+)
+
+__all__ = ["Anatomy", "SliceError", "load_model_config", "probe", "text_config"]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What cutting a model needs to know of it.
+
+    layers: dotted name of the layer list. argument: position or name of the hidden states among a layer's arguments.
+    output_length: None where a layer returns the hidden states alone, else the length of the tuple that they lead.
+    embedding, before, after: modules with parameters of their own, by dotted name; before and after the layers.
+    tied: the output matrix is the embedding, which a class may do or not do whatever its config says.
+    """
+
+    layers: str
+    num_layers: int
+    argument: int | str
+    output_length: int | None
+    embedding: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    hidden_size: int
+    layer_parameters: int
+    head_parameters: int
+    tied: bool
+
+    @property
+    def base(self) -> str:
+        """The model below the output matrix. Not base_model_prefix: that of Llama 4 names no module of it."""
+        return self.layers.partition(".")[0]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Anatomy:
+        values: dict[str, Any] = json.loads(text)
+        lists = {name: tuple(values.pop(name)) for name in ("before", "after")}
+        return Anatomy(**lists, **values)
+
+
+def load_model_config(model: ModelArguments) -> PretrainedConfig:
+    """The config of the model to train. Raises ConfigError naming the file, the value or the override that is wrong."""
+    source = model.model_name_or_path or model.config_name or model.model_type
+    assert source is not None, "checked in problems.py"
+    path, named = Path(source), f"{'model_name_or_path' if model.model_name_or_path else 'config_name'}={source}"
+    if source == model.model_type:
+        return _changed(_default_config(source), {}, model.config_overrides)
+    where = "" if path.exists() else from_here(path)
+    if not path.exists() and source.endswith(".json"):
+        raise ConfigError([f"{named}: no such file{where}"])
+    if path.suffix == ".gguf" and path.is_file():
+        raise ConfigError([f"{named} is a file; use model_name_or_path={path.parent} and gguf_file={path.name}"])
+    if path.is_dir() and not (path / "config.json").exists() and (path / "export" / "config.json").exists():
+        raise ConfigError([f"{named} is the folder of a run, not a model; did you mean {path / 'export'}?"])
+    if model.gguf_file is not None:
+        config = read_gguf_config(gguf_path(model))
+        return _changed(config, config.to_diff_dict(), model.config_overrides)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    except StrictDataclassError as error:  # says in its second line what is wrong
+        raise ConfigError([f"no model config in {source}: {' '.join(str(error).split())}"]) from error
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
+    return _changed(config, PretrainedConfig.get_config_dict(source)[0], model.config_overrides)
+
+
+def _default_config(model_type: str) -> PretrainedConfig:
+    if model_type not in CONFIG_MAPPING:
+        near = ", ".join(get_close_matches(model_type, list(CONFIG_MAPPING), cutoff=0.5)) or "llama, gpt2, qwen3"
+        raise ConfigError([f"model_type={model_type!r} is unknown to transformers; did you mean one of {near}?"])
+    return CONFIG_MAPPING[model_type]()
+
+
+def _changed(config: PretrainedConfig, values: dict[str, Any], overrides: str | None) -> PretrainedConfig:
+    if not overrides:
+        return config
+    try:
+        return _overridden(config, values, overrides)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"config_overrides={overrides!r}: {reason}"]) from error
+
+
+def _overridden(config: PretrainedConfig, values: dict[str, Any], overrides: str) -> PretrainedConfig:
+    """The config made again from its JSON's values with the overrides in it, so that what it derives from them follows.
+
+    Raises ValueError, as update_from_string does, and for a name whose value the config works out from others.
+    """
+    typed = copy.deepcopy(config)
+    typed.update_from_string(overrides)
+    values = values | {"model_type": config.model_type}
+    original = type(config).attribute_map  # GPT-2's JSON may say n_embd or hidden_size
+    names = [part.partition("=")[0] for part in overrides.split(",")]
+    for name in names:
+        key = original.get(name, name)
+        values = {k: v for k, v in values.items() if original.get(k, k) != key} | {key: getattr(typed, name)}
+    made = type(config).from_dict(values, name_or_path=config.name_or_path)
+    for name in names:
+        if getattr(made, name) != getattr(typed, name):
+            raise ValueError(f"{name} is {getattr(made, name)} whatever is set: it follows from other values")
+    return made
+
+
+def probe(
+    config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
+) -> Anatomy:
+    """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away.
+
+    Raises SliceError saying why it cannot be cut.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from transformers.initialization import no_init_weights
+
+    name = config.model_type
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+            with no_init_weights():
+                fake = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), attn_implementation="eager", trust_remote_code=model.trust_remote_code
+                )
+            fake.tie_weights()  # not done without initialisation
+            if model.attn_implementation:
+                fake.set_attn_implementation(model.attn_implementation)
+                fake.set_attn_implementation("eager")
+            if fake._can_set_experts_implementation():
+                fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
+            anatomy = _observe(fake)
+            if trial is not None:
+                trial(fake, anatomy)
+            return anatomy
+    except SliceError as error:
+        raise SliceError(f"model type {name!r} cannot be cut into stages: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise SliceError(f"model type {name!r} cannot be cut into stages: its forward failed ({reason})") from error
+
+
+def _observe(model: PreTrainedModel) -> Anatomy:
+    name, layers = find_layers(model)
+    events = watch(model, layers)
+    ran = [int(what) for kind, what in events.order if kind == "layer"]
+    if ran != list(range(len(layers))):
+        raise SliceError(f"its layers are not called once each and in order, but {ran}")
+    first = events.order.index(("layer", "0"))
+    last = max(i for i, event in enumerate(events.order) if event[0] == "layer")
+    before, between, after = (
+        tuple(dict.fromkeys(what for kind, what in part if kind == "module"))
+        for part in (events.order[:first], events.order[first : last + 1], events.order[last + 1 :])
+    )
+    if between:
+        raise SliceError(f"modules with parameters run between its layers: {', '.join(between)}")
+    check_parameters(model, name, layers, events)
+    if getattr(text_config(model.config), "num_kv_shared_layers", 0):
+        raise SliceError("its layers share keys and values (num_kv_shared_layers)")
+    output_length = find_output_length(events)
+    argument = find_argument(events)
+    shape = tuple(first_tensor(events.outputs[0]).shape)
+    if len(shape) != 3 or shape[:2] != (ROWS, TOKENS):
+        raise SliceError(f"its hidden states have shape {shape}, not (batch, sequence, hidden)")
+    embedding = next(key for key, module in model.named_modules() if module is model.get_input_embeddings())
+    head = model.get_output_embeddings()
+    return Anatomy(
+        layers=name,
+        num_layers=len(layers),
+        argument=argument,
+        output_length=output_length,
+        embedding=embedding,
+        before=before,
+        after=after,
+        hidden_size=int(shape[-1]),
+        layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
+        head_parameters=sum(p.numel() for p in head.parameters()) if head is not None else 0,
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
+    )

@@ -1,0 +1,150 @@
+"""From a block's normed output to its loss, with the model class's own output code and without whole logits.
+
+Logits of a vocabulary are the largest tensor of a training step, so they exist for a chunk of positions at a time.
+Where the head is a plain matrix product, `linear_cross_entropy` computes loss and gradient chunk by chunk; a head that
+does more (soft-capping, scaling) runs as its authors wrote it on one chunk at a time and is recomputed in the backward
+pass. Which of the two is right is not guessed from the model's name but measured on a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm_local.model.anatomy import SliceError
+from llm_local.model.slices import Slice
+
+IGNORED = -100
+_CHUNK_LOGITS = 1 << 22
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Positions whose logits exist at a time: about 4M logits, at least 16 rows."""
+    return max(16, _CHUNK_LOGITS // vocab_size)
+
+
+class _Echo:
+    """Takes the base model's place and returns hidden states, and router logits, that are there already."""
+
+    def __init__(self, normed: torch.Tensor, base: nn.Module, router_logits: tuple[torch.Tensor, ...] | None):
+        self.last_hidden_state = normed
+        self.router_logits = router_logits
+        self._base = base
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> _Echo:
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> Any:
+        # a part of the base model (OPT's head calls model.decoder) echoes too, a number is itself (Falcon-H1 scales its
+        # logits by one); caches, attentions and the like are none
+        value = getattr(self._base, name, None)
+        return self if isinstance(value, nn.Module) else value if isinstance(value, (int, float)) else None
+
+
+def without_layers(
+    part: Slice, normed: torch.Tensor, router_logits: tuple[torch.Tensor, ...] | None = None
+) -> PreTrainedModel:
+    """The slice's model with its layers run already: for a call of the class's forward, not of the model, as hooks of
+    an engine around the model belong to the real one."""
+    model, name = part.model, part.anatomy.base
+    twin = object.__new__(type(model))
+    twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
+    base = twin._modules.pop(name)
+    assert base is not None
+    twin.__dict__[name] = _Echo(normed, base, router_logits)
+    return twin
+
+
+def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
+    return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, use_cache=False).logits
+
+
+class LossLinear(nn.Linear):
+    """An output matrix that turns hidden states and targets into summed cross-entropy.
+
+    The loss is computed inside the module's forward, so that ZeRO-3 gathers the matrix as for any other module.
+    """
+
+    @staticmethod
+    def of(linear: nn.Linear) -> LossLinear:
+        """The same parameters under the same names."""
+        made = object.__new__(LossLinear)
+        made.__dict__ = linear.__dict__
+        return made
+
+    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, D), (N,) → the sum of the positions' losses, float32; without targets (N, D) → (N, V) logits."""
+        if targets is None:
+            return super().forward(input)
+        input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
+        # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(self.out_features), chunking_method=None)
+        losses = F.linear_cross_entropy(
+            input, self.weight, targets, linear_bias=self.bias, reduction="none", ignore_index=IGNORED, options=options
+        )
+        return losses.float().sum()
+
+
+def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Mean next-token cross-entropy of (B, T, D) hidden states; labels default to the ids, -100 is ignored."""
+    targets = (input_ids if labels is None else labels)[:, 1:].reshape(-1)
+    count = (targets != IGNORED).sum().clamp(min=1)
+    states = normed[:, :-1].reshape(-1, normed.shape[-1])
+    output = part.model.get_output_embeddings()
+    if isinstance(output, LossLinear):
+        return output(states, targets) / count
+    rows = chunk_rows(text_vocab_size(part.model))
+    total = torch.zeros((), dtype=torch.float32, device=states.device)
+    for some, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(_chunk_loss, part, some, wanted, use_reentrant=False)
+    return total / count
+
+
+def scored_share(labels: torch.Tensor) -> torch.Tensor:
+    """Share of the positions of rows (B, T) of labels whose next token is in head_loss: a float64 scalar."""
+    return (labels[:, 1:] != IGNORED).double().mean()
+
+
+def _chunk_loss(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head_logits(part, states[None], targets[None].clamp(min=0))[0]
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def text_vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+@torch.no_grad()
+def fit_head(part: Slice) -> None:
+    """Chooses how the slice's loss is computed, by comparing logits on a few tokens.
+
+    Raises SliceError if the model's head cannot be run apart from its layers.
+    """
+    model = part.model
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8).reshape(1, 8) % text_vocab_size(model)
+    generator = torch.Generator().manual_seed(0)
+    hidden = None if part.is_first else torch.randn(1, 8, part.anatomy.hidden_size, generator=generator)
+    part.border.entering = hidden
+    logits = model(input_ids=ids, use_cache=False).logits
+    _, normed = part(hidden, input_ids=ids)
+    if not torch.equal(head_logits(part, normed, ids), logits):
+        kind = model.config.model_type
+        raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
+    output: Any = model.get_output_embeddings()
+    chunked = hasattr(F, "linear_cross_entropy") and type(output) is nn.Linear
+    chunked = chunked and output.in_features == normed.shape[-1]  # else more of the head runs before it
+    if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
+        # by name: the class's own setter may tie more than the matrix
+        model.set_submodule(next(k for k, m in model.named_modules() if m is output), LossLinear.of(output))
+    model.train(was_training)

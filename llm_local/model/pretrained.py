@@ -1,0 +1,159 @@
+"""Slices of a pretrained model: transformers' own loading, given this slice's tensors and no others.
+
+A rank opens only the shards that hold a tensor of its slice, and of those reads only that. What a checkpoint calls a
+tensor and what the model class calls it may differ (renamed, experts fused into one); transformers' tables say how.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from llm_local.config import ConfigError, some_of
+from llm_local.model.anatomy import Anatomy
+from llm_local.model.slices import Slice
+from llm_local.model.standins import Border, prune
+from llm_local.partition import Span
+
+COPY_AGAIN = "copy it again from where it came"
+
+
+def load_slice(
+    path: str, config: PretrainedConfig, anatomy: Anatomy, span: Span, has_head: bool = True, **model_args: Any
+) -> Slice:
+    """The slice of a pretrained model; only its own tensors are read, and only the files that hold them opened.
+
+    Raises ConfigError naming the directory and the tensors that are missing.
+    """
+    skeleton = model_without_weights(config, **model_args)
+    whole: Any = type(skeleton)
+    tied = (skeleton.all_tied_weights_keys or {}) if span.start > 0 else {}
+    prune(skeleton, anatomy, span, has_head)
+    borders: list[Border] = []
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        borders.append(prune(self, anatomy, span, has_head))
+
+    sliced: Any = type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
+    files = tensor_files(path)
+    # behind the first layer there is no embedding to be tied to: its tensor is read as the output matrix
+    renamed = {f"^{re.escape(source)}$": target for target, source in tied.items() if target not in files}
+    names = _names_of(skeleton, files, renamed)
+    with ExitStack() as opened:
+        shards = {name: opened.enter_context(_open(path, name)) for name in sorted({files[n] for n in names})}
+        try:
+            model, info = sliced.from_pretrained(
+                None,
+                config=copy.deepcopy(config),
+                dtype=torch.float32,
+                state_dict={name: shards[files[name]].get_slice(name) for name in names},
+                key_mapping=renamed or None,
+                output_loading_info=True,
+                **model_args,
+            )
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError([f"model_name_or_path={path} cannot be loaded: {reason}"]) from error
+    if info["missing_keys"]:
+        raise ConfigError([f"model_name_or_path={path} lacks {some_of(info['missing_keys'])}"])
+    model.config.name_or_path = path
+    for parameter in model.parameters():  # no view of a file that somebody may write again during the run
+        parameter.data = parameter.data.clone()
+    if renamed and getattr(model, "_weight_conversions", None):
+        # transformers keeps the renaming and would turn it round when saving
+        model._weight_conversions = [
+            c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
+        ]
+    return Slice(model, anatomy, span, has_head, borders[-1])
+
+
+def model_without_weights(config: PretrainedConfig, **model_args: Any) -> PreTrainedModel:
+    """The model as its class makes it, with parameters that have shapes and no memory."""
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
+
+
+def _names_of(part: PreTrainedModel, names: Mapping[str, str], renamed: dict[str, str]) -> list[str]:
+    """Those of the checkpoint's tensors that become a parameter or buffer of the part."""
+    rules = get_model_conversion_mapping(part, renamed or None)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    wanted = part.state_dict()
+
+    def is_wanted(name: str) -> bool:
+        here, _ = rename_source_key(name, renamings, converters, part.base_model_prefix, wanted)
+        return here in wanted or name in wanted
+
+    return [name for name in names if is_wanted(name)]
+
+
+def tensor_files(path: str) -> dict[str, str]:
+    """The file of each tensor, by name, of a directory or hub name: of its index, or of its only file.
+
+    Raises ConfigError naming the file that is missing or that is no index.
+    """
+    if found := find(path, SAFE_WEIGHTS_NAME):
+        return dict.fromkeys(shard_names(Path(found)), SAFE_WEIGHTS_NAME)
+    index = find(path, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        pickled = next((name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if find(path, name)), None)
+        what = f"holds no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+        repair = "name the directory that save_pretrained wrote, or use config_name for a new model"
+        if pickled:
+            repair = f"{pickled} cannot be read by slices: load it with transformers once and save_pretrained it"
+        raise ConfigError([f"model_name_or_path={path} {what}; {repair}"])
+    try:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "no weight_map"
+        raise ConfigError([f"{index} is no index of weights ({reason}); {COPY_AGAIN}"]) from error
+
+
+def find(path: str, name: str) -> str | None:
+    """The file of that name in a directory, or of the hub, which then lies in its cache; None if there is none."""
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ConfigError([f"model_name_or_path={path}: {str(error).splitlines()[0]}"]) from error
+
+
+def shard_names(file: Path) -> list[str]:
+    """Names of the tensors of one file. Raises ConfigError if it is cut short or no safetensors file."""
+    with open_shard(file) as shard:
+        return list(shard.keys())
+
+
+def open_shard(file: Path) -> Any:
+    """A safetensors file to read from; its header is read and compared with the file's size."""
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        size = f", {file.stat().st_size} bytes," if file.exists() else ""
+        raise ConfigError([f"{file}{size} cannot be read ({error}); {COPY_AGAIN}"]) from error
+
+
+def _open(path: str, name: str) -> Any:
+    found = find(path, name)
+    if found is None:
+        raise ConfigError([f"{SAFE_WEIGHTS_INDEX_NAME} of {path} names {name}, which is not there; {COPY_AGAIN}"])
+    return open_shard(Path(found))
+
+
+def _as_list(patterns: Any) -> list[str]:
+    return patterns if isinstance(patterns, list) else [patterns]

@@ -1,0 +1,89 @@
+"""Heads that read the last block's output matrix: SOLO's shared readout (Yin et al. 2026, arXiv 2609.35440).
+
+Every block but the last has its private layers, a norm and a temperature of its own, and behind them a copy of the last
+block's output matrix. The copy is read and never trained: it is no parameter, so no optimizer, no gradient norm and no
+ZeRO partition knows of it, and its gradient is not computed. refresh.py brings it up to date; the last block's head is
+the plain one. All blocks of a stage read one tensor.
+
+The published head also has a learned bias. One number for all tokens does nothing under a softmax, and a vector in
+front of the matrix has no place in the checkpoint of a model with RMSNorm. What stays private and trained is the bias
+that the model class has: that of a LayerNorm, and the output matrix's own (Phi, GPT-J).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from llm_local.model.anatomy import SliceError
+from llm_local.model.heads import head_logits
+from llm_local.model.slices import Slice
+
+
+class Temperature(nn.Module):
+    """Multiplies normed hidden states with a learned number, at first 1; an export has it in its output matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) → (B, T, D) in the same dtype."""
+        return normed * self.scale.to(normed.dtype)
+
+
+def make_read_only(head: Slice) -> None:
+    """Makes the head's output matrix a tensor that is no parameter.
+
+    Raises SliceError where the model's head is not linear up to that matrix: its temperature could not be exported.
+    """
+    output: Any = head.model.get_output_embeddings()
+    matrix = output.weight.detach()
+    # a power of two: both ways have the same bits, whatever comes behind the matrix
+    normed = torch.randn(1, 8, matrix.shape[-1], generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    with torch.no_grad():
+        before = head_logits(head, 2 * normed, ids)
+        del output._parameters["weight"]
+        install(head, 2 * matrix)
+        after = head_logits(head, normed, ids)
+    install(head, matrix)
+    if not torch.equal(before, after):
+        kind = head.model.config.model_type
+        raise SliceError(
+            f"head=shared: the head of model type {kind!r} does more than its norm before the output matrix; "
+            "use head=linear or decoder"
+        )
+
+
+def install(head: Slice, matrix: torch.Tensor) -> None:
+    """Lets the head read `matrix`, (V, D), from now on."""
+    output: Any = head.model.get_output_embeddings()
+    output.__dict__["weight"] = matrix
+
+
+def installed(head: Slice) -> torch.Tensor:
+    """What the head reads, (V, D)."""
+    output: Any = head.model.get_output_embeddings()
+    return output.weight
+
+
+def matrix_name(head: Slice) -> str:
+    """The output matrix's name in the model: 'lm_head.weight'."""
+    output: Any = head.model.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in head.model.named_modules() if module is output)
+
+
+def folded(head: Slice, temperature: Temperature | None) -> dict[str, torch.Tensor]:
+    """The head's matrix with its temperature in it, by the name that it has in the model; {} without a temperature.
+
+    Every replica must call under ZeRO-3, which may have to gather the temperature.
+    """
+    if temperature is None:
+        return {}
+    scale, matrix = temperature.scale, installed(head)
+    with deepspeed.zero.GatheredParameters([scale], enabled=hasattr(scale, "ds_id")):
+        return {matrix_name(head): (matrix.float() * scale.detach().float()).to(matrix.dtype).cpu()}

@@ -1,0 +1,185 @@
+"""A run of layers as a Hugging Face model of its own, exact and without code per architecture.
+
+The model class's own forward runs from end to end. Layers of other slices are stand-ins; the one before the slice
+returns the hidden states that were received. What runs before the layers (masks, rotary angles, dropout) works as its
+authors wrote it, on zeros that the stand-in throws away.
+
+The list of layers keeps its full length, because models look at layer numbers and at config.layer_types[i].
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions, no_init_weights
+
+from llm_local.config import some_of
+from llm_local.model.anatomy import Anatomy, SliceError
+from llm_local.model.standins import Border, Seam, StandIn, prune, take_head
+from llm_local.partition import Span
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers `span` of a model, which may be none, and with `has_head` the model's own norm and output matrix.
+
+    `model` has its parameters under their original names; those of other slices do not exist.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    span: Span
+    has_head: bool
+    border: Border = field(compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.span.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.span.stop == self.anatomy.num_layers
+
+    def base(self) -> PreTrainedModel:
+        """The model below the output matrix: from ids to normed hidden states."""
+        return getattr(self.model, self.anatomy.base)
+
+    def __call__(self, hidden: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D) received hidden states (None at the start of the model) and ids →
+        the last layer's output (B, T, D) and what the output matrix reads, the normed one."""
+        border = self.border
+        border.entering, border.leaving, border.running, border.seam = hidden, None, True, None
+        normed = self.base()(use_cache=False, **inputs)[0]
+        leaving = border.leaving if len(self.span) else hidden
+        assert leaving is not None, "the last layer of the slice was not called"
+        border.entering, border.leaving, border.running = None, None, False
+        return leaving, normed
+
+    def add_seam(self, layer: int) -> None:
+        """Has the graph in two pieces, below `layer` and from there on."""
+        border, where = self.border, self.anatomy.argument
+
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            below = args[where] if isinstance(where, int) else kwargs[where]
+            if not below.requires_grad:
+                return None
+            above = below.detach().requires_grad_()
+            if border.running:
+                border.seam = Seam(below, above)
+            if isinstance(where, int):
+                return (*args[:where], above, *args[where + 1 :]), kwargs
+            return args, kwargs | {where: above}
+
+        self.model.get_submodule(f"{self.anatomy.layers}.{layer}").register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def new_slice(
+    config: PretrainedConfig,
+    anatomy: Anatomy,
+    span: Span,
+    seed: int,
+    has_head: bool = True,
+    head_of: int | None = None,
+    output_of: int | None = None,
+    **model_args: Any,
+) -> Slice:
+    """A slice with new weights, each layer and module under a seed of its own, so that any cut gives the same model.
+
+    head_of: layers below a slice that is a block's head; its weights depend on that number and on nothing else.
+    output_of: layers below the head that the output matrix is to equal, where that is another one.
+    Raises SliceError if the model class leaves a parameter unset.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
+    border = prune(model, anatomy, span, has_head)
+    _materialise(model)
+    with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
+        for name, module, owner in _groups(model, anatomy):
+            # layers of a head are not those of the next block that have the same name
+            is_head = name in anatomy.after or (head_of is not None and name.startswith(f"{anatomy.layers}."))
+            number = span.stop if head_of is None else head_of
+            if output_of is not None and module is model.get_output_embeddings():
+                number = output_of
+            suffix = f"@{number}" if is_head else ""
+            digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            if name.startswith(f"{anatomy.layers}."):
+                module.apply(owner._initialize_weights)
+            else:
+                owner._initialize_weights(module)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
+    if unset:
+        raise SliceError(
+            f"model type {config.model_type!r} leaves {some_of(unset)} unset in a new model; "
+            "start from a pretrained one (--model_name_or_path)"
+        )
+    return Slice(model, anatomy, span, has_head, border)
+
+
+def try_slices(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Runs slices of a model without weights, made of it in place one after the other; it is of no use afterwards.
+
+    Raises SliceError where the class looks for something in layers of other slices.
+    """
+    ids, hidden = torch.full((2, 8), 3, dtype=torch.long), torch.zeros(2, 8, anatomy.hidden_size)
+    lowest, nothing = Span(0, 1), Span(1, 1)
+    try:
+        first = Slice(model, anatomy, lowest, True, prune(model, anatomy, lowest, has_head=True))
+        first(None, input_ids=ids)
+        head = Slice(model, anatomy, nothing, True, prune(model, anatomy, nothing, has_head=True))
+        head(hidden, input_ids=ids)
+        take_head(model, anatomy)
+        head(hidden, input_ids=ids)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise SliceError(f"a slice of it does not run ({reason})") from error
+
+
+def _materialise(model: PreTrainedModel) -> None:
+    """Gives every parameter and buffer memory, filled with NaN so that what nobody initialises shows."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:  # tied weights stay tied
+                    made[id(parameter)] = nn.Parameter(_filled(parameter), parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _filled(buffer)
+
+
+def _filled(like: torch.Tensor) -> torch.Tensor:
+    return torch.full(like.shape, float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
+
+
+def _groups(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """What is initialised under a seed of its own: each layer as a whole, every other module by itself.
+
+    Yields (dotted name, module, the model class whose rules apply), children before parents as transformers does.
+    """
+    layers = model.get_submodule(anatomy.layers)
+
+    def descend(module: nn.Module, name: str, owner: PreTrainedModel):
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if isinstance(child, StandIn):
+                continue
+            if module is layers:
+                yield full, child, owner
+            else:
+                yield from descend(child, full, owner)
+        if module is not layers:
+            yield name, module, owner
+
+    yield from descend(model, "", model)

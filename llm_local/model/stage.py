@@ -1,0 +1,220 @@
+"""The blocks of a stage: layers of the model with a head and a loss of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from llm_local.config import RunConfig
+from llm_local.model.anatomy import Anatomy
+from llm_local.model.document_mask import DocumentMask
+from llm_local.model.gguf_cache import weights_path
+from llm_local.model.head_start import quieten
+from llm_local.model.heads import fit_head, head_logits, head_loss
+from llm_local.model.lowrank import make_low_rank
+from llm_local.model.pretrained import load_slice
+from llm_local.model.router_loss import Routers, want_none, wants_router_loss
+from llm_local.model.shared_head import Temperature, make_read_only
+from llm_local.model.slices import Slice, new_slice
+from llm_local.model.windows import cut, cut_inputs
+from llm_local.partition import Partition, Span
+
+
+class Block(nn.Module):
+    """A body, the block's layers of the model, and the head that turns its output into a loss.
+
+    Body and head are slices of the model: the head's are the private layers, the norm and the output matrix.
+    shares: the matrix is a copy of the last block's, read through a temperature (shared_head.py).
+    mixes: the head also reads, times a learned number that is 0 at first, what entered the block; such an exit is no
+    model of the class. After the contextual supervision of local learning: earlier features go to the head alone.
+    documents: how packed documents are kept apart, if they are. routed: in training the loss has the router losses of
+    body and private layers, each as the model class has that of its layers; evaluation is of the language model alone.
+    """
+
+    def __init__(
+        self,
+        body: Slice,
+        head: Slice,
+        shares: bool = False,
+        mixes: bool = False,
+        documents: DocumentMask | None = None,
+        routed: bool = False,
+    ):
+        super().__init__()
+        self.temperature = Temperature() if shares else None
+        self.feature_scale = nn.Parameter(torch.zeros(1)) if mixes else None
+        self.kept: torch.Tensor | None = None
+        self.body = body
+        self.head = head
+        self.body_model = body.model
+        self.head_model = head.model
+        self.documents = documents
+        self._routers = [Routers(body), Routers(head)] if routed else []
+
+    def features(self, input_ids: torch.Tensor, hidden: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
+        """The block's output (B, T, D) with its graph; arguments as in forward."""
+        assert (hidden is None) == self.body.is_first, "only the first block starts from ids"
+        entering = None if hidden is None else hidden.to(self.body.model.dtype)
+        return self.body(entering, input_ids=input_ids, **self._inputs_of(self.body, input_ids, inputs))[0]
+
+    def readout(
+        self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """The mean next-token loss of features (B, T, D), a float32 scalar."""
+        return self._loss(self.normed(features, input_ids, **inputs), input_ids, labels, **inputs)
+
+    def _loss(
+        self, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        if self.documents is not None:
+            labels = self.documents.labels(input_ids, labels, inputs.get("position_ids"))
+        return head_loss(self.head, normed, input_ids, labels)
+
+    def _inputs_of(self, part: Slice, input_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a slice's model is given beside ids and hidden states."""
+        if self.documents is not None:
+            inputs = self.documents.inputs(part.base(), input_ids, inputs)
+        return {**inputs, **Routers.asked} if self._routers and self.training else inputs
+
+    def logits(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The head's logits (B, T, V) of features (B, T, D)."""
+        return head_logits(self.head, self.normed(features, input_ids, **inputs), input_ids)
+
+    def normed(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """What the output matrix reads of features (B, T, D)."""
+        _, normed = self.head(features, input_ids=input_ids, **self._inputs_of(self.head, input_ids, inputs))
+        return normed if self.temperature is None else self.temperature(normed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        return_logits: bool = False,
+        detach_head: bool = False,
+        window: torch.Tensor | None = None,
+        keep_normed: bool = False,
+        body_waits: bool = False,
+        **inputs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """input_ids (B, T), hidden (B, T, D) from the block before or None at the start of the model; inputs are the
+        model's own attention_mask and position_ids where the data has them.
+
+        Returns the local loss (float32 scalar), or the head's logits (B, T, V) if wanted; the hidden states (B, T, D)
+        for the block behind, which carry no graph; and the same with their graph, for a method that sends gradients
+        back. Logits are those of a plain model, to which a row is one document. With detach_head the loss trains the
+        head alone, but for the body's router loss, and with body_waits not even that; with a window (B, L) it is that
+        of those positions. With keep_normed what the output matrix read is there to be taken.
+        """
+        if self.documents is not None:
+            inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            inputs.setdefault("position_ids", inside if return_logits else self.documents.positions(input_ids))
+        features = self.features(input_ids, hidden, **inputs)
+        leaving = features.detach()
+        read = leaving if detach_head else features
+        if self.feature_scale is not None:
+            assert hidden is not None
+            # detached: overlapping blocks would send a gradient down through it
+            read = read + self.feature_scale.to(read.dtype) * hidden.detach().to(read.dtype)
+        if return_logits:
+            return self.logits(read, input_ids, **inputs), leaving, features
+        read_by_head: dict[str, Any] = {"input_ids": input_ids, "labels": labels, **inputs}
+        if window is not None:
+            read, read_by_head = cut(read, window), cut_inputs(self.head, window, read_by_head)
+        if keep_normed:
+            self.kept = self.normed(read, input_ids, **inputs)
+            loss = self._loss(self.kept, **read_by_head)
+        else:
+            loss = self.readout(read, **read_by_head)
+        if self._routers and self.training:
+            masks = [d.get("attention_mask") for d in (inputs, read_by_head)]
+            of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
+            loss = loss + of_head + (0.0 if body_waits else of_body)
+        return loss, leaving, features
+
+    def take_normed(self) -> torch.Tensor:
+        """(B, T, D) what the output matrix read in the last forward pass, with its graph."""
+        kept, self.kept = self.kept, None
+        assert kept is not None, "the last forward pass kept nothing"
+        return kept
+
+
+def build_slice(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    span: Span,
+    has_head: bool,
+    head_of: int | None = None,
+    output_of: int | None = None,
+) -> Slice:
+    """New or pretrained weights for some layers, and of no others; head_of and output_of as in new_slice.
+
+    Raises ConfigError or SliceError where the weights cannot be had or the head cannot be run by itself.
+    """
+    model_args: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    if config.model.model_name_or_path:
+        part = load_slice(weights_path(config), model_config, anatomy, span, has_head, **model_args)
+    else:
+        seed = config.train.seed
+        part = new_slice(model_config, anatomy, span, seed, has_head, head_of, output_of, **model_args)
+    want_none(part.model.config)  # a Block asks for router logits, and only in training
+    if has_head:
+        fit_head(part)
+        if config.model.model_name_or_path and span.stop < anatomy.num_layers:
+            quieten(part)
+    if config.model.attn_implementation:  # only now: the head is looked at on the CPU, where not every kernel runs
+        part.model.set_attn_implementation(config.model.attn_implementation)
+    if config.train.gradient_checkpointing:
+        # reentrant checkpointing would drop the gradients of a stage whose input needs none
+        part.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.torch_compile:
+        layers: Any = part.model.get_submodule(anatomy.layers)
+        for layer in layers[span.start : span.stop]:
+            layer.compile()  # one by one, they are compiled once for all
+    return part
+
+
+def build_block(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    partition: Partition,
+    index: int,
+    documents: DocumentMask | None = None,
+) -> Block:
+    """Block `index` of the model."""
+    span = partition.blocks[index]
+    private = partition.private_layers(index, config.head_layers_schedule)
+    body = build_slice(config, model_config, anatomy, span, has_head=False)
+    shares = config.shares_head and index + 1 < len(partition.blocks)
+    output_of = anatomy.num_layers if shares else None
+    head = build_slice(config, model_config, anatomy, private, has_head=True, head_of=span.stop, output_of=output_of)
+    if partition.overlap and index + 1 < len(partition.blocks) and partition.overlap < len(span):
+        body.add_seam(span.stop - partition.overlap)
+    if config.local.head_rank is not None:
+        make_low_rank(head, config.local.head_rank, config.train.seed, is_new=not config.model.model_name_or_path)
+    if shares:
+        make_read_only(head)
+    elif body.is_first and anatomy.tied:
+        tied: Any = head.model.get_output_embeddings()
+        tied.weight = body.model.get_input_embeddings().weight
+    mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
+    return Block(body, head, shares, mixes, documents, wants_router_loss(model_config))
+
+
+def build_blocks(
+    config: RunConfig,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    partition: Partition,
+    stage: int,
+    documents: DocumentMask | None = None,
+) -> list[Block]:
+    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are."""
+    numbers = partition.stages[stage]
+    shared = (config, model_config, anatomy, partition)
+    return [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]

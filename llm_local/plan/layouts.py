@@ -1,0 +1,150 @@
+"""Every way to put a model on a machine, and what each would take: what scripts/plan.py ranks.
+
+All layouts train on the same number of rows a step. A step's time is first estimated; those that are shown are
+simulated, where that takes no more than seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from llm_local.config import RunConfig
+from llm_local.model.anatomy import Anatomy
+from llm_local.plan.machine import Machine
+from llm_local.plan.memory import Memory, ModelSizes
+from llm_local.plan.stages import LOCAL_METHODS, PEER_METHODS, Layout, Stages
+from llm_local.plan.times import Pipe, Prediction, predict_pipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout would take, or why it cannot be.
+
+    micro_batches: of a step on each replica, each of so many rows. memory: of a device of each stage. tokens: of a
+    step, all replicas. recomputes: whether it checkpoints, which the flags may not ask for.
+    forward_bytes, backward_bytes: of a token over each boundary. refresh_bytes: a step, of the shared head's matrix.
+    """
+
+    layout: Layout
+    problem: str = ""
+    micro_batches: int = 0
+    rows: int = 0
+    recomputes: bool = False
+    tokens: int = 0
+    memory: tuple[Memory, ...] = ()
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    refresh_bytes: float = 0.0
+    pipe: Pipe | None = None
+    prediction: Prediction | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        return self.prediction.step_seconds if self.prediction else float("inf")
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def most_memory(self) -> Memory:
+        different = {id(memory): memory for memory in self.memory}  # stages that are alike share one
+        return max(different.values(), key=lambda memory: memory.total)
+
+    @property
+    def most_total(self) -> float:
+        return self.most_memory.total if self.memory else 0.0
+
+
+@dataclass(frozen=True)
+class Planner:
+    """config: the flags of the runs to compare, of which a layout sets its own. rows: of a step, over all replicas."""
+
+    anatomy: Anatomy
+    sizes: ModelSizes
+    machine: Machine
+    config: RunConfig
+    rows: int
+
+    def layouts(
+        self, methods: Sequence[str], heads: Sequence[str], stages: Sequence[int], zero: Sequence[int]
+    ) -> Iterator[Layout]:
+        """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, and one block is
+        backpropagation."""
+        for method in methods:
+            is_one_block = method == "chunked" and self.config.local.layers_per_block is None
+            for count in [1] if method == "data_parallel" else stages:
+                if count == 1 and (is_one_block or method in PEER_METHODS[1:]):
+                    continue
+                replicas = self.machine.devices // count
+                shards = [stage for stage in zero if stage <= self._most_zero(method)]
+                for stage in shards if replicas > 1 else shards[:1]:
+                    for head in heads if method in LOCAL_METHODS else ("",):
+                        yield Layout(method, count, replicas, stage, head)
+
+    def _most_zero(self, method: str) -> int:
+        """As ds_config.py has it."""
+        if method == "overlapping" or (method in LOCAL_METHODS and self.config.local.distillation_weight > 0):
+            return 2
+        return 3 if method in (*LOCAL_METHODS, "data_parallel") else 1
+
+    def evaluate(self, layout: Layout) -> Outcome:
+        """With an estimated step. Where the flags' micro-batch does not fit, of fewer rows, or with checkpointing:
+        whichever is faster."""
+        checkpointing = [True] if self.config.train.gradient_checkpointing else [False, True]
+        tried = [self._largest(layout, recomputes) for recomputes in checkpointing]
+        fitting = [outcome for outcome in tried if not outcome.problem]
+        return min(fitting, key=lambda outcome: outcome.step_seconds) if fitting else tried[-1]
+
+    def _largest(self, layout: Layout, recomputes: bool) -> Outcome:
+        """With the largest micro-batch that fits, of the flags' rows or a half, a quarter, ... of them."""
+        rows = self.config.train.per_device_train_batch_size
+        while (found := self._evaluate(layout, rows, recomputes)).most_total > self.machine.memory_bytes:
+            if rows == 1:
+                return found
+            rows = max(1, rows // 2)
+        return found
+
+    def _evaluate(self, layout: Layout, rows: int, recomputes: bool) -> Outcome:
+        made = Outcome(layout, "", self.rows // (layout.num_replicas * rows), rows, recomputes)
+        if self.rows % (layout.num_replicas * rows):
+            problem = f"{self.rows} rows a step are no multiple of {layout.num_replicas} replicas x {rows} rows"
+            return replace(made, problem=problem)
+        count = made.micro_batches
+        if layout.method == "interleaved" and count % layout.num_stages:
+            problem = f"interleaving needs a multiple of {layout.num_stages} micro-batches, not {count}"
+            return replace(made, problem=problem)
+        train = replace(
+            self.config.train,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=count,
+            gradient_checkpointing=recomputes,
+        )
+        config = layout.flags(replace(self.config, train=train))
+        try:
+            stages = Stages(layout, config, self.anatomy, self.sizes, self.machine)
+        except ValueError as error:
+            return replace(made, problem=str(error))
+        memory, (ahead, back) = stages.memory(), stages.traffic()
+        made = replace(made, tokens=self.rows * config.data.seq_length, memory=memory)
+        made = replace(made, forward_bytes=ahead, backward_bytes=back, refresh_bytes=stages.refresh_bytes())
+        if made.most_total > self.machine.memory_bytes:
+            worst = made.most_memory
+            where = f"stage {memory.index(worst)}" if layout.num_stages > 1 else "a device"
+            least = f"with one row a micro-batch{' and checkpointing' * recomputes} "
+            problem = f"{least}{where} needs {worst}; a device has {self.machine.memory_bytes / 1e9:g} GB"
+            return replace(made, problem=problem)
+        pipe = stages.pipe()
+        return replace(made, pipe=pipe, prediction=predict_pipe(pipe, most_passes=0))
+
+
+def fastest(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """The best of those that fit, simulated. Of equally fast ones the one with less memory is better."""
+    fitting = sorted((o for o in outcomes if o.pipe), key=_order)[:count]
+    exact = [replace(o, prediction=predict_pipe(o.pipe)) for o in fitting if o.pipe]
+    return sorted(exact, key=_order)
+
+
+def _order(outcome: Outcome) -> tuple[float, float]:
+    return round(outcome.step_seconds, 9), outcome.most_memory.total

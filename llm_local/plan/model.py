@@ -1,0 +1,109 @@
+"""The numbers of a model that a plan needs, from its config alone: a few of its layers are made without memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llm_local.config import ConfigError, ModelArguments
+from llm_local.export.stages import trim_config
+from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.plan.memory import ModelSizes
+
+MOST_LAYERS = 16  # that are looked at; the rest is taken to be like them
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+
+def read_model(model: ModelArguments) -> tuple[Anatomy, ModelSizes]:
+    """How the model is put together, and its numbers. Raises ConfigError for a config that is none, says no sizes, or
+    is of a model that cannot be cut."""
+    config = load_model_config(model)
+    _require_sizes(model, config)
+    num_layers = int(text_config(config).num_hidden_layers)
+    found: list[ModelSizes] = []
+    try:
+        small = trim_config(config, min(num_layers, MOST_LAYERS))
+        anatomy = probe(small, model, lambda fake, seen: found.append(_measure(fake, seen, num_layers)))
+    except SliceError as error:
+        raise ConfigError([str(error)]) from error
+    return replace(anatomy, num_layers=num_layers), found[0]
+
+
+def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
+    """A config's class has a default for each size, which nobody means who leaves one out of a file."""
+    source = model.config_name or model.model_name_or_path
+    if source is None:
+        return
+    values: dict[str, Any] = PretrainedConfig.get_config_dict(source)[0]
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    named = {key for part in parts for key in part}
+    aliases = {**type(config).attribute_map, **type(text_config(config)).attribute_map}
+    given = (model.config_overrides or "").replace("=", ",").split(",")
+    missing = [size for size in _SIZES if not {size, aliases.get(size, size), *_OLD.get(size, ())} & {*named, *given}]
+    if missing:
+        raise ConfigError([f"{source} does not say {', '.join(missing)}; a plan needs the model's sizes, so add them"])
+
+
+_OLD = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "hidden_size": ("n_embd", "d_model", "n_embed"),
+}
+
+
+def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> ModelSizes:
+    text: Any = text_config(model.config)
+    layers = model.get_submodule(anatomy.layers)
+    parameters = list(layers.named_parameters())
+    whole = sum(p.numel() for _, p in parameters)
+    idle = sum(_idle_parameters(name, p.shape, text) for name, p in parameters)
+    head = anatomy.head_parameters or sum(p.numel() for p in model.get_input_embeddings().parameters())
+    outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
+    width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
+    first = layers.get_submodule("0").modules()
+    return ModelSizes(
+        num_layers=num_layers,
+        hidden_size=anatomy.hidden_size,
+        vocab_size=int(text.vocab_size),
+        layer_parameters=round(whole / anatomy.num_layers),
+        active_layer_parameters=round((whole - idle) / anatomy.num_layers),
+        head_parameters=head,
+        embedding_parameters=outside - (0 if anatomy.tied else head),
+        is_tied=anatomy.tied,
+        feed_forward_width=width,
+        is_gated=is_gated,
+        num_attention_heads=int(getattr(text, "num_attention_heads", 0) or 0),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        layer_matrices=tuple((m.out_features, m.in_features) for m in first if isinstance(m, nn.Linear)),
+        model_type=model.config.model_type,
+    )
+
+
+def _experts(text: Any) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token passes; (1, 1) without any."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    total = next((int(n) for name in names if (n := getattr(text, name, None))), 1)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+    used = next((int(n) for name in names if (n := getattr(text, name, None))), total)
+    return total, min(used, total)
+
+
+def _idle_parameters(name: str, shape: tuple[int, ...], text: Any) -> float:
+    """Parameters that one token does not pass: those of the experts that it is not sent to."""
+    total, used = _experts(text)
+    of_experts = "experts" in name and "shared" not in name
+    return prod(shape) * (1 - used / total) if of_experts else 0.0
+
+
+def _feed_forward(layer: nn.Module, hidden_size: int, text: Any) -> tuple[int, bool]:
+    """Hidden units that a token passes, and whether they are gated: three matrices of that width then, else two."""
+    names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    inner = next((n for name in names if isinstance(n := getattr(text, name, None), int)), 4 * hidden_size)
+    total, used = _experts(text)
+    shapes = [tuple(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2 and hidden_size in p.shape[-2:]]
+    sides = [rows if columns == hidden_size else columns for rows, columns in shapes]
+    matrices = sum(side // inner for side in sides if side in (inner, 2 * inner))  # a gate may be fused with the other
+    return inner * (used if total > 1 else 1), matrices > 2

@@ -1,0 +1,226 @@
+"""A layout, and what each of its stages takes: bytes by plan/memory.py, seconds by FLOPs and the machine's rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from transformers import PretrainedConfig
+
+from llm_local.checks.preflight import plan_partition
+from llm_local.config import RunConfig
+from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters, setting_of
+from llm_local.head_problems import cut_problems
+from llm_local.model.anatomy import Anatomy
+from llm_local.partition import Partition
+from llm_local.plan.machine import Machine
+from llm_local.plan.memory import (
+    BYTES,
+    TOKEN_IDS,
+    Memory,
+    ModelSizes,
+    Parameters,
+    alive_passes,
+    block_activations,
+    head_memory,
+    packet_memory,
+    pipeline_parameters,
+    stage_parameters,
+    state_memory,
+    wire_bytes,
+)
+from llm_local.plan.times import Pipe, StageSeconds
+
+LOCAL_METHODS = ("chunked", "greedy", "overlapping")
+PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
+CHUNKS = 2  # of a stage of the interleaved schedule
+# read and written for a parameter: its gradient, float32 weight and two moments, and the weight that computes
+_ADAM_BYTES = 30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """head is '' for backpropagation, which has the model's own."""
+
+    method: str
+    num_stages: int
+    num_replicas: int
+    zero: int
+    head: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        return self.method in LOCAL_METHODS
+
+    @property
+    def num_chunks(self) -> int:
+        return CHUNKS if self.method == "interleaved" else 1
+
+    def __str__(self) -> str:
+        stages = f"{self.num_stages} stage{'s' if self.num_stages > 1 else ''} x {self.num_replicas}"
+        return f"{self.method}, {stages}, ZeRO {self.zero}" + (f", {self.head} heads" if self.head else "")
+
+    def flags(self, config: RunConfig) -> RunConfig:
+        """Those of `config` as a run of this layout has them; of a peer those of its model's cut."""
+        local = replace(type(config.local)(), method="backprop", num_stages=self.num_stages * self.num_chunks)
+        if self.is_local:
+            plain = {"head_layers": 0, "head_layers_schedule": None, "head_rank": None} if self.head == "linear" else {}
+            local = replace(config.local, method=self.method, head=self.head, num_stages=self.num_stages, **plain)
+        return replace(config, local=local)
+
+
+class Stages:
+    """The stages of a layout on a machine. Raises ValueError saying what does not fit the model."""
+
+    def __init__(self, layout: Layout, config: RunConfig, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
+        self.layout, self.config, self.sizes, self.machine = layout, config, sizes, machine
+        # the cut does not depend on the training, so that all of its flags share one
+        self.partition = _cut(replace(config, train=type(config.train)()), anatomy)
+        if layout.is_local and (problems := cut_problems(config, self.partition)):
+            raise ValueError("; ".join(problems))
+        self.micro_batches = config.train.gradient_accumulation_steps
+        self.tokens = config.train.per_device_train_batch_size * config.data.seq_length  # of a micro-batch
+        self.parameters = [self._parameters(stage) for stage in range(layout.num_stages)]
+
+    @property
+    def schedule(self) -> str:
+        """As plan/times.py names it."""
+        if self.layout.method == "overlapping" or self.layout.method not in (*LOCAL_METHODS, "data_parallel"):
+            return self.layout.method
+        return "distillation" if self.config.local.distillation_weight > 0 else "local"
+
+    def traffic(self) -> tuple[float, float]:
+        """Bytes of a token over each boundary, forward and back."""
+        if self.layout.num_stages == 1:
+            return 0.0, 0.0
+        plain = float(self.sizes.hidden_size * BYTES[self.config.precision])
+        if not self.layout.is_local:
+            return plain, plain
+        hidden = float(wire_bytes(self.sizes, self.config.wire_dtype))
+        gradient = plain if self.config.wire_dtype == "int8" else hidden  # as assembly.py has it
+        back = {"overlapping": gradient, "distillation": 8.0 * self.config.local.distillation_top_k}
+        return hidden + TOKEN_IDS, back.get(self.schedule, 0.0)
+
+    def refresh_bytes(self) -> float:
+        """Of a shared head's matrix over each boundary, back, for one step on average."""
+        if not self.config.shares_head or self.layout.num_stages == 1:
+            return 0.0
+        return self.sizes.head_parameters * BYTES[self.config.precision] / self.config.local.head_refresh_steps
+
+    def memory(self) -> tuple[Memory, ...]:
+        """Of a device of each stage."""
+        found: dict[tuple[Parameters, float, bool, bool], Memory] = {}
+        memories = []
+        for stage in range(self.layout.num_stages):
+            key = (self.parameters[stage], self._kept_layers(stage), stage > 0, stage < self.layout.num_stages - 1)
+            if key not in found:
+                found[key] = self._memory(*key)
+            memories.append(found[key])
+        return tuple(memories)
+
+    def pipe(self) -> Pipe:
+        """What its step's time depends on."""
+        count, replicas = self.layout.num_stages, self.layout.num_replicas
+        links = [self.machine.boundary(replicas, stage) for stage in range(count - 1)]
+        each = tuple(links) if len(set(links)) > 1 else tuple(links[:1]) or (self.machine.boundary(1, 0),)
+        ahead, back = (self.tokens * size for size in self.traffic())
+        bound = self.config.local.max_packets_in_flight
+        return Pipe(self.schedule, self._seconds(), self.micro_batches, each, ahead, back, bound)
+
+    def _parameters(self, stage: int) -> Parameters:
+        if self.layout.is_local:
+            return stage_parameters(self.sizes, self.partition, stage, self.config, self._private_parameters())
+        layers = sum(len(self.partition.blocks[block]) for block in self._blocks(stage))
+        return pipeline_parameters(self.sizes, layers, stage == 0, stage == self.layout.num_stages - 1)
+
+    def _private_parameters(self) -> int:
+        rank = self.config.local.head_rank
+        return self.sizes.layer_parameters if rank is None else low_rank_parameters(self.sizes.layer_matrices, rank)
+
+    def _blocks(self, stage: int) -> range:
+        """The stage's blocks, or chunks."""
+        if not self.layout.is_local:
+            return range(stage, len(self.partition.blocks), self.layout.num_stages)
+        return range(self.partition.stages[stage].start, self.partition.stages[stage].stop)
+
+    def _kept_layers(self, stage: int) -> float:
+        """Layers that the stage keeps a micro-batch's activations of, counted once for each micro-batch: of its largest
+        block, with private layers on the positions that they see."""
+        seen, schedule = self.config.local.head_token_fraction, self.config.head_layers_schedule
+        blocks = self._blocks(stage)
+        most = max(
+            len(self.partition.blocks[b]) + seen * len(self.partition.private_layers(b, schedule)) for b in blocks
+        )
+        return most * alive_passes(self.schedule, self.layout.num_stages, stage, self.micro_batches, len(blocks))
+
+    def _memory(self, parameters: Parameters, kept: float, has_before: bool, has_behind: bool) -> Memory:
+        precision, is_local = self.config.precision, self.layout.is_local
+        states = state_memory(parameters, precision, self.layout.zero, self.layout.num_replicas)
+        trains_matrix = not (is_local and self.config.shares_head and has_behind)
+        logits = head_memory(self.sizes, precision, trains_matrix) if is_local or not has_behind else 0.0
+        packets = packet_memory(self.sizes, self.config, has_before, has_behind) if is_local else 0.0
+        return Memory(*states, block_activations(self.sizes, kept, self.config), logits, packets)
+
+    def _passes(self) -> tuple[Passes, ...]:
+        """FLOPs of a token through each block. Of backpropagation the last head is the only one."""
+        sizes, local = self.sizes, self.config.local
+        shape = Shape(
+            sizes.hidden_size, self.config.data.seq_length, sizes.active_layer_parameters, sizes.head_parameters
+        )
+        if not self.layout.is_local:
+            return count_passes(shape, Setting(self.partition.blocks, token_fraction=0.0))
+        options = {
+            "private_parameters": None if local.head_rank is None else self._private_parameters(),
+            "frozen_heads": self.config.shares_head,
+            "token_fraction": local.head_token_fraction,
+        }
+        return count_passes(shape, setting_of(self.partition, self.config.head_layers_schedule, **options))
+
+    def _seconds(self) -> tuple[StageSeconds, ...]:
+        passes = self._passes()
+        found: dict[tuple[tuple[Passes, ...], Parameters], StageSeconds] = {}
+        made = []
+        for stage, parameters in enumerate(self.parameters):
+            key = (tuple(passes[block] for block in self._blocks(stage)), parameters)
+            if key not in found:
+                found[key] = self._with_collectives(self._computing(key[0]), parameters)
+            made.append(found[key])
+        return tuple(made)
+
+    def _computing(self, passes: Sequence[Passes]) -> StageSeconds:
+        each = self.tokens / self.machine.flops
+        again = each * self.config.train.gradient_checkpointing
+        return StageSeconds(
+            forward=tuple(each * p.forward for p in passes),
+            backward=tuple(each * p.backward + again * p.layers for p in passes),
+            weights=tuple(each * p.weights for p in passes),
+            from_above=tuple(each * (p.from_above or p.backward) for p in passes),  # the last block has none
+        )
+
+    def _with_collectives(self, stage: StageSeconds, parameters: Parameters) -> StageSeconds:
+        """With the optimizer's own time, and what the replicas tell each other (the ZeRO paper, section 7).
+
+        ZeRO 0 and 1 reduce once a step: after it in a pipe's stage, and for data parallelism beside the last backward
+        pass, as the usual engines do. ZeRO 2 reduces beside every backward pass, ZeRO 3 gathers beside every pass.
+        """
+        zero, replicas, machine = self.layout.zero, self.layout.num_replicas, self.machine
+        gather = machine.gather_seconds(BYTES[self.config.precision] * parameters.trained, replicas)
+        held = parameters.trained / (replicas if zero else 1)
+        adam = _ADAM_BYTES * held / machine.memory_bytes_per_second
+        if zero <= 1:
+            beside = sum(stage.backward) if self.layout.method == "data_parallel" else 0.0
+            return replace(stage, optimizer=adam + max(0.0, gather - beside) + gather)
+        slower = max(1.0, gather / sum(stage.forward)) if zero == 3 else 1.0
+        slower_back = max(1.0, gather * (2 if zero == 3 else 1) / sum(stage.backward))
+        return replace(
+            stage,
+            forward=tuple(seconds * slower for seconds in stage.forward),
+            backward=tuple(seconds * slower_back for seconds in stage.backward),
+            optimizer=adam + (gather if zero == 2 else 0.0),
+        )
+
+
+@lru_cache(maxsize=256)
+def _cut(config: RunConfig, anatomy: Anatomy) -> Partition:
+    return plan_partition(config, PretrainedConfig(), anatomy)

@@ -1,0 +1,246 @@
+"""Trains a study's points, several runs side by side, each an ordinary run on one rank in a process of its own.
+
+    OUTPUT/runs/chunked-4-shared-seed1/           the run's own folder, as pretrain.py writes it
+    OUTPUT/runs/chunked-4-shared-seed1/log.txt    what it had to say
+    OUTPUT/runs/chunked-4-shared-seed1/flags.json the settings it was started with
+    OUTPUT/runs/chunked-4-shared-seed1/result.json   its losses; written last: a run that has one is not run again
+
+A fork server imports torch, DeepSpeed and the project once, so that a run starts in a second or two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm_local.checkpoint.catalog import MANIFEST
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
+from llm_local.metrics import read_records
+from llm_local.model.anatomy import load_model_config
+from llm_local.study.comparison import Result, summarise
+from llm_local.study.points import Point, Study
+
+PRELOAD = [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+    "llm_local.train",
+    "llm_local.study.runs",
+]
+PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "tokenizer_name")
+POLL_SECONDS = 1.0
+BAR = "{n:.1f}/{total} runs |{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one point."""
+
+    point: Point
+    seed: int
+    folder: Path
+    config: RunConfig
+    flags: dict[str, Any]  # what makes two runs the same, wherever they are
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def result(self) -> Result:
+        return Result.from_json(json.loads((self.folder / "result.json").read_text()))
+
+
+def runs_of(study: Study, output: Path) -> list[Run]:
+    """All runs, seed by seed, so that a study that is cut short has every point once rather than some points often.
+
+    Makes the built-in tokenizer of the study's size if there is none yet.
+    """
+    runs = []
+    tokenizer = None
+    if study.builtin_vocab_size is not None:
+        tokenizer = str(builtin_tokenizer_dir(study.base.config.cache_dir, vocab_size=study.builtin_vocab_size))
+    for seed in study.seeds:
+        for point in study.points:
+            folder, config = output / "runs" / f"{point.name}-seed{seed}", point.config
+            train = replace(config.train, output_dir=str(folder), seed=seed)
+            model = replace(config.model, tokenizer_name=tokenizer or config.model.tokenizer_name)
+            config = replace(config, train=train, model=model)
+            runs.append(Run(point, seed, folder, config, _identity(config, study.builtin_vocab_size)))
+    return runs
+
+
+def _identity(config: RunConfig, builtin_vocab_size: int | None) -> dict[str, Any]:
+    """Flags, tokenizer and model of a run, without the places where they lie."""
+    model = json.dumps(load_model_config(config.model).to_diff_dict(), sort_keys=True, default=str)
+    flags = {name: value for name, value in config.flat().items() if name not in PLACES}
+    tokenizer = builtin_vocab_size or config.model.tokenizer_name
+    return flags | {"tokenizer": tokenizer, "model": hashlib.sha256(model.encode()).hexdigest()[:8]}
+
+
+def stale_runs(runs: Sequence[Run]) -> list[str]:
+    """Finished runs that were trained with other settings than the study's: what is different, and the repair."""
+    problems = []
+    for run in runs:
+        if run.is_finished and (changes := _changes(run)):
+            problems.append(
+                f"{run.folder} was trained with other settings ({'; '.join(changes)}); "
+                "remove that folder to train it again, or choose another --output_dir"
+            )
+    return problems
+
+
+def _changes(run: Run) -> list[str]:
+    """'learning_rate: 0.001, now 0.002' for each setting with which the run in the folder was started."""
+    try:
+        before = json.loads((run.folder / "flags.json").read_text())
+    except (OSError, ValueError):
+        return ["flags.json cannot be read"]
+    before = {**RunConfig().flat(), **before}  # a flag that was not there yet had what is now its default
+    return [f"{n}: {before.get(n)}, now {value}" for n, value in run.flags.items() if before.get(n) != value]
+
+
+def arguments_of(run: Run) -> list[str]:
+    """pretrain.py's arguments: an unfinished run goes on from its last checkpoint, or starts again."""
+    flags = run.config.flat()
+    has_checkpoint = any((run.folder / "checkpoints").glob(f"step-*/{MANIFEST}"))
+    if has_checkpoint and not _changes(run):
+        flags["resume_from_checkpoint"] = "true"
+    else:
+        flags["overwrite_output_dir"] = True
+    return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def train_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
+    """Trains what is not finished, so many runs side by side. Returns a line for each run that failed.
+
+    Raises ConfigError, before any run starts, for runs that were trained with other settings and for wrong data.
+    KeyboardInterrupt ends the runs under way; another call goes on.
+    """
+    problems = stale_runs(runs)
+    if problems:
+        raise ConfigError(problems)
+    pending = deque(run for run in runs if not run.is_finished)
+    if not pending:
+        return []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    first = pending[0].config
+    prepare(first, load_tokenizer(first), progress=sys.stderr.isatty())  # once, and not by all runs at a time
+    failures: list[str] = []
+    active: dict[Any, tuple[Any, Run, float]] = {}
+    done = len(runs) - len(pending)
+    bar = tqdm(
+        total=len(runs), initial=done, smoothing=0, disable=not sys.stderr.isatty(), bar_format=BAR, dynamic_ncols=True
+    )
+    try:
+        while pending or active:
+            while pending and len(active) < jobs:
+                run = pending.popleft()
+                process = _start(context, run)
+                active[process.sentinel] = process, run, time.monotonic()
+            for sentinel in wait(list(active), timeout=POLL_SECONDS):
+                process, run, start = active.pop(sentinel)
+                process.join()
+                failure = _conclude(run, process.exitcode)
+                failures += [failure] if failure else []
+                done += 1
+                say(failure or _line(run, time.monotonic() - start))
+            bar.n = done + sum(_share(run) for _, run, _ in active.values())
+            bar.set_postfix_str(", ".join(run.name for _, run, _ in active.values()))
+    finally:
+        for process, _, _ in active.values():
+            process.kill()
+        for process, _, _ in active.values():
+            process.join()
+        bar.close()
+    return failures
+
+
+def _start(context: Any, run: Run) -> Any:
+    """The process that trains the run."""
+    arguments = arguments_of(run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(run.folder / "flags.json", json.dumps(run.flags, indent=1))
+    process = context.Process(target=_train, args=(arguments, str(run.folder / "log.txt")), daemon=True)
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], log: str) -> None:
+    """Trains in this process, which ends with the status of the run, and with its parent."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from llm_local.train import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _conclude(run: Run, status: int) -> str | None:
+    """Writes the result of a run that has ended, or says why there is none."""
+    reason = f"exit status {status}"
+    if status == 0:
+        try:
+            result = summarise(read_records(run.folder / "metrics" / "stage-00.jsonl"))
+            write_whole(run.folder / "result.json", json.dumps(asdict(result)))
+            return None
+        except ValueError as error:
+            reason = str(error)
+    log = run.folder / "log.txt"
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    )
+    return f"{run.name} failed: {lines[-1] if status and lines else reason} ({log})"
+
+
+def _line(run: Run, seconds: float) -> str:
+    losses = " ".join(f"{loss:.4f}" for loss in run.result().block_losses)
+    return f"{run.name}: {seconds:.0f} s, validation loss by block: {losses}"
+
+
+def _share(run: Run) -> float:
+    """How much of the run is done, from 0 to 1, as its metrics have it."""
+    records = read_records(run.folder / "metrics" / "stage-00.jsonl")
+    return records[-1]["step"] / run.config.train.max_steps if records else 0.0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
