@@ -24,7 +24,7 @@ export: masters model_folder stages model_card
 metrics progress
 timeline: measured chrome_trace replay picture
 checks: profile tiny trial exit_check class_problems weight_problems preflight
-examine assembly run_trace evaluation recorder finish train offline_export
+examine assembly run_trace evaluation recorder run finish train offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search

@@ -22,7 +22,8 @@ from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.packet import TRAIN
-from llm_local.train import REFUSED, _make_feed, main, store_name
+from llm_local.run import _make_feed, store_name
+from llm_local.train import REFUSED, main
 from llm_local.watchdog import LostPeer
 from llm_local.world import PLAN, Launch, Place, fetch_plan, open_store
 

@@ -26,7 +26,8 @@ from llm_local.config import RunConfig, from_flat
 from llm_local.engine import LocalEngine
 from llm_local.links import Links
 from llm_local.packet import Packet
-from llm_local.train import Run, build, check, quiet_libraries
+from llm_local.run import Run, build, check
+from llm_local.train import quiet_libraries
 from llm_local.watchdog import Watchdog
 from llm_local.world import Launch
 

@@ -1,0 +1,174 @@
+"""A rank's share of a run, put together: checked by rank 0, agreed with the others, ready to train."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_local.assembly import Engine, make_engine
+from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
+from llm_local.checkpoint.loader import load_shared_head, take_up
+from llm_local.checkpoint.saver import Saver
+from llm_local.checks.preflight import Plan, open_output, preflight
+from llm_local.config import RunConfig
+from llm_local.data.feed import SOURCES, Feed, trained_tokens
+from llm_local.data.packing import PackedSource
+from llm_local.data.sets import Data, prepare_all
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.evaluation import EvalSet, learn, tell
+from llm_local.links import Links
+from llm_local.metrics import MetricsFile
+from llm_local.model.anatomy import load_model_config
+from llm_local.model.refresh import Refresher, make_refresher
+from llm_local.progress import Progress
+from llm_local.recorder import Recorder
+from llm_local.run_trace import begin_trace
+from llm_local.trace import Tracer
+from llm_local.watchdog import Watchdog
+from llm_local.world import PLAN, Launch, Place, Rendezvous, World, connect, fetch_plan, join_stage
+
+
+@dataclass
+class Run:
+    """A stage's rank, ready to train."""
+
+    config: RunConfig
+    plan: Plan
+    layout: Layout
+    world: World
+    engine: Engine
+    feed: Feed | None
+    links: Links
+    refresher: Refresher | None
+    metrics: MetricsFile | None
+    progress: Progress
+    saver: Saver
+    recorder: Recorder
+    tracer: Tracer | None
+    eval_sets: tuple[EvalSet, ...]
+    first_step: int
+    first_row: int
+    sources: tuple[PackedSource, ...] = ()
+
+    def traced(self, split: str, step: int) -> AbstractContextManager[None]:
+        """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
+        return nullcontext() if self.tracer is None else self.tracer.batch(split, step)
+
+    def rows_after(self, step: int) -> int:
+        """Sequences of the training data that are used up after the step."""
+        return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
+
+    def data_state(self) -> dict[str, Any] | None:
+        """What a checkpoint has of the training data."""
+        return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
+
+
+def check(config: RunConfig, world_size: int, meeting: Rendezvous | None = None) -> tuple[Plan, Data]:
+    """Rank 0's part of a start, while the others wait at the rendezvous: nothing is written but below cache_dir.
+
+    Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
+    for all that is wrong with the run and its data.
+    """
+    print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
+    plan = preflight(config, world_size)
+    with nullcontext() if meeting is None else meeting.kept_waiting():
+        return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
+
+
+def store_name(config: RunConfig) -> str:
+    """Prefix of the store's keys. Ranks that reach another run's store, by a port used twice, find nothing there."""
+    return f"llm_local/{config.train.output_dir}"
+
+
+def build(
+    config: RunConfig,
+    launch: Launch,
+    watchdog: Watchdog,
+    plan: Plan | None,
+    data: Data | None,
+    meeting: Rendezvous | None = None,
+) -> Run:
+    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
+    startup = float(config.train.ddp_timeout)
+    store = (meeting or Rendezvous(launch, store_name(config), startup)).store()
+    if plan is not None:
+        open_output(plan.resolve(config), plan)
+        store.set(PLAN, plan.to_json())
+    plan = Plan.from_json(fetch_plan(store, startup, config.local.link_timeout_seconds))
+    config = plan.resolve(config)
+    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
+    world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
+    join_stage(world, one_world=config.is_pipelined)
+    model_config = load_model_config(config.model)
+    layout = layout_of(config, plan.partition, place.num_replicas, model_config)
+    catalog = Catalog(Path(plan.checkpoint)) if plan.checkpoint else None
+    first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
+    if data is not None:
+        tell(world, data.validation)
+    feed = _make_feed(config, place, data, (first_step, first_row)) if place.is_first_stage else None
+    warnings_of_data = _go_on_reading(feed, catalog)
+    engine, links = make_engine(config, plan, world, feed)
+    tracer = begin_trace(config, world, engine, links)
+    news = take_up(catalog, config, layout, world, engine.engines) if catalog else ()
+    refresher = make_refresher(config, plan.partition, world, links, engine.engines)
+    if refresher is not None:
+        block: Any = engine.engines[-1].module
+        refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
+    metrics = None
+    if place.is_recorder:
+        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
+    progress = Progress(world, config.train.max_steps, first_step)
+    for warning in (*plan.warnings, *warnings_of_data):
+        progress.say(f"llm_local: warning: {warning}")
+    for line in news:
+        progress.say(f"llm_local: {line}")
+    layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
+    progress.say(f"llm_local: {layout_text}; {plan.partition.describe()}")
+    for source in data.sources if data is not None else ():
+        progress.say(f"llm_local: {source.describe()}")
+    saver = Saver(world, config, layout)
+    recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
+    return Run(
+        config,
+        plan,
+        layout,
+        world,
+        engine,
+        feed,
+        links,
+        refresher,
+        metrics,
+        progress,
+        saver,
+        recorder,
+        tracer,
+        learn(world, config),
+        first_step,
+        first_row,
+        tuple(source.facts() for source in data.sources) if data is not None else (),
+    )
+
+
+def _make_feed(config: RunConfig, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
+    """Rank 0 has prepared the data before it published the plan; the other replicas find it in the cache."""
+    data = data or prepare_all(config, load_tokenizer(config))
+    validation = [each.sequences for each in data.validation]
+    train = config.train
+    rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start)
+
+
+def _go_on_reading(feed: Feed | None, catalog: Catalog | None) -> tuple[str, ...]:
+    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again."""
+    if feed is None or catalog is None:
+        return ()
+    state = read_data_state(catalog.path)
+    goes_on = feed.restore(state)
+    feed.tokens = trained_tokens(state, catalog.manifest.rows, catalog.manifest.layout.seq_length)
+    if goes_on:
+        return ()
+    rows = f"{catalog.manifest.rows:,} sequences"
+    return (f"{catalog.path} has no place in this stream; it is read from its start, past {rows}, which may take long",)
