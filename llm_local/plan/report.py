@@ -10,6 +10,7 @@ from llm_local.costs import head_in_layers
 from llm_local.plan.layouts import Outcome, Planner
 from llm_local.plan.times import MOST_PASSES, Pipe
 from llm_local.simulator.simulate import Timeline, picture
+from llm_local.timeline.chrome_trace import bar, process_name
 
 COLUMNS = ("layout", "micro-batches", "a step", "tokens/s", "idle", "memory", "link, B/token")
 _NAMES = {"F": "forward", "B": "backward", "G": "backward from above", "W": "weight gradients", "O": "optimizer"}
@@ -173,23 +174,12 @@ def draw(timeline: Timeline, width: int = 120) -> str:
 
 
 def trace_events(timeline: Timeline) -> dict[str, Any]:
-    """The Trace Event format: a process for each stage, microseconds."""
+    """In Chrome's Trace Event Format: a process for each stage."""
     events: list[dict[str, Any]] = []
     for stage, spans in enumerate(timeline.spans):
-        events.append({"ph": "M", "name": "process_name", "pid": stage, "tid": 0, "args": {"name": f"stage {stage}"}})
+        events.append(process_name(stage))
         for span in spans:
+            kind, number = _NAMES[span.kind], "" if span.micro_batch is None else f" {span.micro_batch}"
             about = {"step": span.step, "micro_batch": span.micro_batch, "block": span.block}
-            number = "" if span.micro_batch is None else f" {span.micro_batch}"
-            events.append(
-                {
-                    "ph": "X",
-                    "name": f"{_NAMES[span.kind]}{number}",
-                    "cat": _NAMES[span.kind],
-                    "pid": stage,
-                    "tid": 0,
-                    "ts": span.start * 1e6,
-                    "dur": (span.end - span.start) * 1e6,
-                    "args": {name: value for name, value in about.items() if value is not None},
-                }
-            )
+            events.append(bar(f"{kind}{number}", kind, stage, 0, span.start, span.end - span.start, about))
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -6,7 +6,7 @@ A process is a stage, a thread what its ranks do. An arrow goes from each send t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from llm_local.timeline.measured import RankTrace, RunTrace, kind_of
 from llm_local.trace import COMPUTE, LANES, Event
 
 _MEETS = {"RecvActivation": ("SendActivation", -1), "RecvGrad": ("SendGrad", 1)}  # the send, stages away from here
-_MICROSECONDS = 1e6
 
 
 def write_chrome_trace(trace: RunTrace) -> Path:
@@ -36,7 +35,7 @@ def _records(trace: RunTrace, start: float) -> Iterator[dict[str, Any]]:
     for rank in trace.ranks:
         yield from _names(rank)
         for event in rank.events:
-            yield _complete(rank, event, start)
+            yield _bar_of(rank, event, start)
     for replica in range(trace.ranks[0].header.num_replicas):
         yield from _arrows([rank for rank in trace.ranks if rank.header.replica == replica], start)
 
@@ -44,7 +43,7 @@ def _records(trace: RunTrace, start: float) -> Iterator[dict[str, Any]]:
 def _names(rank: RankTrace) -> Iterator[dict[str, Any]]:
     stage, replica = rank.header.stage, rank.header.replica
     if replica == 0:
-        yield {"ph": "M", "pid": stage, "name": "process_name", "args": {"name": f"stage {stage}"}}
+        yield process_name(stage)
         yield {"ph": "M", "pid": stage, "name": "process_sort_index", "args": {"sort_index": stage}}
     prefix = f"replica {replica}: " if rank.header.num_replicas > 1 else ""
     for lane in LANES:
@@ -57,20 +56,29 @@ def _thread(rank: RankTrace, lane: str) -> int:
     return rank.header.replica * len(LANES) + LANES.index(lane)
 
 
-def _place(rank: RankTrace, event: Event, at: float, start: float) -> dict[str, Any]:
-    return {"pid": rank.header.stage, "tid": _thread(rank, event.lane), "ts": round((at - start) * _MICROSECONDS, 1)}
+def process_name(stage: int) -> dict[str, Any]:
+    return {"ph": "M", "pid": stage, "name": "process_name", "args": {"name": f"stage {stage}"}}
 
 
-def _complete(rank: RankTrace, event: Event, start: float) -> dict[str, Any]:
+def bar(
+    title: str, category: str, stage: int, thread: int, start: float, seconds: float, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a thread of a stage does from `start` on, both in seconds. about: shown beside it, but for what is None."""
+    place = {"pid": stage, "tid": thread, "ts": _microseconds(start), "dur": _microseconds(seconds)}
+    arguments = {name: value for name, value in about.items() if value is not None}
+    return {"name": title, "cat": category, "ph": "X", **place, "args": arguments}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 1)
+
+
+def _bar_of(rank: RankTrace, event: Event, start: float) -> dict[str, Any]:
     category = kind_of(event) if event.lane == COMPUTE else event.lane
-    named = {"step": event.step, "split": event.split, "micro_batch": event.micro_batch, "block": event.block}
-    arguments = {name: value for name, value in named.items() if value is not None}
     title = event.name if event.lane == COMPUTE else f"{event.name} {event.step}"
-    duration = round(event.seconds * _MICROSECONDS, 1)
-    return {"name": title, "cat": category, "ph": "X", **_place(rank, event, event.start, start)} | {
-        "dur": duration,
-        "args": arguments,
-    }
+    about = {"step": event.step, "split": event.split, "micro_batch": event.micro_batch, "block": event.block}
+    thread = _thread(rank, event.lane)
+    return bar(title, category, rank.header.stage, thread, event.start - start, event.seconds, about)
 
 
 def meetings(ranks: list[RankTrace]) -> Iterator[tuple[RankTrace, Event, RankTrace, Event]]:
@@ -92,8 +100,11 @@ def meetings(ranks: list[RankTrace]) -> Iterator[tuple[RankTrace, Event, RankTra
 
 
 def _arrows(ranks: list[RankTrace], start: float) -> Iterator[dict[str, Any]]:
+    def end(rank: RankTrace, event: Event, at: float) -> dict[str, Any]:
+        return {"pid": rank.header.stage, "tid": _thread(rank, event.lane), "ts": _microseconds(at - start)}
+
     for sender, send, receiver, receive in meetings(ranks):
         key = f"{sender.header.replica}/{sender.header.stage}/{send.name}/{send.split}/{send.step}/{send.micro_batch}"
         flow = {"name": "link", "cat": "link", "id": key}
-        yield flow | {"ph": "s", **_place(sender, send, send.start, start)}
-        yield flow | {"ph": "f", "bp": "e", **_place(receiver, receive, receive.end, start)}
+        yield flow | {"ph": "s", **end(sender, send, send.start)}
+        yield flow | {"ph": "f", "bp": "e", **end(receiver, receive, receive.end)}
