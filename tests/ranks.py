@@ -47,6 +47,10 @@ def _rank(pipe: Connection, function: Callable[..., Any], environ: dict[str, str
     torch.set_num_threads(1)
     try:
         pipe.send((True, function(*args)))
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        if environ["RANK"] == "0":  # serves the store, and must not go before the others
+            wait([parent.sentinel])  # until run_ranks ends it
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     pipe.close()

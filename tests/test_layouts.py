@@ -142,6 +142,7 @@ def test_the_files_are_those_of_torch_distributed_checkpoint(trainer: Trainer):
     folder = run / "checkpoints/step-00000004"
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
         "manifest.json",
+        "stage-00/data.json",
         *(
             f"stage-0{s}/{name}"
             for s in (0, 1)
