@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if os.geteuid() or not shutil.which("ip"):
         parser.error("network namespaces need root and ip")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     rows, data = measure(shares, delays, given.repeats, given.steps)
     header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "deepspeed 1F1B"]
     write(given.output, "slow_link", f"{INTRODUCTION}\n{table(header, rows)}", data)
