@@ -70,8 +70,8 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
 
 def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float) -> None:
     """The comparison as JSON with versions and command, as a table, and, where matplotlib is, as a picture."""
+    from llm_local.files import write_whole
     from llm_local.study.comparison import table
-    from llm_local.study.runs import write_whole
 
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     facts = {"study": str(study), "command": sys.argv, "versions": versions, "seconds": seconds}

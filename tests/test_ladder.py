@@ -11,7 +11,7 @@ import llm_local
 
 # a line is a rung: modules, or a package and its modules
 LADDER = """
-config partition costs head_plan head_problems problems schedule
+files config partition costs head_plan head_problems problems schedule
 simulator: peer_schedules clock simulate
 device trace watchdog world packet wire links
 model: gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask

@@ -14,10 +14,11 @@ import yaml
 
 from llm_local.config import ConfigError
 from llm_local.costs import count_flops
+from llm_local.files import write_whole
 from llm_local.partition import Span
 from llm_local.study.comparison import Result, baseline, compare, curve, summarise, table
 from llm_local.study.points import Study, expand, expand_grid, read_study
-from llm_local.study.runs import Run, arguments_of, runs_of, stale_runs, train_all, write_whole
+from llm_local.study.runs import Run, arguments_of, runs_of, stale_runs, train_all
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "study.py"

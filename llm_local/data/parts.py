@@ -25,6 +25,7 @@ from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from tqdm import tqdm
 
 from llm_local.config import ConfigError
+from llm_local.files import write_whole
 
 MOST_PARTS = 1024
 STATE = "state.json"
@@ -54,7 +55,9 @@ def is_complete(folder: Path) -> bool:
     return (folder / STATE).is_file()
 
 
-def make(parts: Parts, fingerprint: str, workers: int, title: str | None, last: Callable[[], None] | None = None):
+def make(
+    parts: Parts, fingerprint: str, workers: int, title: str | None, last: Callable[[], None] | None = None
+) -> None:
     """Makes what is missing of the folder, by so many processes. title: of a progress bar; last: before it is complete.
 
     Raises ConfigError where a file cannot be written or read, or a process is killed; finished parts are kept. What
@@ -88,13 +91,6 @@ def read(folder: Path, repair: str = "remove it, and it is made again") -> Datas
 
 def damaged(folder: Path, error: Exception, repair: str = "remove it, and it is made again") -> ConfigError:
     return ConfigError([f"{folder} is damaged ({' '.join(str(error).split())}); {repair}"])
-
-
-def write_json(path: Path, content: Any) -> None:
-    """The file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1))
-    os.replace(draft, path)
 
 
 def _make_missing(parts: Parts, workers: int, title: str | None) -> None:
@@ -176,6 +172,6 @@ def _complete(parts: Parts, fingerprint: str) -> None:
         "_split": None,
     }
     DatasetInfo(features=parts.features).write_to_directory(str(parts.folder))
-    write_json(parts.folder / STATE, state)
+    write_whole(parts.folder / STATE, json.dumps(state, indent=1))
     for draft in parts.folder.glob(".data-*"):  # of processes that were killed
         draft.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ FOLDER/tokens.json                   written last: where they are from, and ever
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError
 from llm_local.data.encoding import tokenizer_key
-from llm_local.data.parts import write_json
+from llm_local.files import link_or_copy, write_whole
 
 COUNTS = "counts.json"  # in a folder of tokens beside what `datasets` knows (prepared.py)
 CARD, TRAIN, VALIDATION, TOKENIZER = "tokens.json", "train", "validation", "tokenizer"
@@ -70,21 +69,14 @@ def write_token_folder(
         (folder / name).mkdir(parents=True)
         files = [path for path in made.iterdir() if path.is_file() and not path.name.startswith(".")]
         for file in sorted(files, key=lambda path: (path.name != COUNTS, path.name)):  # by which it is known as ours
-            _place(file, folder / name / file.name)
+            link_or_copy(file, folder / name / file.name)
     tokenizer.save_pretrained(folder / TOKENIZER)
     files = [path for name in sets for path in sorted((folder / name).iterdir())]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
     card = Card(source, text_column, percentage, _name(tokenizer), tokenizer_key(tokenizer), eos, sizes)
-    write_json(folder / CARD, asdict(card))
-
-
-def _place(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(file, target)
+    write_whole(folder / CARD, json.dumps(asdict(card), indent=1))
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

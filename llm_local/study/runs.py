@@ -30,6 +30,7 @@ from llm_local.checkpoint.catalog import MANIFEST
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
+from llm_local.files import write_whole
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import load_model_config
 from llm_local.study.comparison import Result, summarise
@@ -237,10 +238,3 @@ def _share(run: Run) -> float:
     """How much of the run is done, from 0 to 1, as its metrics have it."""
     records = read_records(run.folder / "metrics" / "stage-00.jsonl")
     return records[-1]["step"] / run.config.train.max_steps if records else 0.0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
