@@ -16,7 +16,7 @@ from llm_local.data.feed import Feed
 from llm_local.ds_config import resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
 from llm_local.head_plan import HeadPlan
-from llm_local.links import Links
+from llm_local.links.ends import Links
 from llm_local.model.anatomy import load_model_config, text_config
 from llm_local.model.distillation import Distillation
 from llm_local.model.stage import build_blocks

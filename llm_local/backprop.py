@@ -24,11 +24,11 @@ from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
 from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
+from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.heads import head_logits, head_loss, scored_share
 from llm_local.model.stage import build_slice
-from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.partition import Partition, Span
 from llm_local.trace import Tracer
 

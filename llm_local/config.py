@@ -157,7 +157,9 @@ class LocalArguments:
     wire_dtype: str = _option(
         "auto", "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token; auto: that of the model."
     )
-    max_packets_in_flight: int = _option(4, "Micro-batches a stage may be ahead of the next one's receives.")
+    max_packets_in_flight: int = _option(
+        4, "Micro-batches a stage may be ahead of the next one; raise it for a link of long latency."
+    )
     link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.")
 
 

@@ -17,13 +17,13 @@ from deepspeed.runtime.pipe import schedule as instructions
 from llm_local.block_engine import BlockEngine
 from llm_local.device import seed_everything
 from llm_local.head_plan import HeadPlan
-from llm_local.links import Links
+from llm_local.links.ends import Links
+from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.model.heads import scored_share
 from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
-from llm_local.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalEvalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.trace import Tracer
 

@@ -35,11 +35,11 @@ from llm_local.export.model_folder import (
     writing,
 )
 from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
+from llm_local.links.packet import CHECK
 from llm_local.model.anatomy import load_model_config
 from llm_local.model.shared_head import folded
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block
-from llm_local.packet import CHECK
 from llm_local.progress import Progress
 from llm_local.world import Place, World
 

@@ -12,7 +12,7 @@ from llm_local.checkpoint.saver import Saver
 from llm_local.config import RunConfig
 from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import StepResult
-from llm_local.links import Links
+from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.model.refresh import Refresher
 from llm_local.progress import Progress

@@ -19,7 +19,7 @@ from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import EvalSet, learn, tell
-from llm_local.links import Links
+from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile
 from llm_local.model.anatomy import load_model_config
 from llm_local.model.refresh import Refresher, make_refresher

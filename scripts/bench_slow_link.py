@@ -42,8 +42,9 @@ INTRODUCTION = f"""
 How many times as long a step takes over a slow link as over an unlimited one: the median over the rounds, and the
 smallest and largest. Each stage has a core and a network namespace; rate and delay hold for each direction, and the
 rate is chosen so that the bytes of a step of local learning take the given share of its compute. `deepspeed` is
-PipelineEngine's 1F1B over the same link. 8 layers of width 256, 4 micro-batches of 4 x 128 tokens a step, bf16, frames
-of {MTU} bytes; a process between the namespaces holds them back.
+PipelineEngine's 1F1B over the same link. "Waiting": the part of a local step in which the last stage had no packet to
+work on; the rest of what a step takes longer goes to the process that holds packets back between the namespaces, which
+works on the same cores. 8 layers of width 256, 4 micro-batches of 4 x 128 tokens a step, bf16, frames of {MTU} bytes.
 """
 
 
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("network namespaces need root and ip")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     rows, data = measure(shares, delays, given.repeats, given.steps)
-    header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "deepspeed 1F1B"]
+    header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "local's waiting", "deepspeed 1F1B"]
     write(given.output, "slow_link", f"{INTRODUCTION}\n{table(header, rows)}", data)
     return 0
 
@@ -129,18 +130,26 @@ def measure(
         seconds: dict[Any, dict[str, list[float]]] = {
             link: {system: [] for system in SYSTEMS} for link in (None, *slow)
         }
+        waiting: dict[Any, list[float]] = {link: [] for link in slow}
         for _ in range(repeats):
             for link in (None, *slow):
                 relay.bytes_a_second, _, delay = link or (None, 0, 0.0)
                 relay.delay_seconds = delay / 1000
                 for system, rounds in in_turns(cases, 1, launchers).items():
-                    seconds[link][system].append(median(rounds[0][-1]["seconds"]))
+                    last = rounds[0][-1]
+                    seconds[link][system].append(median(last["seconds"]))
+                    if link and system == "local":
+                        steps_of = zip(last["waited"], last["seconds"], strict=True)
+                        waiting[link].append(median(waited / whole for waited, whole in steps_of))
     rows, data = [], []
     for link in slow:
         rate, share, delay = link
         against = {system: ratios(seconds[link][system], seconds[None][system]) for system in SYSTEMS}
-        rows.append([f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", *(found.text() for found in against.values())])
-        data.append({"share": share, "bytes_a_second": rate, "delay_ms": delay, "seconds_a_step": seconds[link]})
+        local, deepspeed = (against[system].text() for system in SYSTEMS)
+        idle = f"{100 * median(waiting[link]):.1f} %"
+        rows.append([f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", local, idle, deepspeed])
+        told = {"share": share, "bytes_a_second": rate, "delay_ms": delay}
+        data.append({**told, "seconds_a_step": seconds[link], "local_waiting": waiting[link]})
     common = {"traffic_bytes_a_step": traffic, "compute_seconds_a_step": compute, "unlimited": seconds[None]}
     return rows, {**common, "links": data}
 

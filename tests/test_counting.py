@@ -22,8 +22,8 @@ from llm_local.data.sequences import PackedTokens, StoredSequences
 from llm_local.data.sets import prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.examine import Readout
+from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.offline_export import export_checkpoint
-from llm_local.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.progress import Progress
 from llm_local.world import Place
 

@@ -19,7 +19,7 @@ from llm_local.data.sequences import MixedSequences, PackedTokens, StoredSequenc
 from llm_local.data.sets import prepare
 from llm_local.data.streams import StreamedSequences
 from llm_local.data.text_files import UnreadableText, pieces_of, read_texts
-from llm_local.packet import EVAL, TRAIN
+from llm_local.links.packet import EVAL, TRAIN
 from llm_local.world import Place
 
 LENGTH = 4

@@ -11,9 +11,10 @@ import llm_local
 
 # a line is a rung: modules, or a package and its modules
 LADDER = """
-files config partition costs head_plan head_problems problems schedule
-simulator: peer_schedules clock simulate
-device trace watchdog world packet wire links
+files in_flight config partition costs head_plan head_problems problems schedule
+simulator: peer_schedules channel clock simulate
+device trace watchdog world
+links: packet wire message transports ends
 model: gguf_cache observation anatomy standins slices pretrained heads router_loss document_mask
 model: shared_head distillation lowrank windows head_start stage refresh
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from ranks import free_port, run_ranks
 
-from llm_local.links import LinkError, Receiver, Sender, _Nccl
-from llm_local.packet import EVAL, TRAIN, Packet
+from llm_local.links.ends import LinkError, Receiver, Sender
+from llm_local.links.packet import EVAL, TRAIN, Packet
+from llm_local.links.transports import Nccl
 from llm_local.watchdog import LostPeer, Watchdog, launcher_pids
 from llm_local.world import Launch, Place, World, connect, open_store
 
@@ -40,14 +42,14 @@ def send_wrong(what: str) -> str:
     """Stage 0 sends something else than the packet of step 1 that stage 1 waits for."""
     world = meet()
     if not world.place.is_first_stage:
-        receiver = Receiver(world, world.place.stage - 1)
+        receiver = Receiver(world, 0, 1)
         said = error_of(world, receiver.receive, TRAIN, 1, 0)
         world.publish("seen", "1")
         return said
     sender = Sender(world, 1, "fp32", 1)
     packets = {"step": Packet(TRAIN, 2, 0, IDS), "index": Packet(TRAIN, 1, 3, IDS), "kind": Packet(EVAL, 1, 0, IDS)}
     if what == "header":
-        sender.control.finish(sender.control.send(torch.zeros(10, dtype=torch.int64)))
+        sender.control.send(torch.zeros(80, dtype=torch.uint8), 0).wait()
     elif what == "end":
         sender.close(1)
     else:
@@ -80,7 +82,7 @@ def send_nothing() -> str:
         sender = Sender(world, 1, "fp32", 1)
         world.fetch("seen", 30.0, "stage 1 to give up")
         return f"{sender.bytes} bytes"
-    said = error_of(world, Receiver(world, world.place.stage - 1).receive, TRAIN, 1, 0)
+    said = error_of(world, Receiver(world, 0, 1).receive, TRAIN, 1, 0)
     world.publish("seen", "1")
     return said
 
@@ -97,7 +99,7 @@ def ask_for_nothing() -> str:
         said = error_of(world, send_three, Sender(world, 1, "fp32", 1))
         world.publish("seen", "1")
         return said
-    receiver = Receiver(world, world.place.stage - 1)
+    receiver = Receiver(world, 0, 1)
     with suppress(LostPeer):  # stage 0 serves the store, and may be gone before it answers
         world.fetch("seen", 30.0, "stage 0 to give up")
     return f"{receiver.bytes} bytes"
@@ -109,7 +111,7 @@ def never_link() -> str:
     if world.place.is_first_stage:
         world.fetch("seen", 30.0, "stage 1 to give up")
         return ""
-    said = error_of(world, Receiver, world, 0)
+    said = error_of(world, Receiver, world, 0, 1)
     world.publish("seen", "1")
     return said
 
@@ -129,7 +131,7 @@ def lose_the_sender() -> str:
     if world.place.is_first_stage:
         Sender(world, 1, "fp32", 1)
         return ""  # and its process ends
-    return error_of(world, Receiver(world, world.place.stage - 1).receive, TRAIN, 1, 0)
+    return error_of(world, Receiver(world, 0, 1).receive, TRAIN, 1, 0)
 
 
 def send_forever(sender: Sender) -> None:
@@ -142,14 +144,14 @@ def lose_the_receiver(max_in_flight: int) -> str:
     world = meet()
     if world.place.is_first_stage:
         return error_of(world, send_forever, Sender(world, 1, "fp32", max_in_flight))
-    Receiver(world, world.place.stage - 1)
+    Receiver(world, 0, 1)
     return ""
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("play", "args", "victim", "peer"),
-    [(lose_the_sender, (), 1, 0), (lose_the_receiver, (1,), 0, 1), (lose_the_receiver, (10**6,), 0, 1)],
+    [(lose_the_sender, (), 1, 0), (lose_the_receiver, (1,), 0, 1), (lose_the_receiver, (2,), 0, 1)],
     ids=["the sender", "the receiver, noticed by a wait", "the receiver, noticed by a send"],
 )
 def test_a_lost_peer_is_named(play: Any, args: tuple, victim: int, peer: int):
@@ -165,10 +167,9 @@ class Endless:
 
 
 def test_a_gpus_link_gives_up_in_time():
-    link = _Nccl.__new__(_Nccl)
-    link._seconds = 0.05
+    link = Nccl.__new__(Nccl)
     with pytest.raises(RuntimeError, match="Timed out waiting 50ms"):
-        link.finish(Endless())
+        link.finish(Endless(), timedelta(seconds=0.05))
 
 
 def wait_in_vain() -> list[str]:

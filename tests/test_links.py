@@ -10,8 +10,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from llm_local.links import Receiver, Sender, transport
-from llm_local.packet import EVAL, TRAIN, Packet
+from llm_local.in_flight import packets_asked_for, packets_pending
+from llm_local.links.ends import Receiver, Sender
+from llm_local.links.packet import EVAL, TRAIN, Packet
+from llm_local.links.transports import transport
 from llm_local.watchdog import Watchdog
 from llm_local.world import Launch, Place, World, connect, open_store
 
@@ -29,6 +31,11 @@ def packet(step: int, **parts: Any) -> Packet:
     return Packet(TRAIN, step, 0, input_ids=ids, hidden=torch.full((2, 6, 4), step + 0.1), **parts)
 
 
+def larger(step: int) -> Packet:
+    """Without token ids, as a gradient is, and of more bytes than the packets before it."""
+    return Packet(TRAIN, step, 1, hidden=torch.full((3, 5, 7), step / 8))
+
+
 def exchange() -> Any:
     world = meet()
     mask = torch.tensor([[1] * 6, [0] * 6])
@@ -36,11 +43,15 @@ def exchange() -> Any:
         sender = Sender(world, 1, "bf16", 2)
         sender.send(packet(1, attention_mask=mask, labels=mask - 100))
         sender.send(Packet(EVAL, 1, 3, input_ids=torch.zeros(1, 2, dtype=torch.int64), hidden=torch.ones(1, 2, 4)))
-        sender.close(1)
+        sender.send(larger(1))
+        sender.send(packet(2))
+        sender.send(larger(2))
+        sender.close(2)
         return sender.bytes
-    receiver = Receiver(world, world.place.stage - 1)
+    receiver = Receiver(world, 0, 2)
     first, second = receiver.receive(TRAIN, 1, 0), receiver.receive(EVAL, 1, 3)
-    receiver.close(1)
+    third, fourth, fifth = (receiver.receive(TRAIN, *at) for at in ((1, 1), (2, 0), (2, 1)))
+    receiver.close(2)
     assert first.hidden is not None
     assert first.hidden.dtype == torch.bfloat16
     assert torch.equal(first.hidden, packet(1).hidden.bfloat16())
@@ -49,6 +60,11 @@ def exchange() -> Any:
     assert torch.equal(first.labels, mask - 100)
     assert first.position_ids is None
     assert second.input_ids.shape == (1, 2)
+    assert torch.equal(third.hidden, larger(1).hidden.bfloat16())
+    assert third.input_ids is None
+    assert torch.equal(fourth.hidden, packet(2).hidden.bfloat16())
+    assert torch.equal(fourth.input_ids, packet(2).input_ids)
+    assert torch.equal(fifth.hidden, larger(2).hidden.bfloat16())
     return receiver.bytes
 
 
@@ -56,8 +72,13 @@ def exchange() -> Any:
 def test_packets_arrive_as_they_were_sent():
     sent, received = run_ranks(exchange, 2)
     header = 80
-    assert sent == (header + 3 * 12 * 4 + 2 * 6 * 4 * 2) + (header + 2 * 4 + 2 * 4 * 2) + header
-    assert received == sent - header, "the goodbye carries nothing"
+    assert received == (
+        (header + 3 * 12 * 4 + 2 * 6 * 4 * 2)
+        + (header + 2 * 4 + 2 * 4 * 2)
+        + 2 * (header + 3 * 5 * 7 * 2)
+        + (header + 12 * 4 + 2 * 6 * 4 * 2)
+    )
+    assert sent == received + header, "the goodbye carries nothing"
 
 
 MAX_IN_FLIGHT = 3
@@ -73,7 +94,7 @@ def run_ahead() -> int:
             world.publish(f"sent/{step}", "1")
         sender.close(10)
         return 0
-    receiver = Receiver(world, world.place.stage - 1)
+    receiver = Receiver(world, 0, MAX_IN_FLIGHT)
     ahead = MAX_IN_FLIGHT + 1  # and the packet that the receiver holds ready
     world.fetch(f"sent/{ahead}", 20.0, "stage 0 to run ahead")
     time.sleep(1.0)
@@ -88,6 +109,43 @@ def run_ahead() -> int:
 def test_a_stage_runs_ahead_by_the_packets_in_flight_and_no_further():
     """No waiting on later stages: stage 1 does nothing and stage 0 goes on, up to the bound."""
     assert run_ranks(run_ahead, 2) == [0, MAX_IN_FLIGHT + 1]
+
+
+def leave_at_once() -> bool:
+    """Stage 1 takes a packet and then computes for long, as it were; stage 0 must not wait for it to be rid of more."""
+    world = meet()
+    ahead = packets_asked_for(MAX_IN_FLIGHT)
+    if world.place.stage == 0:
+        sender = Sender(world, 1, "fp32", MAX_IN_FLIGHT)
+        sender.send(packet(1))
+        world.fetch("taken", 20.0, "stage 1 to take a packet")
+        for step in range(2, 2 + ahead):
+            sender.send(packet(step))
+        sender._bound(0)  # all of it has left
+        world.publish("left", "1")
+        sender.close(1 + ahead)
+        return True
+    receiver = Receiver(world, 0, MAX_IN_FLIGHT)
+    receiver.receive(TRAIN, 1, 0)
+    world.publish("taken", "1")
+    world.fetch("left", 20.0, "stage 0 to be rid of its packets")
+    for step in range(2, 2 + ahead):
+        receiver.receive(TRAIN, step, 0)
+    receiver.close(1 + ahead)
+    return ahead > 1
+
+
+@pytest.mark.processes
+def test_packets_are_asked_for_before_they_are_sent():
+    """A link's latency holds nobody up: gloo sends only what the other side has asked for."""
+    assert run_ranks(leave_at_once, 2) == [True, True]
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3, 4, 9])
+def test_the_packets_in_flight_are_those_of_both_sides(max_in_flight: int):
+    held = packets_pending(max_in_flight), packets_asked_for(max_in_flight)
+    assert min(held) >= 1
+    assert sum(held) == max_in_flight + 1
 
 
 @pytest.mark.parametrize(

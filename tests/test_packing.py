@@ -20,7 +20,7 @@ from llm_local.data.feed import Feed
 from llm_local.data.packing import count_cut, inputs_of, mark_of, marked, pack, rows_of
 from llm_local.data.sets import prepare, prepare_all
 from llm_local.data.streams import StreamedSequences
-from llm_local.packet import CHECK, TRAIN
+from llm_local.links.packet import CHECK, TRAIN
 from llm_local.problems import static_problems
 from llm_local.world import Place
 

@@ -12,10 +12,10 @@ from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_local.config import from_flat
-from llm_local.links import Receiver, Sender
+from llm_local.links.ends import Receiver, Sender
+from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
 from llm_local.model.stage import Block, build_block
-from llm_local.packet import TRAIN, Packet
 from llm_local.partition import Partition, Span
 from llm_local.watchdog import Watchdog
 from llm_local.world import Launch, Place, connect, open_store
@@ -117,7 +117,7 @@ def stages() -> Any:
         sender.send(Packet(TRAIN, 1, 0, hidden=hidden, **batch))
         sender.close(1)
         return True
-    receiver = Receiver(world, 0)
+    receiver = Receiver(world, 0, 2)
     packet = receiver.receive(TRAIN, 1, 0)
     receiver.close(1)
     logits = blocks[2](hidden=packet.hidden, return_logits=True, **packet.integer_parts())[0]

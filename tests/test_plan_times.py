@@ -61,9 +61,14 @@ def test_a_slow_link_costs_1f1b_at_once_and_a_local_pipe_only_when_it_is_full():
 
 
 def test_latency_is_hidden_by_packets_in_flight():
+    """There and back are 12 s, a pass is 3; of 5, 4, 2 and 1 packets 4, 3, 1 and 1 are asked for ahead."""
     far = [Link(6.0)]
-    assert predict("local", [EQUAL] * 2, 16, far, max_packets_in_flight=4).step_seconds == pytest.approx(48)
-    assert predict("local", [EQUAL] * 2, 16, far, max_packets_in_flight=1).step_seconds == pytest.approx(96)
+    for bound, seconds in ((5, 3), (4, 4), (2, 12), (1, 12)):
+        found = predict("local", [EQUAL] * 2, 12, far, max_packets_in_flight=bound)
+        assert found.step_seconds == pytest.approx(12 * seconds)
+        assert estimate_seconds(Pipe("local", (EQUAL,) * 2, 12, tuple(far), max_packets_in_flight=bound)) == (
+            pytest.approx(found.step_seconds)
+        )
 
 
 def _random_pipe(schedule: str, generator: random.Random) -> Pipe:

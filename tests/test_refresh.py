@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from test_links import meet
 
-from llm_local.links import LinkError, Links
+from llm_local.links.ends import LinkError, Links
 from llm_local.model.refresh import INSTALLED, Refresher, Timetable
 
 

@@ -107,7 +107,7 @@ def test_back_pressure_bounds_the_packets_in_flight(max_packets):
     # A send lies between its forward and its backward pass, and only it can keep the two apart.
     sent, received = starts(timeline, 0, "B"), starts(timeline, 1, "F")
     in_flight = [number + 1 - sum(r <= time for r in received) for number, time in enumerate(sent)]
-    assert max(in_flight) == max_packets
+    assert max(in_flight) == max_packets + 1
     assert timeline.makespan == local(20, 2, durations=durations).makespan
     assert ends(timeline, 0, "B")[-1] > 40
 
@@ -126,6 +126,16 @@ def test_stock_schedules_for_evaluation_and_ours_draw_the_same():
 
     expected = "stage 0 | FFF\nstage 1 |  FFF\nstage 2 |   FFF"
     assert picture(simulate(stock, 3)) == picture(simulate(ours, 3)) == expected
+
+
+def test_a_message_leaves_when_it_has_been_asked_for():
+    """With a bound of 2 the receiver asks for one at a time: the second time from when it has taken the first."""
+    durations = Durations(forward=1, backward=1, optimizer=0, link=10, transfer=2)
+    timeline = local(3, 2, durations=durations, max_packets_in_flight=2)
+    # a pass, its transfer and its way; then what asks for the next one, and again a transfer and a way
+    assert starts(timeline, 1, "F") == [13, 13 + 22, 13 + 44]
+    assert starts(timeline, 0, "B") == [1, 3, 5], "two are waiting to leave, and nobody waits for them"
+    assert starts(local(4, 2, durations=durations, max_packets_in_flight=2), 0, "B") == [1, 3, 5, 25]
 
 
 def test_picture_draws_a_character_for_each_unit():
@@ -165,7 +175,7 @@ def test_stages_that_wait_for_each_other_are_all_named():
 
 def test_a_send_that_nobody_makes_room_for_is_named():
     with pytest.raises(ValueError, match=r"stage 0 at SendActivation\(buffer_id=2\) of step 0 waits for ever"):
-        by_hand([SendActivation(0), SendActivation(2)], [ForwardPass(0)], max_packets_in_flight=1)
+        by_hand([SendActivation(buffer) for buffer in range(3)], [ForwardPass(0)], max_packets_in_flight=1)
 
 
 @pytest.mark.parametrize("instruction", [SendGrad(0), RecvActivation(0)])

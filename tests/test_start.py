@@ -21,7 +21,7 @@ from llm_local.checks.preflight import Plan, preflight
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir
-from llm_local.packet import TRAIN
+from llm_local.links.packet import TRAIN
 from llm_local.run import _make_feed, store_name
 from llm_local.train import REFUSED, main
 from llm_local.watchdog import LostPeer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_local.wire import CODES, decode, encode, expected, wire_dtype_of
+from llm_local.links.wire import CODES, decode, encode, expected, wire_dtype_of
 
 HIDDEN = torch.randn(2, 16, 256, generator=torch.Generator().manual_seed(0))
 

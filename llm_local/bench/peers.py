@@ -61,11 +61,13 @@ class _Stage(nn.Module):
 
 @dataclass(frozen=True)
 class System:
-    """What trains step 1, 2, ... and returns the loss on the rank that has it; a barrier of all ranks; the end."""
+    """What trains step 1, 2, ... and returns the loss on the rank that has it; a barrier of all ranks; the end; and the
+    seconds that links have kept the rank waiting, where they are counted."""
 
     step: Callable[[int], float | None]
     everybody: Callable[[str], None]
     finish: Callable[[], None]
+    waited: Callable[[], float] = float
 
 
 def make_peer(system: str, flags: dict[str, Any]) -> System:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 _DEVICE = "/dev/net/tun"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
-MTU = 9000  # bytes; each packet costs a core that computes some time
+MTU = 64000  # bytes; each packet costs a core that computes some time
 
 
 def open_tun(name: str) -> int:

@@ -24,8 +24,8 @@ from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import RunConfig, from_flat
 from llm_local.engine import LocalEngine
-from llm_local.links import Links
-from llm_local.packet import Packet
+from llm_local.links.ends import Links
+from llm_local.links.packet import Packet
 from llm_local.run import Run, build, check
 from llm_local.train import quiet_libraries
 from llm_local.watchdog import Watchdog
@@ -85,7 +85,10 @@ def system_of(task: Task) -> System:
     def step(number: int) -> float:
         return float(run.engine.train_batch(number).losses[-1])
 
-    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run))
+    def waited() -> float:
+        return sum(link.wait_seconds for link in run.links.all())
+
+    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run), waited)
 
 
 def rate(task: Task) -> dict[str, Any]:
@@ -94,12 +97,14 @@ def rate(task: Task) -> dict[str, Any]:
     for number in range(1, task.warmup + 1):
         system.step(number)
     system.everybody("warm")
-    ends, losses = [time.perf_counter()], []
+    ends, waits, losses = [time.perf_counter()], [system.waited()], []
     for number in range(task.warmup + 1, task.warmup + task.steps + 1):
         losses.append(system.step(number))
         ends.append(time.perf_counter())
+        waits.append(system.waited())
     system.finish()
-    return {"seconds": [b - a for a, b in pairwise(ends)], "losses": losses}
+    seconds, waited = ([b - a for a, b in pairwise(values)] for values in (ends, waits))
+    return {"seconds": seconds, "waited": waited, "losses": losses}
 
 
 @dataclass

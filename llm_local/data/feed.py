@@ -9,7 +9,7 @@ import torch
 
 from llm_local.data.packing import inputs_of
 from llm_local.data.sequences import Sequences
-from llm_local.packet import EVAL, TRAIN, Packet
+from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.world import Place
 
 CHECK_TOKENS = 64

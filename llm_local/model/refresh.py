@@ -27,10 +27,10 @@ import torch
 
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
-from llm_local.links import Links, Receiver, Sender
+from llm_local.links.ends import Links, Receiver, Sender
+from llm_local.links.packet import REFRESH, Packet
 from llm_local.model.shared_head import install, installed
 from llm_local.model.stage import Block
-from llm_local.packet import REFRESH, Packet
 from llm_local.partition import Partition
 from llm_local.world import World
 

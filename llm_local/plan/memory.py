@@ -16,9 +16,10 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from llm_local.config import RunConfig
+from llm_local.in_flight import packets_asked_for, packets_pending
+from llm_local.links.wire import expected
 from llm_local.model.heads import chunk_rows
 from llm_local.partition import Partition
-from llm_local.wire import expected
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TOKEN_IDS = 4  # int32, beside each position's hidden states
@@ -148,10 +149,11 @@ def wire_bytes(sizes: ModelSizes, wire_dtype: str) -> int:
 
 
 def packet_memory(sizes: ModelSizes, config: RunConfig, has_before: bool, has_behind: bool) -> float:
-    """Bytes of the packets in flight of a local stage: sent ones, and the one that is received ahead of its use."""
+    """Bytes of the packets in flight of a local stage: sent ones, and those that are received ahead of their use."""
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
     each = tokens * (wire_bytes(sizes, config.wire_dtype) + TOKEN_IDS)
-    return each * (has_behind * config.local.max_packets_in_flight + has_before)
+    bound = config.local.max_packets_in_flight
+    return each * (has_behind * packets_pending(bound) + has_before * packets_asked_for(bound))
 
 
 def stage_parameters(

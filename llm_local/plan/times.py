@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
 
+from llm_local.in_flight import packets_asked_for
 from llm_local.schedule import DistillationSchedule, LocalSchedule, OverlapSchedule
 from llm_local.simulator.peer_schedules import GPipeSchedule, InterleavedSchedule, ZeroBubbleSchedule
 from llm_local.simulator.simulate import Durations, Timeline, simulate
@@ -210,8 +211,10 @@ def estimate_seconds(pipe: Pipe) -> float:
     step = max(work_seconds(pipe))
     for k, seconds in enumerate(ahead):
         # a link that carries packets more slowly than stages work, or whose packets in flight are all on their way
-        held = pipe.link(k).seconds_per_byte * pipe.forward_bytes
-        step = max(step, pipe.micro_batches * max(held, seconds / pipe.max_packets_in_flight))
+        link = pipe.link(k)
+        there_and_back = seconds + link.latency_seconds
+        each = there_and_back / packets_asked_for(pipe.max_packets_in_flight)
+        step = max(step, pipe.micro_batches * max(link.seconds_per_byte * pipe.forward_bytes, each))
     if pipe.schedule == "local":
         return step
     return step + max((_last_wait(pipe, k, ahead[k] + back[k]) for k in boundaries), default=0.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from deepspeed.runtime.pipe import schedule as pipe
 
+from llm_local.simulator.channel import Channel, Channels, Message, Wake
 from llm_local.simulator.peer_schedules import WeightPass
 
 Kind = Literal["F", "B", "G", "W", "O"]
@@ -74,40 +75,6 @@ class TimeSpan(NamedTuple):
     end: float
 
 
-class _Message(NamedTuple):
-    """An instruction of a stage, and of a message that is sent when it arrives."""
-
-    stage: int
-    step: int
-    instruction: pipe.PipeInstruction
-    arrival: float = 0
-
-    def __str__(self) -> str:
-        return f"stage {self.stage} at {self.instruction!r} of step {self.step}"
-
-
-@dataclass
-class Channel:
-    """The messages of one stage to another, in order, and how many of them were received."""
-
-    source: int
-    target: int
-    sent: list[_Message] = field(default_factory=list)
-    num_received: int = 0
-    free_at: float = 0
-
-    def unmet(self) -> Sequence[_Message]:
-        return self.sent[self.num_received :]
-
-
-class Channels(dict[tuple[int, int, bool], Channel]):
-    """By source, target, and whether gradients travel; made when asked for."""
-
-    def __missing__(self, key: tuple[int, int, bool]) -> Channel:
-        self[key] = Channel(key[0], key[1])
-        return self[key]
-
-
 class _Op(NamedTuple):
     """An instruction that takes time (no channel), or one end of a message; duration of a send: of its transfer."""
 
@@ -155,11 +122,8 @@ def make_ops(
             case pipe.RecvGrad():
                 ops.append(_Op(i, channel=channels[named.get("source", stage + 1), stage, True]))
             case _ if not isinstance(i, _FREE):
-                raise ValueError(f"{_Message(stage, 0, i)}: the simulation does not know this instruction")
+                raise ValueError(f"{Message(stage, 0, i)}: the simulation does not know this instruction")
     return tuple(ops)
-
-
-Wake: TypeAlias = Callable[[int, float], None]
 
 
 @dataclass
@@ -169,8 +133,7 @@ class ClockedStage:
     stage: int
     ops: tuple[_Op, ...]
     num_steps: int
-    max_packets: int | None
-    wake: Wake  # tells the stage, which may wait for it, of a message sent or received: when it may go on
+    wake: Wake
     goes_on: bool = False
     step: int = 0
     place: int = 0
@@ -182,7 +145,7 @@ class ClockedStage:
         return not self.ops or self.step >= self.num_steps
 
     def where(self) -> str:
-        return str(_Message(self.stage, self.step, self.ops[self.place].instruction))
+        return str(Message(self.stage, self.step, self.ops[self.place].instruction))
 
     def end_work(self, now: float) -> None:
         """The pass that `advance` began is over."""
@@ -212,27 +175,21 @@ class ClockedStage:
 
     def _send(self, op: _Op, channel: Channel, now: float) -> bool:
         """False as long as it hangs on a receive still to come. The sender goes on before the transfer is over."""
-        if self.max_packets is not None and len(channel.sent) - channel.num_received >= self.max_packets:
+        if not channel.has_room(now):
             return False
-        channel.free_at = max(now, channel.free_at) + op.duration
-        arrival = channel.free_at + op.link
-        channel.sent.append(_Message(self.stage, self.step, op.instruction, arrival))
-        self.wake(channel.target, arrival)
+        channel.send(Message(self.stage, self.step, op.instruction, op.duration, op.link), now, self.wake)
         return True
 
     def _receive(self, op: _Op, channel: Channel, now: float) -> bool:
         """False as long as no such message is there. Raises ValueError if both ends name a micro-batch and they
         differ."""
-        if channel.num_received == len(channel.sent):
+        message = channel.next(now)
+        if message is None:
             return False
-        message = channel.sent[channel.num_received]
         mine, theirs = _subject(op.instruction), _subject(message.instruction)
         if mine is not None and theirs is not None and (self.step, mine) != (message.step, theirs):
             raise ValueError(f"the schedule cannot run: {self.where()} gets what {message} sends")
-        if message.arrival > now:
-            return False
-        channel.num_received += 1
-        self.wake(channel.source, now)
+        channel.take(now, self.wake)
         return True
 
 

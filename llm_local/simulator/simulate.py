@@ -17,7 +17,8 @@ from math import ceil
 
 from deepspeed.runtime.pipe import schedule as pipe
 
-from llm_local.simulator.clock import Channels, ClockedStage, Core, Durations, Kind, TimeSpan, make_ops
+from llm_local.simulator.channel import Channels
+from llm_local.simulator.clock import ClockedStage, Core, Durations, Kind, TimeSpan, make_ops
 
 __all__ = ["Durations", "Kind", "TimeSpan", "Timeline", "picture", "simulate"]
 
@@ -101,7 +102,8 @@ def simulate(
 ) -> Timeline:
     """Runs `schedule(stage)` of every stage `num_steps` times, back to back; durations are common or one a stage.
 
-    A send waits while max_packets_in_flight earlier ones to that neighbour are not received; None: it never waits.
+    A send waits while the neighbour has yet to receive max_packets_in_flight earlier ones and the one before them, and
+    for the way of what asks for it; None: it never waits.
     num_cores: stage k works on core k % num_cores, in equal parts with the others that work there, also after its own
     num_steps as long as others have not done theirs; None: each stage has a core.
     Raises ValueError naming stage and instruction if a receive has no send, the reverse, or gets another message.
@@ -115,14 +117,14 @@ def simulate(
         raise ValueError(f"{len(each)} durations for num_stages={num_stages}; give one for each stage, or one for all")
     if num_cores is not None:  # who goes on while another waits for ever would never end
         simulate(schedule, num_stages, 1, durations, max_packets_in_flight)
-    channels = Channels()
+    channels = Channels(max_packets_in_flight)
     events: list[tuple[float, int]] = [(0.0, stage) for stage in range(num_stages)]  # when a stage may go on
     stages: list[ClockedStage] = []
     for stage in range(num_stages):
         program = (instruction for commands in schedule(stage) for instruction in commands)
         ops = make_ops(stage, program, each[stage], channels)
         wake = partial(_wake, events, num_stages)
-        stages.append(ClockedStage(stage, ops, num_steps, max_packets_in_flight, wake, num_cores is not None))
+        stages.append(ClockedStage(stage, ops, num_steps, wake, num_cores is not None))
     _run(stages, events, [Core() for _ in range(min(num_cores or num_stages, num_stages))])
     blocked = [f"{stage.where()} waits for ever" for stage in stages if not stage.is_done]
     unmet = [f"{m} meets no receive" for channel in channels.values() for m in channel.unmet() if m.step < num_steps]

@@ -1,0 +1,301 @@
+"""One-way links: replica i of a stage sends its micro-batches to replica i of a neighbour.
+
+A link is a two-member process group of its own. Its control half is gloo on every machine: a header says what follows,
+then comes a body with the integer tensors. Hidden states are in the body, too, or come by NCCL between two GPUs.
+Activations go forward; only where the method has gradients come back (overlapping, final backpropagation) is there a
+second link, the other way.
+
+The receiver has asked for several packets before they are sent, so that a link's latency holds nobody up. It asks for
+bodies as large as the largest that came. Where a header announces a larger one, both sides go over to the next tag,
+under which the receiver asks for bodies of that size: what was asked for before is forgotten, and stays unanswered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from queue import Empty, Queue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_local.in_flight import packets_asked_for, packets_pending
+from llm_local.links.message import HEADER_BYTES, Header, Shaped, body_size, pack, unpack
+from llm_local.links.packet import END, KINDS, Packet
+from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
+from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
+from llm_local.watchdog import LostPeer, Peer
+from llm_local.world import World
+
+_HEADERS = 0  # their tag; bodies have the ones from 1 on
+# of a thread that waits for what comes every so many steps; the watchdog knows who is gone
+_PATIENCE = timedelta(days=365)
+_REFRESH_IN_FLIGHT = 2
+
+
+class LinkError(LostPeer):
+    """A link's peer is lost, silent for too long, or talks about something else."""
+
+
+class _End:
+    """What both ends of a link share: its peer, its transports, its counts, its errors.
+
+    background: a second link beside the first, through host memory, at which a thread waits for as long as it takes.
+    """
+
+    def __init__(self, world: World, other: int, side: int, background: bool = False):
+        place = world.place
+        source, target = (place.stage, other) if side == SENDER else (other, place.stage)
+        rank = other * place.num_replicas + place.replica
+        self.peer: Peer = world.peers[rank]
+        kind = "refresh link" if background else "link"
+        self.name = f"{kind} {source}→{target}, replica {place.replica}"
+        self.bytes = 0
+        self.wait_seconds = 0.0
+        self.tracer: Tracer | None = None
+        self._timeout = timedelta(seconds=world.timeout_seconds)
+        self._is_background = background
+        # of bodies
+        self._capacity = 0
+        self._tag = _HEADERS
+        prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{place.replica}", world.store)
+        try:
+            self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout)
+            way = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
+            nccl = way == "nccl" and not background
+            self._nccl = Nccl(dist.PrefixStore("payload", prefix), side, self._timeout, world.device) if nccl else None
+        except RuntimeError as error:
+            raise self.error(error) from error
+
+    def error(self, cause: BaseException) -> LinkError:
+        """Tells a silent peer from a lost one."""
+        text = str(cause).splitlines()[0]
+        if "timed out" in text.lower() or "timeout" in text.lower():
+            seconds = f"{self._timeout.total_seconds():g}"
+            return LinkError(f"{self.name}: waited {seconds} s for {self.peer} (--link_timeout_seconds {seconds})")
+        return LinkError(f"{self.name}: lost {self.peer}")
+
+
+class Sender(_End):
+    """The sending end of a link to stage `target`. `send` blocks only while the receiver has yet to take
+    `max_in_flight` packets."""
+
+    def __init__(self, world: World, target: int, wire_dtype: str, max_in_flight: int, background: bool = False):
+        super().__init__(world, target, SENDER, background)
+        self._wire_dtype = wire_dtype
+        self._most_pending = packets_pending(max_in_flight)
+        self._num_asked_for = packets_asked_for(max_in_flight)
+        self._pending: deque[list[tuple[Gloo | Nccl, Any, torch.Tensor]]] = deque()
+
+    def send(self, *packets: Packet) -> None:
+        """Hands packets over. Raises LinkError if the peer is lost or does not ask for packets in time."""
+        self._bound(self._most_pending - 1)
+        try:
+            self._pending.append([message for packet in packets for message in self._post(packet)])
+        except RuntimeError as error:
+            raise self.error(error) from error
+
+    def close(self, step: int) -> None:
+        """Says that nothing follows, and waits until the peer has taken all packets.
+
+        There is a goodbye for everything that the peer asks for ahead, so the last one leaves when it has taken the
+        last packet; what it might still ask of a process that is gone would cost it what is on its way.
+        """
+        self.send(*[Packet(END, step, 0)] * self._num_asked_for)
+        self._bound(0)
+
+    def _post(self, packet: Packet) -> list[tuple[Gloo | Nccl, Any, torch.Tensor]]:
+        header = Header.of(packet, self._wire_dtype)
+        integers, numbers = header.tensors(packet)
+        messages = [(_HEADERS, header.to_bytes())]
+        body = pack(integers if self._nccl else [*integers, *numbers])
+        if len(body) > self._capacity:
+            self._capacity = len(body)
+            self._tag += 1
+        if len(body):
+            messages.append((self._tag, body))
+        self.bytes += header.num_bytes
+        # The work does not own the tensor: both stay in the list until the peer has it.
+        posted: list[tuple[Gloo | Nccl, Any, torch.Tensor]]
+        posted = [(self.control, self.control.send(message, tag), message) for tag, message in messages]
+        if self._nccl:
+            posted += [(self._nccl, self._nccl.send(tensor), tensor) for tensor in numbers]
+        return posted
+
+    def _bound(self, allowed: int) -> None:
+        start = time.perf_counter()
+        while len(self._pending) > allowed:
+            for way, work, _ in self._pending[0]:
+                try:
+                    way.finish(work, _PATIENCE if self._is_background else self._timeout)
+                except RuntimeError as error:
+                    raise self.error(error) from error
+            self._pending.popleft()
+        self.wait_seconds += time.perf_counter() - start
+
+
+class Receiver(_End):
+    """The receiving end of a link from stage `source`, with the sender's max_in_flight.
+
+    A thread takes packets as they come; a packet that is used makes room for another one to be asked for.
+    """
+
+    def __init__(self, world: World, source: int, max_in_flight: int, background: bool = False):
+        super().__init__(world, source, RECEIVER, background)
+        self._ready: Queue[Packet | BaseException] = Queue()
+        self._lane = REFRESH if background else RECEIVE
+        self._asking = threading.Lock()
+        self._headers: Queue[tuple[Any, torch.Tensor]] = Queue()
+        self._bodies: deque[tuple[Any, torch.Tensor]] = deque()
+        self._num_asked_for = 0
+        for _ in range(packets_asked_for(max_in_flight)):
+            self._ask()
+        threading.Thread(target=self._receive_all, name="receiver", daemon=True).start()
+
+    def receive(self, kind: int, step: int, index: int) -> Packet:
+        """The next packet, which must be the one named.
+
+        Raises LinkError if the peer is lost, silent for link_timeout_seconds, or sends something else.
+        """
+        start = time.perf_counter()
+        try:
+            packet = self._ready.get(timeout=None if self._is_background else self._timeout.total_seconds())
+        except Empty:
+            raise self.error(TimeoutError("timed out")) from None
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(packet, LinkError):
+            raise packet
+        if isinstance(packet, BaseException):
+            raise self.error(packet) from packet
+        if packet.kind != END:
+            self._ask()
+        if (packet.kind, packet.step, packet.index) != (kind, step, index):
+            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
+            raise LinkError(f"{self.name}: {self.peer} sent {packet.title}, expected was {expected}")
+        return packet
+
+    def close(self, step: int) -> None:
+        """Takes the goodbye that Sender.close sends."""
+        self.receive(END, step, 0)
+
+    def _ask(self) -> None:
+        """For one packet more. What goes wrong shows when the packets that are here have been taken."""
+        try:
+            with self._asking:
+                self._num_asked_for += 1
+                self._headers.put(self.control.ask(HEADER_BYTES, _HEADERS))
+                self._ask_for_bodies()
+        except RuntimeError as error:
+            self._ready.put(error)
+
+    def _ask_for_bodies(self) -> None:
+        while self._capacity and len(self._bodies) < self._num_asked_for:
+            self._bodies.append(self.control.ask(self._capacity, self._tag))
+
+    def _receive_all(self) -> None:
+        try:
+            packet = self._receive_one()
+            while packet.kind != END:
+                self._ready.put(packet)
+                packet = self._receive_one()
+            self._ready.put(packet)
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _receive_one(self) -> Packet:
+        try:
+            header = Header.from_bytes(self._await(*self._headers.get()))
+        except ValueError as error:
+            raise LinkError(f"{self.name}: {self.peer} sent {error}; do both run the same version?") from error
+        start = time.perf_counter()
+        integers, numbers = header.integers(), header.numbers()
+        in_body = integers if self._nccl else [*integers, *numbers]
+        parts = self._receive_body(in_body)
+        if self._nccl:
+            asked_for = [self._nccl.ask(*shaped) for shaped in numbers]
+            for work, tensor in asked_for:
+                self._nccl.finish(work, self._timeout)
+                parts.append(tensor)
+        if not header.is_end:
+            self.bytes += header.num_bytes
+        packet = header.packet(parts[: len(integers)], parts[len(integers) :])
+        if self.tracer is not None and not header.is_end:
+            took = (start, time.perf_counter())
+            at = (KINDS[packet.kind], packet.step, packet.index)
+            self.tracer.record(Event(self._lane, "Packet", *took, *at, source=self.peer.stage))
+        return packet
+
+    def _receive_body(self, tensors: Sequence[Shaped]) -> list[torch.Tensor]:
+        size = body_size(tensors)
+        with self._asking:
+            if size > self._capacity:
+                self._capacity = size
+                self._tag += 1
+                self._bodies.clear()
+                self._ask_for_bodies()
+            asked_for = self._bodies.popleft() if size else None
+            self._num_asked_for -= 1
+        return unpack(self._await(*asked_for), tensors) if asked_for else []
+
+    def _await(self, work: Any, tensor: torch.Tensor) -> torch.Tensor:
+        self.control.finish(work, _PATIENCE)  # it is `receive` that has a time limit
+        return tensor
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links of one rank, as far as it has them: activations come in and go out, gradients come back and go back.
+
+    The refresh links, whose way is that of gradients, are refresh.py's to use, wait for and close.
+    """
+
+    receiver: Receiver | None = None
+    sender: Sender | None = None
+    gradient_receiver: Receiver | None = None
+    gradient_sender: Sender | None = None
+    refresh_receiver: Receiver | None = None
+    refresh_sender: Sender | None = None
+
+    @staticmethod
+    def join(
+        world: World, wire_dtype: str, max_in_flight: int, back_dtype: str | None, refresh_dtype: str | None
+    ) -> Links:
+        """Makes them, boundary by boundary. Every rank must call. back_dtype: that of gradients or soft targets, and
+        refresh_dtype: that of a shared head's matrix, where the run has such."""
+        place = world.place
+        before, behind = place.stage - 1, place.stage + 1
+        receiver = None if place.is_first_stage else Receiver(world, before, max_in_flight)
+        gradient_sender = None
+        if back_dtype is not None and not place.is_first_stage:
+            gradient_sender = Sender(world, before, back_dtype, max_in_flight)
+        refresh_sender = None
+        if refresh_dtype is not None and not place.is_first_stage:
+            refresh_sender = Sender(world, before, refresh_dtype, _REFRESH_IN_FLIGHT, background=True)
+        sender = None if place.is_last_stage else Sender(world, behind, wire_dtype, max_in_flight)
+        gradient_receiver = None
+        if back_dtype is not None and not place.is_last_stage:
+            gradient_receiver = Receiver(world, behind, max_in_flight)
+        refresh_receiver = None
+        if refresh_dtype is not None and not place.is_last_stage:
+            refresh_receiver = Receiver(world, behind, _REFRESH_IN_FLIGHT, background=True)
+        return Links(receiver, sender, gradient_receiver, gradient_sender, refresh_receiver, refresh_sender)
+
+    def all(self) -> list[Sender | Receiver]:
+        found = (self.receiver, self.sender, self.gradient_receiver, self.gradient_sender)
+        return [link for link in found if link is not None]
+
+    def trace(self, tracer: Tracer) -> None:
+        for link in (*self.all(), self.refresh_receiver):
+            if link is not None:
+                link.tracer = tracer
+
+    def close(self, step: int) -> None:
+        """Goodbyes over each link, forward first."""
+        for link in (self.receiver, self.sender, self.gradient_sender, self.gradient_receiver):
+            if link is not None:
+                link.close(step)
