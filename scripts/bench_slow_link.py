@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,6 @@ from llm_local.bench.cases import (
     arguments_of,
     bench_model,
     ends_with_a_line,
-    in_turns,
     ratios,
     run_case,
     table,
@@ -39,12 +39,13 @@ HOSTS = ("llmlocal0", "llmlocal1")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = 29533
 INTRODUCTION = f"""
-How many times as long a step takes over a slow link as over an unlimited one: the median over the rounds, and the
-smallest and largest. Each stage has a core and a network namespace; rate and delay hold for each direction, and the
-rate is chosen so that the bytes of a step of local learning take the given share of its compute. `deepspeed` is
-PipelineEngine's 1F1B over the same link. "Waiting": the part of a local step in which the last stage had no packet to
-work on; the rest of what a step takes longer goes to the process that holds packets back between the namespaces, which
-works on the same cores. 8 layers of width 256, 4 micro-batches of 4 x 128 tokens a step, bf16, frames of {MTU} bytes.
+How many times as long a step takes over a slow link as over an unlimited one, measured in turns: the median over the
+rounds, and the smallest and largest. Each stage has a core and a network namespace; rate and delay hold for each
+direction, and the rate is chosen so that the bytes of a step of local learning take the given share of its compute.
+`deepspeed` is PipelineEngine's 1F1B over the same link. "Waiting": the part of a local step in which the last stage had
+no packet to work on; the rest of what a step takes longer goes to the process that holds packets back between the
+namespaces, which works on the same cores. 8 layers of width 256, 4 micro-batches of 4 x 128 tokens a step, bf16, frames
+of {MTU} bytes.
 """
 
 
@@ -127,31 +128,44 @@ def measure(
         traffic = run_case(Case("traffic", 2, "traffic", "local", flags("local"), 3), launchers)[0]["bytes_a_step"]
         compute = median(run_case(cases[0], launchers)[-1]["seconds"])
         slow = [(traffic / (share * compute), share, delay) for delay in delays for share in shares]
-        seconds: dict[Any, dict[str, list[float]]] = {
-            link: {system: [] for system in SYSTEMS} for link in (None, *slow)
-        }
-        waiting: dict[Any, list[float]] = {link: [] for link in slow}
-        for _ in range(repeats):
-            for link in (None, *slow):
-                relay.bytes_a_second, _, delay = link or (None, 0, 0.0)
-                relay.delay_seconds = delay / 1000
-                for system, rounds in in_turns(cases, 1, launchers).items():
-                    last = rounds[0][-1]
-                    seconds[link][system].append(median(last["seconds"]))
-                    if link and system == "local":
-                        steps_of = zip(last["waited"], last["seconds"], strict=True)
-                        waiting[link].append(median(waited / whole for waited, whole in steps_of))
+        found = {link: Found() for link in slow}
+        for number in range(repeats):
+            for link in slow:
+                print(f"round {number + 1} of {repeats}: share {link[1]:g}, {link[2]:g} ms", file=sys.stderr)
+                for case in cases:
+                    found[link].add(case.name, *(_over(each, relay, case, launchers) for each in (None, link)))
     rows, data = [], []
-    for link in slow:
-        rate, share, delay = link
-        against = {system: ratios(seconds[link][system], seconds[None][system]) for system in SYSTEMS}
-        local, deepspeed = (against[system].text() for system in SYSTEMS)
-        idle = f"{100 * median(waiting[link]):.1f} %"
-        rows.append([f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", local, idle, deepspeed])
-        told = {"share": share, "bytes_a_second": rate, "delay_ms": delay}
-        data.append({**told, "seconds_a_step": seconds[link], "local_waiting": waiting[link]})
-    common = {"traffic_bytes_a_step": traffic, "compute_seconds_a_step": compute, "unlimited": seconds[None]}
-    return rows, {**common, "links": data}
+    for (rate, share, delay), each in found.items():
+        against = {system: ratios(each.slow[system], each.unlimited[system]).text() for system in SYSTEMS}
+        waiting = f"{100 * median(each.waiting['local']):.1f} %"
+        rows.append([f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", against["local"], waiting, against["deepspeed"]])
+        data.append({"share": share, "bytes_a_second": rate, "delay_ms": delay, **asdict(each)})
+    return rows, {"traffic_bytes_a_step": traffic, "compute_seconds_a_step": compute, "links": data}
+
+
+@dataclass
+class Found:
+    """Seconds a step over a slow link and over an unlimited one in turn, and the part of it that the last stage
+    waited: by the system, for each round."""
+
+    slow: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
+    unlimited: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
+    waiting: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
+
+    def add(self, system: str, unlimited: dict[str, Any], slow: dict[str, Any]) -> None:
+        self.unlimited[system].append(median(unlimited["seconds"]))
+        self.slow[system].append(median(slow["seconds"]))
+        steps = zip(slow["waited"], slow["seconds"], strict=True)
+        self.waiting[system].append(median(waited / whole for waited, whole in steps))
+
+
+def _over(
+    link: tuple[float, float, float] | None, relay: Relay, case: Case, launchers: list[list[str]]
+) -> dict[str, Any]:
+    """What the last stage measured."""
+    relay.bytes_a_second, _, delay = link or (None, 0.0, 0.0)
+    relay.delay_seconds = delay / 1000
+    return run_case(case, launchers)[-1]
 
 
 if __name__ == "__main__":

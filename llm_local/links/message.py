@@ -17,7 +17,7 @@ Shaped: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
 _MAGIC = 0x10CA1
 _HEADER_INTS = 10
 HEADER_BYTES = 8 * _HEADER_INTS
-_ALIGNED = 8  # bytes; a tensor of any dtype may start there
+_ALIGNED = 64  # bytes; where torch lets tensors start, so that kernels treat received ones as they do its own
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Header:
 
     @property
     def num_bytes(self) -> int:
-        """Of the packet, this header with it."""
+        """Of the packet, this header with it, but not the less than 64 that may lie between two tensors."""
         return HEADER_BYTES + sum(prod(shape) * dtype.itemsize for shape, dtype in (*self.integers(), *self.numbers()))
 
     def tensors(self, packet: Packet) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
