@@ -147,7 +147,7 @@ class Receiver(_End):
 
     def __init__(self, world: World, source: int, max_in_flight: int, background: bool = False):
         super().__init__(world, source, RECEIVER, background)
-        self._ready: Queue[Packet | BaseException] = Queue()
+        self._ready: Queue[tuple[Packet, int] | BaseException] = Queue()  # with its bytes
         self._lane = REFRESH if background else RECEIVE
         self._asking = threading.Lock()
         self._headers: Queue[tuple[Any, torch.Tensor]] = Queue()
@@ -164,15 +164,17 @@ class Receiver(_End):
         """
         start = time.perf_counter()
         try:
-            packet = self._ready.get(timeout=None if self._is_background else self._timeout.total_seconds())
+            taken = self._ready.get(timeout=None if self._is_background else self._timeout.total_seconds())
         except Empty:
             raise self.error(TimeoutError("timed out")) from None
         self.wait_seconds += time.perf_counter() - start
-        if isinstance(packet, LinkError):
-            raise packet
-        if isinstance(packet, BaseException):
-            raise self.error(packet) from packet
+        if isinstance(taken, LinkError):
+            raise taken
+        if isinstance(taken, BaseException):
+            raise self.error(taken) from taken
+        packet, num_bytes = taken
         if packet.kind != END:
+            self.bytes += num_bytes
             self._ask()
         if (packet.kind, packet.step, packet.index) != (kind, step, index):
             expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
@@ -199,15 +201,15 @@ class Receiver(_End):
 
     def _receive_all(self) -> None:
         try:
-            packet = self._receive_one()
-            while packet.kind != END:
-                self._ready.put(packet)
-                packet = self._receive_one()
-            self._ready.put(packet)
+            is_end = False
+            while not is_end:
+                packet, num_bytes = self._receive_one()
+                self._ready.put((packet, num_bytes))
+                is_end = packet.kind == END
         except BaseException as error:
             self._ready.put(error)
 
-    def _receive_one(self) -> Packet:
+    def _receive_one(self) -> tuple[Packet, int]:
         try:
             header = Header.from_bytes(self._await(*self._headers.get()))
         except ValueError as error:
@@ -221,14 +223,12 @@ class Receiver(_End):
             for work, tensor in asked_for:
                 self._nccl.finish(work, self._timeout)
                 parts.append(tensor)
-        if not header.is_end:
-            self.bytes += header.num_bytes
         packet = header.packet(parts[: len(integers)], parts[len(integers) :])
         if self.tracer is not None and not header.is_end:
             took = (start, time.perf_counter())
             at = (KINDS[packet.kind], packet.step, packet.index)
             self.tracer.record(Event(self._lane, "Packet", *took, *at, source=self.peer.stage))
-        return packet
+        return packet, header.num_bytes
 
     def _receive_body(self, tensors: Sequence[Shaped]) -> list[torch.Tensor]:
         size = body_size(tensors)
