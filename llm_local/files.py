@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -12,6 +14,11 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text)
     os.replace(draft, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `write_whole`."""
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ FOLDER/state.json                   written last: the folder is complete, and a 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +24,7 @@ from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from tqdm import tqdm
 
 from llm_local.config import ConfigError
-from llm_local.files import write_whole
+from llm_local.files import write_json
 
 MOST_PARTS = 1024
 STATE = "state.json"
@@ -172,6 +171,6 @@ def _complete(parts: Parts, fingerprint: str) -> None:
         "_split": None,
     }
     DatasetInfo(features=parts.features).write_to_directory(str(parts.folder))
-    write_whole(parts.folder / STATE, json.dumps(state, indent=1))
+    write_json(parts.folder / STATE, state)
     for draft in parts.folder.glob(".data-*"):  # of processes that were killed
         draft.unlink(missing_ok=True)

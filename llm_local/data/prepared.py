@@ -30,7 +30,7 @@ from llm_local.data.encoding import encode
 from llm_local.data.packing import CONCAT, GROUP, Packed, Pieces, count_cut, pack
 from llm_local.data.parts import MOST_PARTS, STATE, Parts, is_complete, make, read
 from llm_local.data.token_folder import COUNTS
-from llm_local.files import write_whole
+from llm_local.files import write_json
 
 FEATURES = Features({"tokens": datasets.Sequence(Value("int32")), "bytes": Value("int64")})
 BATCH = 200  # documents tokenised together: bounds memory with documents of a megabyte
@@ -137,7 +137,7 @@ def _count(parts: Parts, end: int | None) -> None:
         table = MemoryMappedTable.from_file(str(parts.path(number)))
         tokens += sum(len(chunk.flatten()) for chunk in table.column("tokens").chunks)
         text_bytes += sum(int(chunk.to_numpy().sum()) for chunk in table.column("bytes").chunks)
-    write_whole(parts.folder / COUNTS, json.dumps({"tokens": tokens, "bytes": text_bytes, "end": end}, indent=1))
+    write_json(parts.folder / COUNTS, {"tokens": tokens, "bytes": text_bytes, "end": end})
 
 
 def packed_rows(prepared: Prepared, room: int, packing: str, kept: Path | None = None) -> tuple[Pieces | None, Packed]:
@@ -150,7 +150,7 @@ def packed_rows(prepared: Prepared, room: int, packing: str, kept: Path | None =
         with tempfile.TemporaryDirectory(dir=kept, prefix=".rows-") as unfinished:
             draft = Path(unfinished, "rows")
             draft.mkdir()
-            write_whole(draft / COUNTS, json.dumps(asdict(_pack_into(draft, prepared, room, packing)), indent=1))
+            write_json(draft / COUNTS, asdict(_pack_into(draft, prepared, room, packing)))
             try:
                 os.rename(draft, folder)
             except OSError:

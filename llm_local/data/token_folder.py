@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError
 from llm_local.data.encoding import tokenizer_key
-from llm_local.files import link_or_copy, write_whole
+from llm_local.files import link_or_copy, write_json
 
 COUNTS = "counts.json"  # in a folder of tokens beside what `datasets` knows (prepared.py)
 CARD, TRAIN, VALIDATION, TOKENIZER = "tokens.json", "train", "validation", "tokenizer"
@@ -76,7 +76,7 @@ def write_token_folder(
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
     card = Card(source, text_column, percentage, _name(tokenizer), tokenizer_key(tokenizer), eos, sizes)
-    write_whole(folder / CARD, json.dumps(asdict(card), indent=1))
+    write_json(folder / CARD, asdict(card))
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

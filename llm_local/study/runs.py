@@ -30,7 +30,7 @@ from llm_local.checkpoint.catalog import MANIFEST
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
-from llm_local.files import write_whole
+from llm_local.files import write_json, write_whole
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import load_model_config
 from llm_local.study.comparison import Result, summarise
@@ -183,7 +183,7 @@ def _start(context: Any, run: Run) -> Any:
     """The process that trains the run."""
     arguments = arguments_of(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(run.folder / "flags.json", json.dumps(run.flags, indent=1))
+    write_json(run.folder / "flags.json", run.flags)
     process = context.Process(target=_train, args=(arguments, str(run.folder / "log.txt")), daemon=True)
     process.start()
     return process
