@@ -33,6 +33,26 @@ from llm_local.partition import Partition, Span
 from llm_local.trace import Tracer
 
 
+def id_columns(dtype: torch.dtype) -> int:
+    """How many numbers of that type have the bits of an id."""
+    return torch.int32.itemsize // dtype.itemsize
+
+
+def with_ids(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, D) and ids (B, T) → (B, T, D + id_columns), what a stage sends to the next.
+
+    DeepSpeed sends tensor after tensor, and each would wait for the link's latency.
+    """
+    return torch.cat([hidden, rows.to(torch.int32).unsqueeze(-1).view(hidden.dtype)], dim=-1)
+
+
+def parted(sent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `with_ids`."""
+    columns = id_columns(sent.dtype)
+    ids = sent[..., -columns:].detach().clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
+    return sent[..., :-columns].contiguous(), ids.long()
+
+
 class PipeSlice(nn.Module):
     """A slice as a layer of a PipelineModule: token ids travel along with the hidden states."""
 
@@ -61,13 +81,13 @@ class PipeSlice(nn.Module):
         self.tokens: int | torch.Tensor = 0
         self.shares: float | torch.Tensor = 0.0
 
-    def forward(self, inputs: Any) -> Any:
-        """ids (B, T) on the first stage, (hidden (B, T, D), ids) behind it → the same pair, or the loss at the end.
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) on the first stage, `with_ids` behind it → `with_ids`, or the loss at the end.
 
         Among the ids padding is marked as in packing.py. A loss of an evaluation is times the share of positions that
         are scored, as DeepSpeed takes the mean of micro-batches.
         """
-        hidden, rows = (None, inputs) if isinstance(inputs, torch.Tensor) else inputs
+        hidden, rows = parted(inputs) if inputs.is_floating_point() else (None, inputs)
         told = inputs_of(rows) if self.pads else {"input_ids": rows}
         ids, labels = told.pop("input_ids"), told.pop("labels", None)
         documents = None if self.return_logits else self.documents  # as in a Block
@@ -78,7 +98,7 @@ class PipeSlice(nn.Module):
         self.tokens = self.tokens + ((rows >= 0).sum() if self.pads else rows.numel())
         self.shares = self.shares + share
         if not self.part.is_last:
-            return leaving, rows
+            return with_ids(leaving, rows)
         if self.return_logits:
             return head_logits(self.part, normed, ids)
         return head_loss(self.part, normed, ids, labels) * share

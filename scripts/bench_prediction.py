@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from llm_local.bench.calibration import SYSTEMS, calibrate
 from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
-from llm_local.plan.times import StageSeconds, predict
+from llm_local.plan.times import predict
 
-SYSTEMS = {"local": ("chunked", "local"), "deepspeed": ("backprop", "1f1b")}
 CALIBRATED = 4
 INTRODUCTION = """
 Seconds of a step, predicted from the seconds of single passes in a run of 4 micro-batches, and measured; links count
@@ -34,20 +34,6 @@ def flags(system: str, micro_batches: int) -> dict[str, Any]:
     return {**bench_model(), "method": SYSTEMS[system][0], "seq_length": 128, **batch}
 
 
-def stage_seconds(measured: dict[str, float], with_messages: bool) -> StageSeconds:
-    """Loading and, with_messages, sending and receiving belong to the passes, reducing to the optimizer."""
-
-    def of(*names: str) -> float:
-        return sum(measured.get(name, 0.0) for name in names)
-
-    ahead, back = (("RecvActivation", "SendActivation"), ("RecvGrad", "SendGrad")) if with_messages else ((), ())
-    return StageSeconds(
-        (of("LoadMicroBatch", "ForwardPass", *ahead),),
-        (of("BackwardPass", *back),),
-        of("ReduceTiedGrads", "ReduceGrads", "OptimizerStep"),
-    )
-
-
 @ends_with_a_line
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=8)
@@ -57,11 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     counts = [int(count) for count in given.micro_batches.split(",")]
     rows, data = [], []
     for stages in map(int, given.stages.split(",")):
+        cores = shared_cores(stages)
         for system, (_, schedule) in SYSTEMS.items():
             print(f"{stages} stages: {system}", file=sys.stderr, flush=True)
-            seconds = calibrate(system, stages, given.steps, given.repeats)
+            timed = Case(system, stages, "passes", system, flags(system, CALIBRATED), given.steps)
+            seconds = calibrate(timed, given.repeats, shares_cores=cores is not None)
             for count in counts:
-                predicted = predict(schedule, seconds, count, num_cores=shared_cores(stages)).step_seconds
+                predicted = predict(schedule, seconds, count, num_cores=cores).step_seconds
                 case = Case(system, stages, "rate", system, flags(system, count), max(given.steps, 24 // count))
                 measured = median(median(run_case(case)[-1]["seconds"]) for _ in range(given.repeats))
                 error = predicted / measured - 1
@@ -77,18 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
 def shared_cores(stages: int) -> int | None:
     cores = len(os.sched_getaffinity(0))
     return cores if cores < stages else None
-
-
-def calibrate(system: str, stages: int, steps: int, repeats: int) -> list[StageSeconds]:
-    """Seconds that include waits leave messages out; those on a core do not include waits."""
-    case = Case(system, stages, "passes", system, flags(system, CALIBRATED), steps)
-    runs, shares = [run_case(case) for _ in range(repeats)], shared_cores(stages) is not None
-    found = []
-    for stage in range(stages):
-        own = [run[stage]["core_seconds" if shares else "seconds"] for run in runs]
-        medians = {name: median(seconds[name] for seconds in own) for name in own[0]}
-        found.append(stage_seconds(medians, with_messages=shares))
-    return found
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from llm_local.bench.calibration import SYSTEMS, calibrate
 from llm_local.bench.cases import (
     BenchmarkError,
     Case,
@@ -33,19 +34,25 @@ from llm_local.bench.cases import (
     write,
 )
 from llm_local.bench.relay import MTU, Relay, open_tun
+from llm_local.plan.times import Link, StageSeconds, predict
 
-SYSTEMS = {"local": "chunked", "deepspeed": "backprop"}
 HOSTS = ("llmlocal0", "llmlocal1")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = 29533
+MICRO_BATCHES = 4
 INTRODUCTION = f"""
 How many times as long a step takes over a slow link as over an unlimited one, measured in turns: the median over the
 rounds, and the smallest and largest. Each stage has a core and a network namespace; rate and delay hold for each
 direction, and the rate is chosen so that the bytes of a step of local learning take the given share of its compute.
 `deepspeed` is PipelineEngine's 1F1B over the same link. "Waiting": the part of a local step in which the last stage had
 no packet to work on; the rest of what a step takes longer goes to the process that holds packets back between the
-namespaces, which works on the same cores. 8 layers of width 256, 4 micro-batches of 4 x 128 tokens a step, bf16, frames
-of {MTU} bytes.
+namespaces, which works on the same cores.
+
+"Predicted": by the simulator, from rate, delay, and the seconds of passes over the unlimited link. Where there is a
+delay, its 1F1B is a better one than DeepSpeed's: a message leaves at once, while gloo sends DeepSpeed's when it is
+asked for; and nothing is exchanged at the end of a step.
+
+8 layers of width 256, {MICRO_BATCHES} micro-batches of 4 x 128 tokens a step, bf16, frames of {MTU} bytes.
 """
 
 
@@ -90,11 +97,11 @@ def _launcher(number: int) -> list[str]:
 def flags(system: str) -> dict[str, Any]:
     return {
         **bench_model(),
-        "method": SYSTEMS[system],
+        "method": SYSTEMS[system][0],
         "bf16": True,
         "seq_length": 128,
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
+        "gradient_accumulation_steps": MICRO_BATCHES,
     }
 
 
@@ -114,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("network namespaces need root and ip")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     rows, data = measure(shares, delays, given.repeats, given.steps)
-    header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "local's waiting", "deepspeed 1F1B"]
+    header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "predicted", "local's waiting"]
+    header += ["deepspeed 1F1B", "predicted"]
     write(given.output, "slow_link", f"{INTRODUCTION}\n{table(header, rows)}", data)
     return 0
 
@@ -125,9 +133,14 @@ def measure(
     """Rows of the table, and the seconds of every round."""
     cases = [Case(system, 2, "rate", system, flags(system), steps) for system in SYSTEMS]
     with two_hosts() as (relay, launchers):
-        traffic = run_case(Case("traffic", 2, "traffic", "local", flags("local"), 3), launchers)[0]["bytes_a_step"]
+        sent, passes = {}, {}
+        for system in SYSTEMS:
+            print(f"{system}: traffic and passes", file=sys.stderr)
+            timed = Case(system, 2, "passes", system, flags(system), steps)
+            sent[system] = run_case(replace(timed, measure="traffic", steps=3), launchers)[0]["bytes_a_step"]
+            passes[system] = calibrate(timed, repeats, launchers=launchers)
         compute = median(run_case(cases[0], launchers)[-1]["seconds"])
-        slow = [(traffic / (share * compute), share, delay) for delay in delays for share in shares]
+        slow = [(sent["local"] / (share * compute), share, delay) for delay in delays for share in shares]
         found = {link: Found() for link in slow}
         for number in range(repeats):
             for link in slow:
@@ -137,10 +150,21 @@ def measure(
     rows, data = [], []
     for (rate, share, delay), each in found.items():
         against = {system: ratios(each.slow[system], each.unlimited[system]).text() for system in SYSTEMS}
+        link = Link(delay / 1000, 1 / rate)
+        predicted = {system: slowdown(system, passes[system], link, sent[system]) for system in SYSTEMS}
         waiting = f"{100 * median(each.waiting['local']):.1f} %"
-        rows.append([f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", against["local"], waiting, against["deepspeed"]])
-        data.append({"share": share, "bytes_a_second": rate, "delay_ms": delay, **asdict(each)})
-    return rows, {"traffic_bytes_a_step": traffic, "compute_seconds_a_step": compute, "links": data}
+        row = [f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", against["local"], f"{predicted['local']:.2f}", waiting]
+        rows.append([*row, against["deepspeed"], f"{predicted['deepspeed']:.2f}"])
+        data.append({"share": share, "bytes_a_second": rate, "delay_ms": delay, **asdict(each), "predicted": predicted})
+    return rows, {"traffic_bytes_a_step": sent, "compute_seconds_a_step": compute, "links": data}
+
+
+def slowdown(system: str, stages: list[StageSeconds], link: Link, bytes_a_step: float) -> float:
+    """How many times as long as over a link that takes no time a step is predicted to take."""
+    each = bytes_a_step / MICRO_BATCHES
+    way = SYSTEMS[system][1], stages, MICRO_BATCHES
+    slow, free = (predict(*way, [one], each, each).step_seconds for one in (link, Link()))
+    return slow / free
 
 
 @dataclass

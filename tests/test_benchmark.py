@@ -19,10 +19,12 @@ from torch.distributed.pipelining import schedules
 
 from llm_local.bench import cases as benchmark
 from llm_local.bench import relay
+from llm_local.bench.calibration import stage_seconds
 from llm_local.bench.cases import BenchmarkError, Case, Spread, ratios, run_case, table
 from llm_local.bench.relay import MTU, Relay
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import parse
+from llm_local.plan.times import Link, StageSeconds
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -98,6 +100,21 @@ def test_memory_grows_with_the_stages_of_backpropagation_alone(trainer: Trainer)
 def test_seconds_of_passes(trainer: Trainer):
     for found in measure(trainer, "passes", "local"):
         assert min(found["seconds"][name] for name in ("ForwardPass", "BackwardPass", "OptimizerStep")) > 0
+
+
+def test_what_belongs_to_a_pass():
+    found = {"LoadMicroBatch": 1.0, "ForwardPass": 2.0, "SendActivation": 4.0, "BackwardPass": 8.0}
+    found |= {"ReduceGrads": 16.0, "OptimizerStep": 32.0}
+    assert stage_seconds(found, with_messages=False) == StageSeconds((3.0,), (8.0,), 48.0)
+    assert stage_seconds(found, with_messages=True) == StageSeconds((7.0,), (8.0,), 48.0)
+
+
+def test_what_a_slow_link_is_predicted_to_cost():
+    slowdown, stages = script("bench_slow_link").slowdown, [StageSeconds((1.0,), (2.0,))] * 2
+    delay, rate = Link(latency_seconds=0.1), Link(seconds_per_byte=0.6)
+    assert slowdown("local", stages, delay, 40.0) == pytest.approx(1)
+    assert slowdown("local", stages, rate, 40.0) == pytest.approx(2), "6 s for a packet, 3 s for its passes"
+    assert slowdown("deepspeed", stages, delay, 40.0) == pytest.approx((5 * 3 + 8 * 0.1) / (5 * 3))
 
 
 @pytest.mark.processes

@@ -29,7 +29,7 @@ examine assembly run_trace evaluation recorder run finish train offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search
-bench: saved_bytes peers worker cases relay
+bench: saved_bytes peers worker cases calibration relay
 """
 PACKAGE = Path(llm_local.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llm_local.backprop import id_columns
 from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import RunConfig, from_flat
@@ -190,14 +191,15 @@ def memory(task: Task) -> dict[str, Any]:
 
 
 def traffic(task: Task) -> dict[str, Any]:
-    """Bytes that leave this rank in a step: of a link all, of DeepSpeed's pipeline the floating-point tensors, as its
-    own models load token ids on every stage that reads them."""
+    """Bytes that leave this rank in a step: of a link all, of DeepSpeed's pipeline hidden states and gradients alone,
+    as its own models load token ids on every stage that reads them."""
     from deepspeed.runtime.pipe import p2p
 
     sent, send = [0], p2p.send
 
     def counted(tensor: Any, dest_stage: int) -> Any:
-        sent[0] += tensor.numel() * tensor.element_size() if tensor.is_floating_point() else 0
+        if tensor.ndim == 3:  # not what DeepSpeed says at the start
+            sent[0] += tensor[..., : -id_columns(tensor.dtype)].nbytes
         return send(tensor, dest_stage)
 
     p2p.send = counted
