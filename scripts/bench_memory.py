@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import METHODS, Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 
-METHODS = {"local": "chunked", "deepspeed": "backprop"}
 INTRODUCTION = """
 The most bytes that autograd graphs of stage 0 held at a time, counted tensor by tensor, in MB. Two layers a stage, 8
 micro-batches of 4 x 128 tokens. Local learning has one micro-batch there however long the pipe; 1F1B has one for each

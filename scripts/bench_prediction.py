@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.calibration import SYSTEMS, calibrate
-from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.calibration import SCHEDULES, calibrate
+from llm_local.bench.cases import METHODS, Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
 from llm_local.plan.times import predict
 
 CALIBRATED = 4
@@ -31,7 +31,7 @@ in which they had a core.
 
 def flags(system: str, micro_batches: int) -> dict[str, Any]:
     batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": micro_batches}
-    return {**bench_model(), "method": SYSTEMS[system][0], "seq_length": 128, **batch}
+    return {**bench_model(), "method": METHODS[system], "seq_length": 128, **batch}
 
 
 @ends_with_a_line
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, data = [], []
     for stages in map(int, given.stages.split(",")):
         cores = shared_cores(stages)
-        for system, (_, schedule) in SYSTEMS.items():
+        for system, schedule in SCHEDULES.items():
             print(f"{stages} stages: {system}", file=sys.stderr, flush=True)
             timed = Case(system, stages, "passes", system, flags(system, CALIBRATED), given.steps)
             seconds = calibrate(timed, given.repeats, shares_cores=cores is not None)

@@ -21,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.calibration import SYSTEMS, calibrate
+from llm_local.bench.calibration import SCHEDULES, calibrate
 from llm_local.bench.cases import (
+    METHODS,
     BenchmarkError,
     Case,
     arguments_of,
@@ -97,7 +98,7 @@ def _launcher(number: int) -> list[str]:
 def flags(system: str) -> dict[str, Any]:
     return {
         **bench_model(),
-        "method": SYSTEMS[system][0],
+        "method": METHODS[system],
         "bf16": True,
         "seq_length": 128,
         "per_device_train_batch_size": 4,
@@ -131,10 +132,10 @@ def measure(
     shares: list[float], delays: list[float], repeats: int, steps: int
 ) -> tuple[list[list[str]], dict[str, Any]]:
     """Rows of the table, and the seconds of every round."""
-    cases = [Case(system, 2, "rate", system, flags(system), steps) for system in SYSTEMS]
+    cases = [Case(system, 2, "rate", system, flags(system), steps) for system in METHODS]
     with two_hosts() as (relay, launchers):
         sent, passes = {}, {}
-        for system in SYSTEMS:
+        for system in METHODS:
             print(f"{system}: traffic and passes", file=sys.stderr)
             timed = Case(system, 2, "passes", system, flags(system), steps)
             sent[system] = run_case(replace(timed, measure="traffic", steps=3), launchers)[0]["bytes_a_step"]
@@ -149,9 +150,9 @@ def measure(
                     found[link].add(case.name, *(_over(each, relay, case, launchers) for each in (None, link)))
     rows, data = [], []
     for (rate, share, delay), each in found.items():
-        against = {system: ratios(each.slow[system], each.unlimited[system]).text() for system in SYSTEMS}
+        against = {system: ratios(each.slow[system], each.unlimited[system]).text() for system in METHODS}
         link = Link(delay / 1000, 1 / rate)
-        predicted = {system: slowdown(system, passes[system], link, sent[system]) for system in SYSTEMS}
+        predicted = {system: slowdown(system, passes[system], link, sent[system]) for system in METHODS}
         waiting = f"{100 * median(each.waiting['local']):.1f} %"
         row = [f"{share:g}", f"{8e-6 * rate:.1f}", f"{delay:g}", against["local"], f"{predicted['local']:.2f}", waiting]
         rows.append([*row, against["deepspeed"], f"{predicted['deepspeed']:.2f}"])
@@ -162,7 +163,7 @@ def measure(
 def slowdown(system: str, stages: list[StageSeconds], link: Link, bytes_a_step: float) -> float:
     """How many times as long as over a link that takes no time a step is predicted to take."""
     each = bytes_a_step / MICRO_BATCHES
-    way = SYSTEMS[system][1], stages, MICRO_BATCHES
+    way = SCHEDULES[system], stages, MICRO_BATCHES
     slow, free = (predict(*way, [one], each, each).step_seconds for one in (link, Link()))
     return slow / free
 
@@ -172,9 +173,9 @@ class Found:
     """Seconds a step over a slow link and over an unlimited one in turn, and the part of it that the last stage
     waited: by the system, for each round."""
 
-    slow: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
-    unlimited: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
-    waiting: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
+    slow: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in METHODS})
+    unlimited: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in METHODS})
+    waiting: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in METHODS})
 
     def add(self, system: str, unlimited: dict[str, Any], slow: dict[str, Any]) -> None:
         self.unlimited[system].append(median(unlimited["seconds"]))

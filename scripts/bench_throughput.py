@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm_local.bench.cases import (
+    METHODS,
     Case,
     Spread,
     arguments_of,
@@ -41,7 +42,7 @@ one head more, 14 % of a stage.
 def flags(system: str, micro_batches: int) -> dict[str, Any]:
     return {
         **bench_model(),
-        "method": "backprop" if system == "deepspeed" else "chunked",
+        "method": METHODS.get(system, "chunked"),
         "seq_length": 128,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": micro_batches,

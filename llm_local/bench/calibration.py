@@ -8,8 +8,7 @@ from statistics import median
 from llm_local.bench.cases import Case, run_case
 from llm_local.plan.times import StageSeconds
 
-# of a system its --method, and its schedule for the simulator
-SYSTEMS = {"local": ("chunked", "local"), "deepspeed": ("backprop", "1f1b")}
+SCHEDULES = {"local": "local", "deepspeed": "1f1b"}  # of a system, as the simulator calls it
 
 
 def stage_seconds(measured: dict[str, float], with_messages: bool) -> StageSeconds:

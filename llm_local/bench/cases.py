@@ -31,6 +31,7 @@ from llm_local.device import describe_device
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "deepspeed", "transformers")
+METHODS = {"local": "chunked", "deepspeed": "backprop"}  # --method of the systems that pretrain.py starts
 _P = ParamSpec("_P")
 SECONDS = 900  # longest time of one case
 
