@@ -120,7 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if os.geteuid() or not shutil.which("ip"):
         parser.error("network namespaces need root and ip")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     rows, data = measure(shares, delays, given.repeats, given.steps)
     header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "predicted", "local's waiting"]
     header += ["deepspeed 1F1B", "predicted"]
@@ -194,4 +193,5 @@ def _over(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     sys.exit(main())
