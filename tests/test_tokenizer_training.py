@@ -18,7 +18,8 @@ from documents import write_jsonl
 from test_tokenizer import TEXTS
 from transformers import AutoTokenizer
 
-from llm_local.config import ConfigError, from_flat
+from llm_local.checks.preflight import preflight
+from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data import corpus
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
@@ -75,6 +76,20 @@ def test_it_stays_exact_beside_a_model(trained: Path, tmp_path, model_type: str)
     tokenizer = AutoTokenizer.from_pretrained(export)
     for text in TEXTS.values():
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_ids_with_holes_need_rows_up_to_the_highest(trainer: Trainer, trained: Path, tmp_path):
+    """A pruned vocabulary: 700 tokens, of which one has the id 899."""
+    pruned = shutil.copytree(trained, tmp_path / "pruned")
+    rules = json.loads((pruned / "tokenizer.json").read_text())
+    vocabulary = rules["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        pytest.skip("a unigram's ids are places in a list")
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 899
+    (pruned / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ConfigError, match="vocabulary of 700 has no row .* highest id 899; set vocab_size=900 in"):
+        preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=700")), 1)
+    preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=900")), 1)
 
 
 # --- a .model file

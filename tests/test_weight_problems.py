@@ -184,7 +184,7 @@ def test_the_refusal_of_a_start(trainer: Trainer, folder: Path):
     choice, damaged, vocabulary = refusal.value.problems
     assert choice.startswith("method='layerwise'")
     assert damaged.startswith(f"{shard}, ")
-    assert vocabulary.startswith("the model's vocabulary of 256 is smaller than the tokenizer's 4096; ")
+    assert vocabulary.startswith("the model's vocabulary of 256 has no row for the tokenizer's highest id 4095; ")
     assert not (trainer.folder / "run").exists()
 
 
@@ -196,6 +196,6 @@ def test_the_models_own_tokenizer_with_too_many_tokens(trainer: Trainer, folder:
         preflight(parse(trainer.flags("run", config_name=None, model_name_or_path=folder)), 1)
     (problem,) = refusal.value.problems
     assert problem == (
-        "the model's vocabulary of 256 is smaller than the tokenizer's 4096; choose another tokenizer "
+        "the model's vocabulary of 256 has no row for the tokenizer's highest id 4095; choose another tokenizer "
         "(--tokenizer_name): a pretrained model has weights for no more tokens"
     )

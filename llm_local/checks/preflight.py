@@ -28,7 +28,7 @@ from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import data_problems
-from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
 from llm_local.ds_config import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
@@ -195,7 +195,7 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
             f"max_position_embeddings={config.data.seq_length} in config_overrides"
         )
     try:
-        tokens = len(load_tokenizer(config))
+        highest = highest_id(load_tokenizer(config))
     except ConfigError as error:
         return problems + error.problems
     if config.local.distillation_weight > 0 and config.local.distillation_top_k > text.vocab_size:
@@ -203,13 +203,13 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
             f"distillation_top_k={config.local.distillation_top_k} is more than the model's vocabulary of "
             f"{text.vocab_size}; lower it"
         )
-    if text.vocab_size < tokens:
+    if text.vocab_size <= highest:
         problems.append(
-            f"the model's vocabulary of {text.vocab_size} is smaller than the tokenizer's {tokens}; "
+            f"the model's vocabulary of {text.vocab_size} has no row for the tokenizer's highest id {highest}; "
             + (
                 "choose another tokenizer (--tokenizer_name): a pretrained model has weights for no more tokens"
                 if config.model.model_name_or_path
-                else f"set vocab_size={tokens} in config_overrides or choose another tokenizer"
+                else f"set vocab_size={highest + 1} in config_overrides or choose another tokenizer"
             )
         )
     return problems

@@ -50,6 +50,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
 
 
+def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of all tokens, added ones too; with holes in its ids a tokenizer's highest one is beyond its length."""
+    return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1)
+
+
 def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_size: int = VOCAB_SIZE) -> Path:
     """The directory of the built-in tokenizer, trained the first time that this Python and these settings meet.
 
