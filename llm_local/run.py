@@ -121,7 +121,7 @@ def build(
     if place.is_recorder:
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
     progress = Progress(world, config.train.max_steps, first_step)
-    for warning in (*plan.warnings, *warnings_of_data):
+    for warning in (*plan.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
         progress.say(f"llm_local: warning: {warning}")
     for line in news:
         progress.say(f"llm_local: {line}")

@@ -109,6 +109,8 @@ def show(config: RunConfig, given: argparse.Namespace) -> None:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config)
     data = prepare_all(config, tokenizer, progress=sys.stderr.isatty())
+    for line in data.warnings:
+        print(f"inspect_data.py: warning: {line}", file=sys.stderr)
     for number, row in enumerate(data.train.batch(0, given.rows)):
         print(f"--- row {number}")
         print("\n".join(describe_row(row, tokenizer, given.characters)))

@@ -100,6 +100,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    for line in data.warnings:
+        print(f"prepare_data.py: warning: {line}", file=sys.stderr)
     for source in data.sources:
         assert source.tokens is not None
         print(f"{source.describe()}\n  {source.tokens.tokens:,} tokens in {source.tokens.folder}")

@@ -6,10 +6,12 @@ import pytest
 import torch
 from datasets import Dataset, are_progress_bars_disabled
 from documents import in_file_order, write_jsonl
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_local.config import ConfigError
-from llm_local.data.sets import prepare, tokenizer_key
+from llm_local.data.sets import prepare, prepare_all, tokenizer_key
+from llm_local.model.document_mask import DocumentMask
 
 
 def decoded(sequences, tokenizer, whole):
@@ -56,6 +58,49 @@ def test_training_follows_the_seed_of_the_run(settings, tokenizer, jsonl):
     first, again, other = (prepare(settings(train_file=jsonl, seed=s), tokenizer)[0].batch(0, 8) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+# --- text that spells a special token
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_spells_a_special_token_is_text(settings, tokenizer, tmp_path, streaming: bool):
+    held = write_jsonl(tmp_path / "held.jsonl", ["write <|eos|> here, <|bos|> and <|unk|>"])
+    config = settings(train_file=held, validation_file=held, streaming=streaming, packing="none", seq_length=64)
+    data = prepare_all(config, tokenizer)
+    assert data.warnings == ()
+    for sequences in (data.train, data.validation[0].sequences):
+        row = sequences.batch(0, 1)
+        text = row[row >= 0]
+        assert tokenizer.decode(text.tolist()) == "write <|eos|> here, <|bos|> and <|unk|><|eos|>"
+        assert text.tolist().count(tokenizer.eos_token_id) == 1
+        mask = DocumentMask(tokenizer.eos_token_id)
+        assert mask.positions(text[None])[0].tolist() == list(range(len(text))), "one document stays one"
+
+
+@pytest.fixture
+def of_words():
+    """A tokenizer that has its special tokens as words, and so makes them of text as well."""
+    ids = {"</s>": 0, "<s>": 1, "write": 2, "here": 3, "<unk>": 4}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_what_a_tokenizer_cannot_take_for_text_is_counted(settings, of_words, tmp_path, kind: str):
+    texts = ["write </s> here", "<unk> write", "here <s> and </s>"] * 4
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    held = write_jsonl(tmp_path / "held.jsonl", ["write here"] * 9)
+    config = settings(train_file=str(tmp_path / f"a.{kind}"), validation_file=held)
+    (said,) = prepare_all(config, of_words).warnings
+    why = f"train_file={tmp_path}/a.{kind}: text that spells </s> and 1 more is taken for the token by this tokenizer"
+    assert said == f"{why}, 12 times; change the text, or use another tokenizer"
+    assert (said,) == prepare_all(config, of_words).warnings, "the next start, too, which reads no text"
+    stream = settings(train_file=config.data.train_file, validation_file=held, streaming=True)
+    assert prepare_all(stream, of_words).warnings == (f"{why}; how often is not known of a stream",)
 
 
 # --- cache

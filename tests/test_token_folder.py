@@ -139,6 +139,20 @@ def test_a_folder_that_is_not_whole_is_refused(settings, folder):
     assert the_problem(settings, folder).startswith(said)
 
 
+def test_a_folder_that_does_not_say_how_it_took_special_tokens_is_named(settings, tokenizer, folder):
+    assert prepare_all(settings(dataset_name=str(folder)), tokenizer).warnings == ()
+    counts, card = (
+        json.loads((folder / "train/counts.json").read_text()),
+        json.loads((folder / "tokens.json").read_text()),
+    )
+    del counts["spelled"]
+    (folder / "train/counts.json").write_text(json.dumps(counts))
+    card["sizes"]["train/counts.json"] = (folder / "train/counts.json").stat().st_size
+    (folder / "tokens.json").write_text(json.dumps(card))
+    said = "was prepared when text that spelled a special token became one; prepare it again"
+    assert prepare_all(settings(dataset_name=str(folder)), tokenizer).warnings == (f"dataset_name={folder} {said}",)
+
+
 def test_a_damaged_file_of_the_right_size_is_named(settings, tokenizer, folder):
     (part,) = (folder / "train").glob("data-*.arrow")
     part.write_bytes(bytes(part.stat().st_size))

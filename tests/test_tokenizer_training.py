@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data import corpus
+from llm_local.data.encoding import encode, never_text
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
 
@@ -67,6 +68,17 @@ def test_sentencepiece_s_ids_are_its_own(trained: Path, sources):
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
     for text in [*sources, *(text for text in TEXTS.values() if "▁" not in text)]:
         assert tokenizer.encode(text) == model.encode(text)
+
+
+def test_special_tokens_of_it_can_be_text(trained: Path):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert never_text(tokenizer) == {}
+    text = "write <|eos|> here,<|bos|>"
+    (ids,), _ = encode([text], tokenizer, None)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+    if (trained / "tokenizer.model").exists():
+        assert ids == sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model")).encode(text)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "mistral", "gpt_neox", "gemma3_text", "t5"])

@@ -11,7 +11,7 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-REVISION = 3  # counts changes of the tokens of the same text, and of what is kept beside them
+REVISION = 4  # counts changes of the tokens of the same text, and of what is kept beside them
 CUT_CHARACTERS = 1 << 20  # a longer text is tokenised in parts, for a tokenizer takes many times its memory
 CUT_SEARCHED = 10_000  # characters before the cut that are searched for a better place
 WORD_END = re.compile(r"\S(?=\s)")
@@ -23,6 +23,7 @@ def encode(
     """Token lists of texts, each ended by `end` unless that is None, and the texts' sizes in UTF-8.
 
     A missing or empty text has none, and NUL is left out. A text may be a list of lines: a block of a running text.
+    What spells a special token is text.
     """
     joined = ["".join(text).replace("\0", "") for text in texts if text]
     joined = [text for text in joined if text]
@@ -30,10 +31,28 @@ def encode(
         return [], []
     cut = [_parts(text) for text in joined]
     flat = [part for parts in cut for part in parts]
-    encoded: Any = tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    last, tokens = [] if end is None else [end], iter(encoded)
+    last, tokens = [] if end is None else [end], iter(_ids(flat, tokenizer))
     found = [[token for _ in parts for token in next(tokens)] + last for parts in cut]
     return found, [len(text.encode()) for text in joined]
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    plain: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    encoded: Any = tokenizer(texts, **plain, verbose=False)["input_ids"]
+    return encoded
+
+
+def never_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens, with their ids, that the tokenizer makes of text that spells them whatever it is asked, because
+    its vocabulary has them as words. Its unknown token is none of them: other text becomes that, too."""
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special = {token: number for token, number in special.items() if number != tokenizer.unk_token_id}
+    if not special:
+        return {}
+    alone, within = (_ids([pattern.format(token) for token in special], tokenizer) for pattern in ("{}", "a {} b"))
+    found = zip(special.items(), alone, within, strict=True)
+    return {token: number for (token, number), *ids in found if any(number in some for some in ids)}
 
 
 def _parts(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The tokens of a source on disk: made once, in parts (parts.py), then only mapped.
 
 FOLDER/data-00003-of-00064.arrow    a part of the documents: the tokens of each, and the bytes of its text
-FOLDER/counts.json                  tokens and bytes in all, and what ends a document
+FOLDER/counts.json                  tokens and bytes in all, what ends a document, special tokens made of text
 FOLDER/state.json                   the folder is complete
 FOLDER/rows-best_fit-512/           which tokens lie in which row, for each packing that was used
 """
@@ -26,7 +26,7 @@ from datasets import Dataset, Features, Value
 from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
-from llm_local.data.encoding import encode
+from llm_local.data.encoding import encode, never_text
 from llm_local.data.packing import CONCAT, GROUP, Packed, Pieces, count_cut, pack
 from llm_local.data.parts import MOST_PARTS, STATE, Parts, is_complete, make, read
 from llm_local.data.token_folder import COUNTS
@@ -61,7 +61,8 @@ class Job:
 @dataclass(frozen=True)
 class Prepared:
     """The tokens of a folder, mapped. text_bytes: of the documents' UTF-8; end: what ends each document, None where
-    they are pieces of one running text."""
+    they are pieces of one running text; spelled: special tokens that were made of text (encoding.never_text), None for
+    a folder of a time when each that a text spelled was."""
 
     folder: Path
     fingerprint: str
@@ -70,6 +71,7 @@ class Prepared:
     tokens: int
     text_bytes: int
     end: int | None
+    spelled: int | None
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Tokens of the documents, EOS included, some at a time."""
@@ -87,7 +89,7 @@ def prepare_tokens(job: Job, fingerprint: str, workers: int, title: str | None =
         sizes = [len(_range(job, number)) for number in range(job.parts)]
         write = partial(_write_part, job)
         parts = Parts(job.folder, FEATURES, sizes, "documents", write, "tokenised")
-        make(parts, fingerprint, workers, title, last=lambda: _count(parts, job.end))
+        make(parts, fingerprint, workers, title, last=lambda: _count(parts, job))
     return open_tokens(job.folder)
 
 
@@ -98,7 +100,8 @@ def open_tokens(folder: Path, repair: str = "remove it, and it is made again") -
     column: Any = rows.data.column("tokens")
     pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     key, end = json.loads((folder / STATE).read_text())["_fingerprint"], counts["end"]
-    return Prepared(folder, key, pieces, rows.num_rows, counts["tokens"], counts["bytes"], end)
+    spelled = counts.get("spelled")
+    return Prepared(folder, key, pieces, rows.num_rows, counts["tokens"], counts["bytes"], end, spelled)
 
 
 def _range(job: Job, number: int) -> range:
@@ -131,13 +134,18 @@ def _table(tokens: list[list[int]], sizes: list[int]) -> pyarrow.Table:
     return pyarrow.table([column, pyarrow.array(sizes, pyarrow.int64())], schema=FEATURES.arrow_schema)
 
 
-def _count(parts: Parts, end: int | None) -> None:
-    tokens, text_bytes = 0, 0
+def _count(parts: Parts, job: Job) -> None:
+    tokens = text_bytes = spelled = 0
+    special = list(never_text(job.tokenizer).values())
     for number in range(len(parts.sizes)):
         table = MemoryMappedTable.from_file(str(parts.path(number)))
-        tokens += sum(len(chunk.flatten()) for chunk in table.column("tokens").chunks)
+        for chunk in table.column("tokens").chunks:
+            tokens += len(chunk.flatten())
+            if special:
+                spelled += int(np.isin(chunk.flatten().to_numpy(), special).sum())
+                spelled -= len(chunk) if job.end in special else 0
         text_bytes += sum(int(chunk.to_numpy().sum()) for chunk in table.column("bytes").chunks)
-    write_json(parts.folder / COUNTS, {"tokens": tokens, "bytes": text_bytes, "end": end})
+    write_json(parts.folder / COUNTS, {"tokens": tokens, "bytes": text_bytes, "end": job.end, "spelled": spelled})
 
 
 def packed_rows(prepared: Prepared, room: int, packing: str, kept: Path | None = None) -> tuple[Pieces | None, Packed]:

@@ -40,9 +40,9 @@ CHUNK_CHARACTERS = 1000
 # What sentencepiece takes for a word: a run of spaces and what follows. Newlines and tabs are ordinary characters.
 WORD = Regex(" *[^ ]+| +")
 # Text that spells a byte piece must not become that byte: sentencepiece does not look for these among its pieces
-SPELLED_BYTE = Regex("<(?=0x[0-9A-F]{2}>)")
+SPELLED_BYTE = "<(?=0x[0-9A-F]{2}>)"
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
-CONTROL, USER_DEFINED = 3, 4  # types of a piece
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of a piece
 PROBED_SYMBOLS = 20
 PROBES = (
     "The quick brown fox, 12.5 times; (over) [lazy] dogs!",
@@ -134,8 +134,8 @@ def fast_tokenizer(model: Any) -> Tokenizer:
     if steps := _normalizers(normal):
         tokenizer.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
     words = [pre_tokenizers.Split(WORD, "isolated")] if trained.split_by_whitespace else []
-    if kind == "unigram" and trained.byte_fallback:
-        words = [pre_tokenizers.Split(SPELLED_BYTE, "isolated"), *words]
+    if kind == "unigram":
+        words = [pre_tokenizers.Split(_spelled(spec, pieces), "merged_with_previous"), *words]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)  # pyright: ignore[reportAttributeAccessIssue]
     first = [decoders.Strip(" ", 1, 0)] if normal.add_dummy_prefix else []
     bytes_first = [decoders.ByteFallback()] if trained.byte_fallback else []
@@ -146,6 +146,13 @@ def fast_tokenizer(model: Any) -> Tokenizer:
     added = [(own[piece.type], pieces[n]) for n, piece in enumerate(spec.pieces) if piece.type in own]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=special) for special, text in added])
     return tokenizer
+
+
+def _spelled(spec: Any, pieces: list[str]) -> Regex:
+    """The first character of text that spells what only a model's own steps may make: a byte, or a special piece."""
+    special = [pieces[n] for n, piece in enumerate(spec.pieces) if piece.type in (UNKNOWN, CONTROL)]
+    found = [f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in special if len(piece) > 1]
+    return Regex("|".join([*found, SPELLED_BYTE] if spec.trainer_spec.byte_fallback else found))
 
 
 def _normalizers(spec: Any) -> list[Any]:

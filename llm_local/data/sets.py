@@ -22,8 +22,8 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from llm_local.config import ConfigError, RunConfig
-from llm_local.data.encoding import REVISION, encode, tokenizer_key
+from llm_local.config import ConfigError, RunConfig, some_of
+from llm_local.data.encoding import REVISION, encode, never_text, tokenizer_key
 from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
@@ -87,6 +87,7 @@ class Data:
     train: Sequences
     validation: tuple[ValidationSet, ...]
     sources: tuple[SourceData, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(
@@ -125,10 +126,30 @@ def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress:
                 held_out.append(_validate_on(validation, tokenizer, config))
             parts.append(replace(_train_on(train, source.weight, tokenizer, config), title=_title(source)))
     weights, rows = [part.weight for part in parts], [part.sequences for part in parts]
+    names = [*given] if given else [part.name for part in parts]
+    named = [(part.name, part.tokens) for part in parts]
+    for name, each in zip(names, given.values() if given else held_out, strict=True):
+        named.append((f"{name} (validation)", each.tokens))
+    warnings = _spelled(named, tokenizer)
     if not given:
         given = {"validation": _mixed(held_out, weights)}
     sets = tuple(ValidationSet(name, f.sequences, f.bytes_per_token, f.tokens) for name, f in given.items())
-    return Data(rows[0] if len(rows) == 1 else MixedSequences(rows, weights, config.train.seed), sets, tuple(parts))
+    train = rows[0] if len(rows) == 1 else MixedSequences(rows, weights, config.train.seed)
+    return Data(train, sets, tuple(parts), warnings)
+
+
+def _spelled(found: list[tuple[str, Prepared | None]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Where text that spells a special token became one; of the tokens of a stream, None, that is not known."""
+    special, lines = never_text(tokenizer), []
+    why = f"text that spells {some_of(special)} is taken for the token by this tokenizer" if special else ""
+    for name, tokens in found:
+        if tokens is None and special:
+            lines.append(f"{name}: {why}; how often is not known of a stream")
+        elif tokens is not None and tokens.spelled is None:
+            lines.append(f"{name} was prepared when text that spelled a special token became one; prepare it again")
+        elif tokens is not None and tokens.spelled:
+            lines.append(f"{name}: {why}, {tokens.spelled:,} times; change the text, or use another tokenizer")
+    return tuple(lines)
 
 
 def _title(source: Source) -> str:
