@@ -27,7 +27,7 @@ from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.heads import head_logits, head_loss, scored_share
+from llm_local.model.heads import head_logits, head_loss
 from llm_local.model.stage import build_slice
 from llm_local.partition import Partition, Span
 from llm_local.trace import Tracer
@@ -38,19 +38,31 @@ def id_columns(dtype: torch.dtype) -> int:
     return torch.int32.itemsize // dtype.itemsize
 
 
-def with_ids(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, T, D) and ids (B, T) → (B, T, D + id_columns), what a stage sends to the next.
+def with_ids(hidden: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, D) and N integers a token, ids first, (B, T, N) → (B, T, D + N · id_columns), what a stage
+    sends to the next.
 
     DeepSpeed sends tensor after tensor, and each would wait for the link's latency.
     """
-    return torch.cat([hidden, rows.to(torch.int32).unsqueeze(-1).view(hidden.dtype)], dim=-1)
+    return torch.cat([hidden, told.to(torch.int32).contiguous().view(hidden.dtype)], dim=-1)
 
 
-def parted(sent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def parted(sent: torch.Tensor, num_integers: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `with_ids`."""
-    columns = id_columns(sent.dtype)
-    ids = sent[..., -columns:].detach().clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
-    return sent[..., :-columns].contiguous(), ids.long()
+    columns = num_integers * id_columns(sent.dtype)
+    told = sent[..., -columns:].detach().clone(memory_format=torch.contiguous_format).view(torch.int32)
+    return sent[..., :-columns].contiguous(), told.long()
+
+
+def with_weight(rows: torch.Tensor, weight: float) -> torch.Tensor:
+    """Ids (B, T) → (B, T, 2): beside each the bits of its micro-batch's weight in float32."""
+    bits = torch.tensor(weight, dtype=torch.float32).view(torch.int32)
+    return torch.stack([rows, bits.long().expand_as(rows)], dim=-1)
+
+
+def weight_of(told: torch.Tensor) -> torch.Tensor:
+    """The weight that `with_weight` gave, a float32 scalar."""
+    return told[0, 0, 1].to(torch.int32).view(torch.float32)
 
 
 class PipeSlice(nn.Module):
@@ -69,6 +81,7 @@ class PipeSlice(nn.Module):
         self.model = self.part.model
         self.documents = documents
         self.pads = config.data.packing != CONCAT
+        self.num_integers = 2 if self.pads or documents else 1  # with padding or documents micro-batches have weights
         self.return_logits = False
         self.begin()
         for parameter in self.parameters():
@@ -76,32 +89,28 @@ class PipeSlice(nn.Module):
             setattr(parameter, "model_parallel", True)  # noqa: B010 - not an attribute that tensors have
 
     def begin(self) -> None:
-        """Begins to count: tokens without padding, and by micro-batch the share of positions that are scored. Both may
-        be on the device, for the later stages see the ids only there."""
+        """Begins to count tokens without padding, on the device where later stages see the ids only there."""
         self.tokens: int | torch.Tensor = 0
-        self.shares: float | torch.Tensor = 0.0
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """ids (B, T) on the first stage, `with_ids` behind it → `with_ids`, or the loss at the end.
-
-        Among the ids padding is marked as in packing.py. A loss of an evaluation is times the share of positions that
-        are scored, as DeepSpeed takes the mean of micro-batches.
+        """ids (B, T, 1) on the first stage, or `with_weight`; `with_ids` behind it → `with_ids`, or at the end the loss
+        times its weight, as DeepSpeed takes the mean of micro-batches. Padding is marked as in packing.py.
         """
-        hidden, rows = parted(inputs) if inputs.is_floating_point() else (None, inputs)
+        hidden, integers = parted(inputs, self.num_integers) if inputs.is_floating_point() else (None, inputs)
+        rows = integers[..., 0].contiguous()
         told = inputs_of(rows) if self.pads else {"input_ids": rows}
         ids, labels = told.pop("input_ids"), told.pop("labels", None)
         documents = None if self.return_logits else self.documents  # as in a Block
         told = documents.inputs(self.part.base(), ids, told) if documents else told
         leaving, normed = self.part(hidden, input_ids=ids, **told)
         labels = documents.labels(ids, labels) if documents else labels
-        share = 1.0 if self.training or labels is None else scored_share(labels)
         self.tokens = self.tokens + ((rows >= 0).sum() if self.pads else rows.numel())
-        self.shares = self.shares + share
         if not self.part.is_last:
-            return with_ids(leaving, rows)
+            return with_ids(leaving, integers)
         if self.return_logits:
             return head_logits(self.part, normed, ids)
-        return head_loss(self.part, normed, ids, labels) * share
+        loss = head_loss(self.part, normed, ids, labels)
+        return loss * weight_of(integers) if self.num_integers > 1 else loss
 
 
 class BackpropEngine:
@@ -146,9 +155,7 @@ class BackpropEngine:
         data = self._micro_batches(EVAL, step)
         self.part.begin()
         loss: Any = self._engine.eval_batch(data, num_micro_batches=micro_batches)
-        share = float(self.part.shares) / micro_batches
-        # DeepSpeed's mean is over the replicas, too; each divides by its own share, for which it is weighted
-        return EvalResult(loss.reshape(1).float() / (share or 1.0), share, int(self.part.tokens))
+        return EvalResult(loss.reshape(1).float(), int(self.part.tokens))
 
     def check_logits(self) -> torch.Tensor | None:
         """As LocalEngine.check_logits; None off the last stage."""
@@ -173,6 +180,7 @@ class BackpropEngine:
                 packet = self._load(kind, step, index)
                 assert packet.input_ids is not None
                 rows = marked(packet.input_ids, packet.attention_mask)
+                rows = with_weight(rows, packet.weight) if self.part.num_integers > 1 else rows.unsqueeze(-1)
             yield rows, nothing
             index += 1
 

@@ -112,12 +112,12 @@ class DataArguments:
     packing: str = _option(
         "concat",
         "How documents fill sequences: concat (end to end), best_fit (few are cut, little padding), or none (each in "
-        "sequences of its own, padded). Losses are means over the tokens of a micro-batch that are no padding.",
+        "sequences of its own, padded). Losses are means over the tokens of a step that are no padding.",
     )
     document_mask: bool = _option(
         False,
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
-        "is then read and not predicted; losses are means over the other tokens of a micro-batch.",
+        "is then read and not predicted; losses are means over the other tokens of a step.",
     )
     preprocessing_num_workers: int = _option(1, "Processes that read text files and tokenise.")
     cache_dir: str | None = _option(None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.")

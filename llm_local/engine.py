@@ -20,7 +20,6 @@ from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
-from llm_local.model.heads import scored_share
 from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
@@ -34,7 +33,8 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: (blocks,) float32, means over the step's micro-batches on this replica. lr: the rate that the step used.
+    """losses: (blocks,) float32, of this replica; their mean over the replicas is one over all scored positions of the
+    step, as a micro-batch counts by its Packet's weight. lr: the rate that the step used.
     grad_norms: one a block, before clipping; None where DeepSpeed computes none. tokens: of this replica, without
     padding. What is on the device is waited for when somebody looks at it."""
 
@@ -46,11 +46,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """losses: (blocks,) float32, means over all positions of this replica that are scored. share: of its positions, of
-    which a row of T tokens has T-1, that are; 1 without padding and document mask. tokens: those without padding."""
+    """losses: (blocks,) float32, as in StepResult. tokens: of this replica, without padding."""
 
     losses: torch.Tensor
-    share: float
     tokens: int
 
 
@@ -61,13 +59,11 @@ class _MicroBatch:
     hidden: what the next block reads. entering, leaving: by block, the leaf that came in and the output with its
     graph. seams: by block, where its graph is in two pieces. normed: by block, what its output matrix read. from_above:
     by block, what the next one says to it: the gradient of its output, or soft targets; under -1, for the stage before.
-    weight: in the mean of the micro-batches' losses.
     """
 
     packet: Packet
     index: int
     hidden: torch.Tensor | None
-    weight: float = 1.0
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     entering: dict[int, torch.Tensor | None] = field(default_factory=dict)
     leaving: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -109,7 +105,7 @@ class LocalEngine:
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
-        self._weight, self._tokens = 0.0, 0  # of the micro-batches that have entered
+        self._tokens = 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
@@ -167,17 +163,17 @@ class LocalEngine:
         for engine in self.engines:
             engine.eval()
         losses = self._run(LocalEvalSchedule, EVAL, step, micro_batches)
-        return EvalResult(losses, self._weight / micro_batches, self._tokens)
+        return EvalResult(losses, self._tokens)
 
     def _run(self, schedule: type[LocalSchedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
         self._kind, self._step, self._schedule, self._num_entered = kind, step, schedule, 0
-        self._weight, self._tokens = 0.0, 0
+        self._tokens = 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
         for commands in schedule(micro_batches, self.num_stages, self.stage, len(self.engines)).steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
         self._buffers.clear()
-        return self._sums / (self._weight or 1.0)
+        return self._sums / micro_batches
 
     def _exec_load(self, buffer_id: int) -> None:
         assert self._load is not None, "only the first stage loads"
@@ -189,20 +185,9 @@ class LocalEngine:
 
     def _enter(self, buffer_id: int, packet: Packet) -> None:
         hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device)
-        # a step is a mean over micro-batches, an evaluation one over positions
-        weight = self._scored(packet) if self._kind == EVAL else 1.0
-        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden, weight)
+        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden)
         self._num_entered += 1
-        self._weight += weight
         self._tokens += packet.num_tokens
-
-    def _scored(self, packet: Packet) -> float:
-        """Share of the micro-batch's positions that its losses are means over, from what the CPU has."""
-        documents, labels = self._block(0).documents, packet.labels
-        if documents is not None:
-            assert packet.input_ids is not None
-            labels = documents.labels(packet.input_ids, labels, packet.position_ids)
-        return 1.0 if labels is None else float(scored_share(labels))
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.engines[0].device) for name, tensor in packet.integer_parts().items()}
@@ -223,7 +208,7 @@ class LocalEngine:
         body_waits = detach_head and self._schedule is not GlobalSchedule
         inputs |= {"detach_head": detach_head, "keep_normed": distils, "body_waits": body_waits}
         loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
-        batch.losses[block] = self._heads.weights[block] * loss
+        batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
         if sends_back:
             batch.entering[block], batch.leaving[block] = entering, leaving
             if seam := self._block(block).body.border.take_seam():
@@ -233,7 +218,7 @@ class LocalEngine:
             batch.normed[block] = part.take_normed()
             if not part.body.is_first:
                 batch.from_above[block - 1] = soft_targets(part.head, batch.normed[block], self._distillation.top_k)
-        self._sums[block].add_(loss.detach(), alpha=batch.weight)
+        self._sums[block].add_(loss.detach(), alpha=batch.packet.weight)
 
     def _block(self, block: int) -> Block:
         module: Any = self.engines[block].module
@@ -278,7 +263,8 @@ class LocalEngine:
             return loss
         targets, mask = batch.from_above.pop(block), batch.packet.attention_mask
         mask = None if mask is None else mask.to(normed.device)
-        return loss + self._distillation.weight * distillation_loss(self._block(block).head, normed, targets, mask)
+        weight = self._distillation.weight * batch.packet.weight
+        return loss + weight * distillation_loss(self._block(block).head, normed, targets, mask)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:
         assert self.links.gradient_sender is not None, "the first stage sends no gradient"

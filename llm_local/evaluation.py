@@ -60,10 +60,9 @@ class EvalSet:
 
 def over_replicas(world: World, result: EvalResult) -> tuple[list[float], int]:
     """The blocks' losses, means over the scored positions of all replicas, and the tokens of all; each must call."""
-    sums = (result.losses.double().cpu() * result.share).tolist()
-    means = world.mean_over_replicas(torch.tensor([*sums, result.share, result.tokens], dtype=torch.float64)).tolist()
-    *losses, share, tokens = means
-    return [loss / (share or 1.0) for loss in losses], round(tokens * world.place.num_replicas)
+    mine = torch.tensor([*result.losses.tolist(), result.tokens], dtype=torch.float64)
+    *losses, tokens = world.mean_over_replicas(mine).tolist()
+    return losses, round(tokens * world.place.num_replicas)
 
 
 def split_of(number: int, name: str) -> str:

@@ -22,6 +22,7 @@ from llm_local.evaluation import EvalSet, learn, tell
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile
 from llm_local.model.anatomy import load_model_config
+from llm_local.model.document_mask import DocumentMask
 from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
@@ -108,7 +109,7 @@ def build(
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
     if data is not None:
         tell(world, data.validation)
-    feed = _make_feed(config, place, data, (first_step, first_row)) if place.is_first_stage else None
+    feed = _make_feed(config, place, data, plan.documents, (first_step, first_row)) if place.is_first_stage else None
     warnings_of_data = _go_on_reading(feed, catalog)
     engine, links = make_engine(config, plan, world, feed)
     tracer = begin_trace(config, world, engine, links)
@@ -152,13 +153,15 @@ def build(
     )
 
 
-def _make_feed(config: RunConfig, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
+def _make_feed(
+    config: RunConfig, place: Place, data: Data | None, documents: DocumentMask | None, start: tuple[int, int]
+) -> Feed:
     """Rank 0 has prepared the data before it published the plan; the other replicas find it in the cache."""
     data = data or prepare_all(config, load_tokenizer(config))
     validation = [each.sequences for each in data.validation]
     train = config.train
     rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start)
+    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start, documents)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None) -> tuple[str, ...]:

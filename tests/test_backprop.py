@@ -9,7 +9,7 @@ from llm_local.backprop import id_columns, parted, with_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # padding is marked by a negative number (packing.py); as bits of floating-point numbers some of these are NaN
-IDS = torch.tensor([[0, 1, 255, 32_639, 65_535], [65_536, 131_071, 2**31 - 1, -1, -50_257]])
+IDS = torch.tensor([[0, 1, 255, 32_639, 65_535], [65_536, 131_071, 2**31 - 1, -1, -50_257]]).unsqueeze(-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,7 +34,7 @@ def test_gradients_come_back_for_hidden_states_alone(dtype: torch.dtype):
 
 
 def test_one_token_of_an_odd_width():
-    hidden, ids = torch.randn(1, 1, 3, dtype=torch.bfloat16), torch.tensor([[70_000]])
+    hidden, ids = torch.randn(1, 1, 3, dtype=torch.bfloat16), torch.tensor([[[70_000]]])
     received, same = parted(with_ids(hidden, ids))
     assert torch.equal(received, hidden)
     assert torch.equal(same, ids)

@@ -23,6 +23,7 @@ from llm_local.data.sets import prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.examine import Readout
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
+from llm_local.model.document_mask import DocumentMask
 from llm_local.offline_export import export_checkpoint
 from llm_local.progress import Progress
 from llm_local.world import Place
@@ -239,6 +240,50 @@ def test_a_resumed_run_has_counted_from_its_first_step(trainer: Trainer):
         assert first.startswith("| a.jsonl | 33.3% | none | 5"), "five percent are held out"
         assert any(line.startswith("| b.jsonl | 66.7% | none |") for line in lines)
         assert str(trainer.folder) not in "".join(line for line in lines if ".jsonl |" in line)
+
+
+# --- a step
+
+
+LAYOUTS = {  # of a step of 4 rows: ranks, stages, rows of a micro-batch, micro-batches
+    "whole": (1, 1, 4, 1),
+    "replicas": (2, 1, 2, 1),
+    "stages": (2, 2, 1, 4),
+    "both": (4, 2, 1, 2),
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("layouts", "settings"),
+    [
+        (["whole", "replicas", "stages"], {"packing": "none", "layers_per_block": 2}),
+        (["whole", "both"], {"packing": "best_fit", "document_mask": True, "method": "backprop"}),
+    ],
+    ids=["local", "backprop"],
+)
+def test_a_step_is_a_mean_over_its_positions_in_any_layout(trainer: Trainer, layouts: list[str], settings: dict):
+    """A micro-batch that is half padding counts half, on whatever replica it is."""
+    flags = {"train_file": documents(trainer, "train.jsonl", 0, 90), "learning_rate": 0.02, **settings}
+    found = []
+    for name in layouts:
+        ranks, stages, rows, micro_batches = LAYOUTS[name]
+        layout = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        layout["eval_batches"] = micro_batches
+        run = trainer.run(name, ranks, num_stages=stages, max_steps=8, **layout, **flags)
+        found.append([[record["loss"] for record in records(run, stages - 1, split)] for split in ("train", "eval")])
+    for others in found[1:]:
+        for losses, same in zip(found[0], others, strict=True):
+            assert losses == pytest.approx(same, rel=1e-5)
+
+
+def test_micro_batches_count_by_what_is_scored_in_them():
+    """Row n has 8 - n % 4 tokens, of which the first is not predicted."""
+    feeds = [Feed(Padded(), [Padded()], Place(r, 1, 2), rows=2, micro_batches=2, eval_batches=1) for r in (0, 1)]
+    weights = [[feed(TRAIN, 1, index).weight for index in (0, 1)] for feed in feeds]
+    assert weights == [[12 / 11] * 2, [10 / 11] * 2]
+    apart = Feed(Padded(), [], Place(0, 1, 1), 1, 4, 0, documents=DocumentMask(5))  # a document a token
+    assert [apart(TRAIN, 1, index).weight for index in range(4)] == [0.0] * 4
 
 
 # --- other means

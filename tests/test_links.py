@@ -42,7 +42,8 @@ def exchange() -> Any:
     if world.place.stage == 0:
         sender = Sender(world, 1, "bf16", 2)
         sender.send(packet(1, attention_mask=mask, labels=mask - 100))
-        sender.send(Packet(EVAL, 1, 3, input_ids=torch.zeros(1, 2, dtype=torch.int64), hidden=torch.ones(1, 2, 4)))
+        empty = torch.zeros(1, 2, dtype=torch.int64)
+        sender.send(Packet(EVAL, 1, 3, input_ids=empty, hidden=torch.ones(1, 2, 4), weight=1 / 3))
         sender.send(larger(1))
         sender.send(packet(2))
         sender.send(larger(2))
@@ -58,6 +59,7 @@ def exchange() -> Any:
     assert torch.equal(first.input_ids, packet(1).input_ids)
     assert torch.equal(first.attention_mask, mask)
     assert torch.equal(first.labels, mask - 100)
+    assert (first.weight, second.weight) == (1.0, 1 / 3)
     assert first.position_ids is None
     assert second.input_ids.shape == (1, 2)
     assert torch.equal(third.hidden, larger(1).hidden.bfloat16())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from llm_local.data.packing import inputs_of
 from llm_local.data.sequences import Sequences
 from llm_local.links.packet import EVAL, TRAIN, Packet
+from llm_local.model.document_mask import DocumentMask
+from llm_local.model.heads import count_scored
 from llm_local.world import Place
 
 CHECK_TOKENS = 64
@@ -22,11 +25,23 @@ def trained_tokens(state: Mapping[str, Any], rows: int, seq_length: int) -> int:
     return state.get(TOKENS, rows * seq_length)  # old ones have none, and may have counted padding
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A replica's part of a step. rows: (rows · micro-batches, T); weights: of its micro-batches, as a Packet's;
+    tokens: of all replicas, without padding. key: of which step."""
+
+    key: tuple[int, int, int]
+    rows: torch.Tensor
+    weights: list[float]
+    tokens: int
+
+
 class Feed:
     """load(kind, step, index) for an engine of stage 0.
 
     A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
+    documents: how packed documents are kept apart, if they are; the first token of each is not scored then.
 
     tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
     were done before; step_tokens: what that one step had.
@@ -41,6 +56,7 @@ class Feed:
         micro_batches: int,
         eval_batches: int,
         start: tuple[int, int] = (0, 0),
+        documents: DocumentMask | None = None,
     ):
         self._train = train
         self._validation = validation
@@ -49,18 +65,21 @@ class Feed:
         self._start = start
         self._place = place
         self._rows = rows
-        self._held: tuple[tuple[int, int, int], torch.Tensor, int] | None = None
+        self._documents = documents
+        self._held: _Share | None = None
         self._counted = start[0]
         self.tokens = self.step_tokens = 0
 
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
         if kind in self._micro_batches:
-            rows = self._share(kind, step)[index * self._rows : (index + 1) * self._rows]
+            share = self._share(kind, step)
+            rows = share.rows[index * self._rows : (index + 1) * self._rows]
             if kind == TRAIN and step > self._counted:
-                self._count(step)
-            return Packet(kind, step, index, **inputs_of(rows))
-        rows = self._share(TRAIN, self._start[0] + 1) if self._held is None else self._held[1]
+                self._counted, self.step_tokens = step, share.tokens
+                self.tokens += share.tokens
+            return Packet(kind, step, index, weight=share.weights[index], **inputs_of(rows))
+        rows = (self._held or self._share(TRAIN, self._start[0] + 1)).rows
         ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
 
@@ -77,19 +96,26 @@ class Feed:
         self.tokens = state.get(TOKENS, 0)
         return self._train.restore({name: value for name, value in state.items() if name not in NOT_OF_THE_DATA})
 
-    def _count(self, step: int) -> None:
-        assert self._held is not None
-        self._counted, self.step_tokens = step, self._held[2]
-        self.tokens += self.step_tokens
-
-    def _share(self, kind: int, step: int) -> torch.Tensor:
-        """This replica's rows of the step, (rows · micro-batches, T); an evaluation always has the same ones."""
+    def _share(self, kind: int, step: int) -> _Share:
+        """This replica's part of the step; an evaluation always has the same rows."""
         key = (kind, step, self._number)
-        if self._held is None or self._held[0] != key:
+        if self._held is None or self._held.key != key:
             source = self._train if kind == TRAIN else self._validation[self._number]
             replicas = self._place.num_replicas
             done, first = self._start if kind == TRAIN else (step - 1, 0)
             batch = source.batch(step - 1 - done, self._rows * self._micro_batches[kind] * replicas, first)
-            share = batch[self._place.replica :: replicas].contiguous()
-            self._held = (key, share, int((batch >= 0).sum()) if kind == TRAIN else 0)
-        return self._held[1]
+            mine = slice(self._place.replica, None, replicas)
+            weights = self._weights(batch)[mine].view(-1, self._rows).mean(dim=1).tolist()
+            self._held = _Share(key, batch[mine].contiguous(), weights, int((batch >= 0).sum()))
+        return self._held
+
+    def _weights(self, batch: torch.Tensor) -> torch.Tensor:
+        """A step's rows (B, T) → (B,) float64: the scored positions of each, over their mean."""
+        parts = inputs_of(batch)
+        labels = parts.get("labels")
+        if self._documents is not None:
+            labels = self._documents.labels(parts["input_ids"], labels)
+        if labels is None:
+            return torch.ones(len(batch), dtype=torch.float64)
+        scored = count_scored(labels).double()
+        return scored / (scored.mean() or 1.0)

@@ -33,6 +33,7 @@ class Header:
     width: int = 0
     wire_dtype: str = CODES[0]
     names: tuple[str, ...] = ()
+    weight: float = 1.0
 
     @staticmethod
     def of(packet: Packet, wire_dtype: str) -> Header:
@@ -43,23 +44,27 @@ class Header:
         if packet.kind == CHECK and packet.hidden is not None:  # an export is compared with it: nothing is rounded then
             wire_dtype = wire_dtype_of(packet.hidden)
         names = tuple(packet.integer_parts())
-        return Header(packet.kind, packet.step, packet.index, rows, tokens, width, wire_dtype, names)
+        sizes = (rows, tokens, width)
+        return Header(packet.kind, packet.step, packet.index, *sizes, wire_dtype, names, packet.weight)
 
     def to_bytes(self) -> torch.Tensor:
         """(HEADER_BYTES,) uint8."""
         mask = sum(1 << INTEGER_PARTS.index(name) for name in self.names)
         sizes = (self.rows, self.tokens, self.width)
-        numbers = [_MAGIC, self.kind, self.step, self.index, *sizes, CODES.index(self.wire_dtype), mask, 0]
+        weight = int(torch.tensor(self.weight, dtype=torch.float64).view(torch.int64))
+        numbers = [_MAGIC, self.kind, self.step, self.index, *sizes, CODES.index(self.wire_dtype), mask, weight]
         return torch.tensor(numbers).view(torch.uint8)
 
     @staticmethod
     def from_bytes(received: torch.Tensor) -> Header:
         """The inverse of `to_bytes`. Raises ValueError for anything else."""
-        magic, kind, step, index, rows, tokens, width, code, mask, _ = received.view(torch.int64).tolist()
+        numbers = received.view(torch.int64)
+        magic, kind, step, index, rows, tokens, width, code, mask, _ = numbers.tolist()
         if magic != _MAGIC:
             raise ValueError("no packet header")
         names = tuple(name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1)
-        return Header(kind, step, index, rows, tokens, width, CODES[code], names)
+        weight = float(numbers[-1:].view(torch.float64))
+        return Header(kind, step, index, rows, tokens, width, CODES[code], names, weight)
 
     @property
     def is_end(self) -> bool:
@@ -86,7 +91,8 @@ class Header:
     def packet(self, integers: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> Packet:
         """The inverse of `tensors`."""
         parts = {name: part.long() for name, part in zip(self.names, integers, strict=True)}
-        return Packet(self.kind, self.step, self.index, hidden=decode(numbers) if numbers else None, **parts)
+        hidden = decode(numbers) if numbers else None
+        return Packet(self.kind, self.step, self.index, hidden=hidden, weight=self.weight, **parts)
 
 
 def body_size(tensors: Iterable[Shaped]) -> int:

@@ -17,7 +17,8 @@ class Packet:
 
     hidden: (B, T, D), or None where only token ids exist yet; of a gradient packet, the gradient of hidden states.
     input_ids, attention_mask, position_ids, labels: (B, T) int64 on the CPU, the last three only where the data has
-    them, and none in a gradient packet. index: the micro-batch within its step.
+    them, and none in a gradient packet. index: the micro-batch within its step. weight: of its losses, which are means
+    over its own scored positions, in the mean over all micro-batches of the step, so that this is one over positions.
     """
 
     kind: int
@@ -28,6 +29,7 @@ class Packet:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    weight: float = 1.0
 
     def integer_parts(self) -> dict[str, torch.Tensor]:
         """The tensors beside the hidden states that this packet has, by the names the models use."""

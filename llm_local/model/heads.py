@@ -109,9 +109,9 @@ def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels
     return total / count
 
 
-def scored_share(labels: torch.Tensor) -> torch.Tensor:
-    """Share of the positions of rows (B, T) of labels whose next token is in head_loss: a float64 scalar."""
-    return (labels[:, 1:] != IGNORED).double().mean()
+def count_scored(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) → (B,), the positions of each row whose next token is in head_loss."""
+    return (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 def _chunk_loss(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
