@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm_local.block_engine import engine_arguments, restore_buffers, undo_dummy_step
+from llm_local.block_engine import engine_arguments, link_as_laid_out, restore_buffers, undo_dummy_step
 from llm_local.config import RunConfig
 from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
@@ -204,4 +204,5 @@ def make_backprop_engine(
     engine = PipelineEngine(config_class=DeepSpeedConfig(settings, mpu), mpu=mpu, **arguments)
     restore_buffers(module, buffers)
     undo_dummy_step(engine)
+    link_as_laid_out(engine)
     return BackpropEngine(engine, load, config.train.seed)

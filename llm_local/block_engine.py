@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils.mixed_precision_linkage import link_hp_params
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -147,6 +149,7 @@ def make_block_engine(config: RunConfig, block: Block, settings: dict[str, Any])
     engine.waiting_steps = config.local.head_warmup_steps if _waits(config, block) else 0
     restore_buffers(block, buffers)
     undo_dummy_step(engine)
+    link_as_laid_out(engine)
     return engine
 
 
@@ -166,3 +169,27 @@ def undo_dummy_step(engine: DeepSpeedEngine) -> None:
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.refresh_fp32_params()
         engine.optimizer.optimizer.state.clear()
+
+
+def link_as_laid_out(engine: DeepSpeedEngine) -> None:
+    """DeepSpeed looks for a weight's float32 copy in the model's order, also where round_robin_gradients has laid the
+    copies out in another."""
+    zero: Any = engine.optimizer
+    if not getattr(zero, "round_robin_gradients", False):
+        return
+    for number, (group, size) in enumerate(zip(zero.bit16_groups, zero.partition_size, strict=True)):
+        ordered = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
+        offsets = {id(parameter): offset for parameter, offset in ordered}
+        replicas = zero.real_dp_process_group[number]
+        link_hp_params(
+            lp_param_list=group,
+            flat_hp_partition=zero.single_partition_of_fp32_groups[number],
+            gradient_dict=zero.averaged_gradients,
+            offload_gradient_dict=zero.offload_gradient_dict,
+            use_offload=zero.cpu_offload,
+            param_group_index=number,
+            partition_start=size * comm.get_rank(replicas),
+            partition_size=size,
+            dp_group=replicas,
+            param_offsets=[offsets[id(parameter)] for parameter in group],
+        )

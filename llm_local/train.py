@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
+from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import ConfigError, parse
 from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss, StepResult
@@ -30,7 +31,8 @@ from llm_local.world import Launch, Refused, Rendezvous
 
 REFUSED = 2
 # their message says all there is to say
-PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, UnwrittenTrace, ExportError, UnreadableText)
+PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, MisplacedWeights, UnwrittenTrace)
+PLAIN += (ExportError, UnreadableText)
 LAUNCHER_SECONDS = 10.0
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0

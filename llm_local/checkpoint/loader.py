@@ -89,7 +89,17 @@ def load_engines(catalog: Catalog, engines: Sequence[DeepSpeedEngine], replica: 
         _load_position(catalog, engine)
     for some in passes:
         catalog.read(some)
+    for engine in engines:
+        _forget_copies(engine)
     return read, missing
+
+
+def _forget_copies(engine: DeepSpeedEngine) -> None:
+    """The second copies of zero_hpz_partition_size are of new weights; the next forward pass makes them anew."""
+    module: Any = engine.module
+    for parameter in module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
 
 
 def _plan(passes: list[dict[str, Stretch]], name: str, stretch: Stretch) -> None:

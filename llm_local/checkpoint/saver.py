@@ -30,7 +30,7 @@ from llm_local.checkpoint.catalog import (
     replica_file,
     save_tensors,
 )
-from llm_local.checkpoint.shards import SCALAR, STATE, Shard, base_optimizer, shards, tied_names
+from llm_local.checkpoint.shards import SCALAR, STATE, Shard, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
 from llm_local.model.stage import Block
 from llm_local.world import World
@@ -56,6 +56,7 @@ class Saver:
         self._limit = config.train.save_total_limit
         self._thread: threading.Thread | None = None
         self._failure: UnsavedCheckpoint | None = None
+        self._checked = False
 
     def save(
         self,
@@ -68,10 +69,13 @@ class Saver:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
         shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises UnsavedCheckpoint
-        if the save before has failed.
+        if the save before has failed, and MisplacedWeights rather than save another model than is trained.
         """
         start = time.perf_counter()
         self.wait()
+        if not self._checked:
+            check_masters(engines, self._world.place.replica)
+            self._checked = True
         place, root = self._world.place, self._folder / f"step-{step:08d}"
         folder = root / f"stage-{place.stage:02d}"
         if place.is_recorder:  # what a killed run left half written, or one that went on from before

@@ -12,7 +12,7 @@ stretches, so that a run of any layout takes from it what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ from llm_local.backprop import PipeSlice
 from llm_local.model.stage import Block
 
 STATE, SCALAR, EXITS = "/state/", "/scalar/", "exits."
+
+
+class MisplacedWeights(RuntimeError):
+    """DeepSpeed keeps a weight elsewhere than it says: what would be saved is not the model."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,24 @@ def shards(engine: DeepSpeedEngine, replica: int) -> Iterator[Shard]:
             values = holder.detach().view(-1).narrow(0, offset, tensor.numel())
             weights = () if holder is tensor else (whole(tensor),)
             yield Shard(name, Stretch(tensor.numel(), 0, values), holder, offset, True, weights)
+
+
+def check_masters(engines: Sequence[DeepSpeedEngine], replica: int) -> None:
+    """Raises MisplacedWeights naming a parameter whose master on this rank is not, rounded, what the model computes
+    with."""
+    for shard in (shard for engine in engines for shard in shards(engine, replica) if shard.master is not None):
+        assert shard.master is not None
+        start, stop = shard.master.start, shard.master.start + len(shard.master.values)
+        for weights in shard.weights:
+            first, last = max(start, weights.start), min(stop, weights.start + len(weights.values))
+            ours = shard.master.values[first - start : last - start].to(weights.values)
+            theirs = weights.values[first - weights.start : last - weights.start]
+            if not torch.allclose(ours, theirs, rtol=0.0, atol=0.0, equal_nan=True):
+                raise MisplacedWeights(
+                    f"the optimizer's copy of {shard.name} is not the model's weight, so that a checkpoint or export "
+                    "would hold another model; leave out what rearranges weights in the zero_optimization section of "
+                    "--deepspeed"
+                )
 
 
 def whole(tensor: torch.Tensor) -> Stretch:

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 
-from llm_local.checkpoint.shards import named_tensors, shards
+from llm_local.checkpoint.shards import check_masters, named_tensors, shards
 
 Masters = Callable[[torch.Tensor], "torch.Tensor | None"]
 
@@ -18,7 +18,9 @@ def masters_of(engines: Sequence[DeepSpeedEngine], replica: int) -> Masters:
     """From a parameter to the whole of what its optimizer updates, in float32; None for what none does.
 
     What is returned gathers under ZeRO: every replica of the stage must call it for the same tensors in the same order.
+    Raises MisplacedWeights.
     """
+    check_masters(engines, replica)
     copies: dict[int, torch.Tensor] = {}
     for engine in engines:
         module: Any = engine.module
