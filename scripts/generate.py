@@ -116,6 +116,13 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def reason(error: Exception) -> str:
+    """Why transformers does not load a folder."""
+    if "trust_remote_code" in str(error):
+        return "it holds code of its own; read it, and let it run with --trust_remote_code"
+    return str(error).strip().splitlines()[0]
+
+
 def load(folder: Path, given: argparse.Namespace, device: torch.device) -> Any:
     """The model of the folder. Raises ValueError naming the folder if transformers cannot load all of it."""
     options = {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
@@ -123,7 +130,7 @@ def load(folder: Path, given: argparse.Namespace, device: torch.device) -> Any:
     try:
         model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from error
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks {min(info['missing_keys'])}: it is incomplete")
     return model.eval().to(device)
@@ -252,7 +259,7 @@ def generate(given: argparse.Namespace) -> int:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(given.export, trust_remote_code=given.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{given.export} has no tokenizer: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{given.export} has no tokenizer: {reason(error)}") from error
     model = load(given.export, given, device)
     prompts = [encode(tokenizer, prompt, model, given.max_new_tokens) for prompt in given.prompt]
     assistant = None if given.assistant is None else load_assistant(given, model)

@@ -219,10 +219,11 @@ def _tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tu
     """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
     tokenizer = load_tokenizer(config)
     text = "def f(x):\n    return 'é' + x\n"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as unnamed:
+        folder = Path(unnamed, "tokenizer")  # transformers keeps code under the folder's name
         tokenizer.save_pretrained(folder)
         model_config.save_pretrained(folder)
-        again = AutoTokenizer.from_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     if again(text).input_ids == tokenizer(text).input_ids:
         return ()
     kind = model_config.model_type

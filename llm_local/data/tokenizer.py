@@ -20,6 +20,7 @@ from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.data import corpus
 from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model, train
 from llm_local.model.gguf_cache import weights_path
+from llm_local.model.remote_code import UNTRUSTED, is_untrusted
 
 VOCAB_SIZE = 4096
 REVISION = 1  # counts changes of this file that change the result but not SETTINGS
@@ -44,6 +45,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
+        if is_untrusted(error):
+            raise ConfigError([f"the tokenizer of {field}={name} {UNTRUSTED}"]) from error
         reason = " ".join(str(error).split())
         repair = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
         named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))

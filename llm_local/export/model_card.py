@@ -69,7 +69,7 @@ def model_card(training: Training, stage: int | None = None) -> str:
     """The text of README.md: of the exit of a stage, or of the whole model."""
     sections = [
         f"# {_name(training, stage)}\n\n{_what_it_is(training, stage)}",
-        f"## Use\n\n{_use(stage, training.exits)}",
+        f"## Use\n\n{_use(training, stage)}",
         f"## Training\n\n{_table(_facts(training))}",
         *([f"## Data\n\n{_sources(training)}"] if training.sources else []),
         *([f"## Validation loss\n\n{_losses(training, stage)}"] if _shown_losses(training, stage) else []),
@@ -160,19 +160,20 @@ def _what_it_is(training: Training, stage: int | None) -> str:
     return textwrap.fill(f"{kind[0].upper()}{kind[1:]}, {how}.", 120)
 
 
-def _use(stage: int | None, exits: tuple[int, ...]) -> str:
-    whole = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+def _use(training: Training, stage: int | None) -> str:
+    exits = training.exits
     drafts = [stage] if stage is not None else [number for number in exits if number != max(exits)][:1]
+    trust = ", trust_remote_code=True" if training.config.model.trust_remote_code else ""
     lines = [
-        whole,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("export")',
-        'model = AutoModelForCausalLM.from_pretrained("export")',
+        f'tokenizer = AutoTokenizer.from_pretrained("export"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("export"{trust})',
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
     ]
     options = "max_new_tokens=64"
     for draft in drafts:
-        lines.append(f'draft = AutoModelForCausalLM.from_pretrained("export/exits/stage-{draft:02d}")')
+        lines.append(f'draft = AutoModelForCausalLM.from_pretrained("export/exits/stage-{draft:02d}"{trust})')
         options = f"assistant_model=draft, {options}"
     lines += [f"output = model.generate(**inputs, {options})", "print(tokenizer.decode(output[0]))"]
     note = "\n\nGreedy text is the same with the draft as without." if drafts else ""

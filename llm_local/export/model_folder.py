@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 from llm_local.checkpoint.catalog import save_tensors
 from llm_local.files import link_or_copy
 from llm_local.model.anatomy import text_config
+from llm_local.model.remote_code import copy_code
 
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 
@@ -102,7 +103,7 @@ def original_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) 
 
 def model_without_memory(config: PretrainedConfig) -> PreTrainedModel:
     """The model that the config describes, on the meta device."""
-    trusted = type(config).__module__.startswith("transformers_modules")  # code that was run already
+    trusted = bool(getattr(config, "auto_map", None))  # load_model_config leaves it to code that may run
     with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
 
@@ -169,6 +170,7 @@ def complete(
     if not is_tied:
         config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
     with writing(folder / "config.json"):
+        copy_code(config, folder)
         config.save_pretrained(folder)
     with writing(folder / "generation_config.json"):
         GenerationConfig.from_model_config(config).save_pretrained(folder)

@@ -33,6 +33,7 @@ from llm_local.model.observation import (
     text_config,
     watch,
 )
+from llm_local.model.remote_code import UNTRUSTED, check_code, is_untrusted
 
 __all__ = ["Anatomy", "SliceError", "load_model_config", "probe", "text_config"]
 
@@ -91,13 +92,18 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     if model.gguf_file is not None:
         config = read_gguf_config(gguf_path(model))
         return _changed(config, config.to_diff_dict(), model.config_overrides)
+    if path.name == "config.json":
+        source = str(path.parent)  # where its code is
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     except StrictDataclassError as error:  # says in its second line what is wrong
         raise ConfigError([f"no model config in {source}: {' '.join(str(error).split())}"]) from error
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, ImportError, AttributeError) as error:
+        if is_untrusted(error):
+            raise ConfigError([f"{named} {UNTRUSTED}"]) from error
         raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
-    return _changed(config, PretrainedConfig.get_config_dict(source)[0], model.config_overrides)
+    config = _changed(config, PretrainedConfig.get_config_dict(source)[0], model.config_overrides)
+    return check_code(config, model.trust_remote_code, named)
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
