@@ -65,7 +65,7 @@ def test_a_good_run_is_not_refused(trainer: Trainer, tmp_path: Path):
         (1, {"head": "mlp"}, "head='mlp' is unknown; choose one of linear"),
         (2, {"num_stages": 2, "wire_dtype": "int4"}, "wire_dtype='int4' is unknown; choose one of auto, fp32, bf16"),
         (1, {"seq_length": 128}, "seq_length=128 is longer than the model's 64 positions; shorten it, or set max_pos"),
-        (1, {"config_overrides": "vocab_size=500"}, "500 has no row for the tokenizer's highest id 4095; set vocab_size=4096"),
+        (1, {"config_overrides": "vocab_size=500"}, "500 has no row for the tokenizer's highest id 4095; set vocab"),
         (1, {"config_overrides": "no_such=1"}, "config_overrides='no_such=1'"),
         (1, {"config_name": "missing.json"}, "config_name=missing.json: no such file"),
         (1, {"train_file": "missing.txt"}, "train_file=missing.txt does not exist; check the path"),

@@ -99,7 +99,7 @@ def test_ids_with_holes_need_rows_up_to_the_highest(trainer: Trainer, trained: P
         pytest.skip("a unigram's ids are places in a list")
     vocabulary[max(vocabulary, key=vocabulary.get)] = 899
     (pruned / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(ConfigError, match="vocabulary of 700 has no row .* highest id 899; set vocab_size=900 in"):
+    with pytest.raises(ConfigError, match=r"vocabulary of 700 has no row .* highest id 899; set vocab_size=900 in"):
         preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=700")), 1)
     preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=900")), 1)
 
