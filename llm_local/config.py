@@ -190,7 +190,9 @@ class TrainArguments:
     eval_batches: int = _option(8, "Micro-batches of one evaluation on each replica; 0: never evaluate.")
     save_steps: int = _option(0, "Steps between checkpoints; 0: none.")
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
-    resume_from_checkpoint: str | None = _option(None, "Checkpoint or run folder; 'true': newest in output_dir.")
+    resume_from_checkpoint: str | None = _option(
+        None, "Checkpoint or run folder; 'true': newest in output_dir; 'auto': that, or a new run if there is none."
+    )
     report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
     ddp_timeout: int = _option(1800, "Longest wait for start-up, in seconds; rank 0 may prepare data for longer.")
     export_dtype: str = _option(

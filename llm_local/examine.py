@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
+from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
 from llm_local.checks.preflight import document_mask, plan_partition
 from llm_local.config import RunConfig, parse
@@ -78,15 +79,15 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
 
 def find_committed(run: Path, checkpoint: str | None) -> Path:
     """The newest complete checkpoint of the run, or the one named. Raises ValueError naming those there are."""
-    committed = sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{MANIFEST}"))
+    found = committed(run)
     if checkpoint is None:
-        if not committed:
+        if not found:
             raise ValueError(f"{run} has no complete checkpoint to look into; train with --save_steps")
-        return committed[-1]
-    for folder in (run / "checkpoints" / checkpoint, Path(checkpoint)):
+        return found[-1]
+    for folder in (run / FOLDER / checkpoint, Path(checkpoint)):
         if (folder / MANIFEST).is_file():
             return folder
-    names = ", ".join(folder.name for folder in committed) or "none"
+    names = ", ".join(folder.name for folder in found) or "none"
     raise ValueError(f"{run} has no complete checkpoint {checkpoint} (it has {names})")
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_local.assembly import Engine
 from llm_local.backprop import BackpropEngine
-from llm_local.checkpoint.catalog import MANIFEST
+from llm_local.checkpoint.line import committed
 from llm_local.checks.preflight import Plan
 from llm_local.config import RunConfig
 from llm_local.data.feed import Feed
@@ -76,10 +76,10 @@ def finish(
 
 def _again(config: RunConfig) -> str:
     """Where an export that failed can start from."""
-    committed = sorted(config.output_dir.glob(f"checkpoints/step-*/{MANIFEST}"))
-    if not committed:
+    found = committed(config.output_dir)
+    if not found:
         return ", by another run: this one saved no checkpoint (save_steps)"
-    return f", from the checkpoint {committed[-1].parent} (--resume_from_checkpoint true)"
+    return f", from the checkpoint {found[-1]} (--resume_from_checkpoint true)"
 
 
 def _export(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, export: Path) -> None:

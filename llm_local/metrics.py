@@ -20,6 +20,10 @@ from typing import Any
 
 import torch
 
+from llm_local.files import write_whole
+
+FOLDER = "metrics"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -54,21 +58,17 @@ def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float | None:
 class MetricsFile:
     """Appends records; each is on disk before the next step. One that a resumed run writes again replaces the old."""
 
-    def __init__(self, output_dir: Path, stage: int, monitor: Any, resumed_step: int):
-        self.path = output_dir / "metrics" / f"stage-{stage:02d}.jsonl"
+    def __init__(self, output_dir: Path, stage: int, monitor: Any):
+        self.path = output_dir / FOLDER / f"stage-{stage:02d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
         self._monitor = monitor
-        kept = [r for r in read_records(self.path) if r["step"] <= resumed_step] if resumed_step else []
-        self._old = {(r["split"], r["step"]) for r in kept}
-        self._write_all(kept)
-
-    def _write_all(self, records: list[dict[str, Any]]) -> None:
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self._old = {(r["split"], r["step"]) for r in read_records(self.path)}
 
     def write(self, record: Record) -> None:
         key = (record.split, record.step)
         if key in self._old:  # a finished run that is resumed evaluates again
-            self._write_all([r for r in read_records(self.path) if (r["split"], r["step"]) != key])
+            _write_all(self.path, [r for r in read_records(self.path) if (r["split"], r["step"]) != key])
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:
@@ -76,6 +76,16 @@ class MetricsFile:
             values = [(name, getattr(record, name)) for name in names]
             events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
             self._monitor.write_events(events)
+
+
+def keep_until(output_dir: Path, step: int) -> None:
+    """Leaves the records of a run up to the step that it goes on from, of all stages that it ever had; of 0, none."""
+    for path in (output_dir / FOLDER).glob("stage-*.jsonl"):
+        _write_all(path, [record for record in read_records(path) if 0 < step >= record["step"]])
+
+
+def _write_all(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

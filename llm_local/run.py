@@ -95,8 +95,9 @@ def build(
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
     startup = float(config.train.ddp_timeout)
     store = (meeting or Rendezvous(launch, store_name(config), startup)).store()
+    news: tuple[str, ...] = ()
     if plan is not None:
-        open_output(plan.resolve(config), plan)
+        news = open_output(plan.resolve(config), plan)
         store.set(PLAN, plan.to_json())
     plan = Plan.from_json(fetch_plan(store, startup, config.local.link_timeout_seconds))
     config = plan.resolve(config)
@@ -113,14 +114,14 @@ def build(
     warnings_of_data = _go_on_reading(feed, catalog)
     engine, links = make_engine(config, plan, world, feed)
     tracer = begin_trace(config, world, engine, links)
-    news = take_up(catalog, config, layout, world, engine.engines) if catalog else ()
+    news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
     refresher = make_refresher(config, plan.partition, world, links, engine.engines)
     if refresher is not None:
         block: Any = engine.engines[-1].module
         refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
     metrics = None
     if place.is_recorder:
-        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step)
+        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor)
     progress = Progress(world, config.train.max_steps, first_step)
     for warning in (*plan.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
         progress.say(f"llm_local: warning: {warning}")

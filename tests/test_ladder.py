@@ -20,7 +20,7 @@ model: shared_head distillation lowrank windows head_start stage refresh
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer
 data: source_problems sources sequences tokenizer_training streams prepared sets feed
 ds_config block_engine engine backprop
-checkpoint: shards catalog saver loader
+checkpoint: shards catalog line saver loader
 export: masters model_folder stages model_card
 metrics progress
 timeline: measured chrome_trace replay picture

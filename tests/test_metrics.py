@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_local.metrics import MetricsFile, Record, read_records
+from llm_local.metrics import MetricsFile, Record, keep_until, read_records
 from llm_local.progress import Progress
 from llm_local.world import Place
 
@@ -19,14 +19,19 @@ def record(step: int, split: str = "train", loss: float = 1.0) -> Record:
 
 
 def test_a_record_that_a_resumed_run_writes_again_replaces_the_old_one(tmp_path: Path):
-    first = MetricsFile(tmp_path, 0, None, resumed_step=0)
+    first = MetricsFile(tmp_path, 0, None)
     for one in (record(1), record(2), record(2, "eval"), record(3)):
         first.write(one)
-    again = MetricsFile(tmp_path, 0, None, resumed_step=2)
+    MetricsFile(tmp_path, 1, None).write(record(3))  # of a stage that the resumed run has no more
+    keep_until(tmp_path, 2)
+    again = MetricsFile(tmp_path, 0, None)
+    assert not read_records(tmp_path / "metrics/stage-01.jsonl")
     assert [(r["step"], r["split"]) for r in read_records(again.path)] == [(1, "train"), (2, "train"), (2, "eval")]
     again.write(record(2, "eval", loss=7.0))
     found = [(r["step"], r["split"], r["loss"]) for r in read_records(again.path)]
     assert found == [(1, "train", 1.0), (2, "train", 1.0), (2, "eval", 7.0)]
+    keep_until(tmp_path, 0)
+    assert not read_records(again.path), "a new run has none"
 
 
 class Terminal(io.StringIO):

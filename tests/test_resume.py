@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,8 +15,10 @@ import torch
 from conftest import TINY, Trainer, records, weights
 from launching import job
 
-from llm_local.checkpoint.catalog import Catalog, find_checkpoint, read_manifest
-from llm_local.config import ConfigError, from_flat
+from llm_local.checkpoint.catalog import Catalog, read_manifest
+from llm_local.checkpoint.line import committed, find_checkpoint, set_aside
+from llm_local.checks.preflight import preflight
+from llm_local.config import ConfigError, from_flat, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 DROPOUT = {"attention_dropout": 0.1}
@@ -69,6 +73,99 @@ def test_a_half_written_checkpoint_is_never_picked_and_old_ones_go(trainer: Trai
     assert [r["step"] for r in records(again, 1)] == [1, 2, 3, 4, 5]
     assert records(again, 1)[-1]["lr"] == pytest.approx(1e-4 / 5), "the flags of the resumed run are followed"
     assert (checkpoints / "step-00000004" / "manifest.json").exists(), "the half-written one was written again"
+
+
+@pytest.mark.processes
+def test_a_run_that_goes_back_keeps_both_lines(trainer: Trainer):
+    """What was trained after the checkpoint is set aside whole, and none of the new line's checkpoints goes for it."""
+    common = {"eval_batches": 0, "save_steps": 2}
+    output = trainer.run("run", 1, max_steps=8, **common)
+    folder, first = output / "checkpoints", (output / "metrics/stage-00.jsonl").read_text()
+    back = {"resume_from_checkpoint": folder / "step-00000002", "save_total_limit": 2, "learning_rate": 1e-4}
+    trainer.run("run", 1, max_steps=6, **common, **back)
+    aside = folder / "abandoned-1"
+    assert [path.name for path in committed(output)] == ["step-00000004", "step-00000006"]
+    old = ("step-00000004", "step-00000006", "step-00000008")
+    assert [read_manifest(aside / name).flags["learning_rate"] for name in old] == [3e-3] * 3
+    assert (aside / "metrics/stage-00.jsonl").read_text() == first
+    found = records(output, 0)
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
+    assert found[:2] == [json.loads(line) for line in first.splitlines()[:2]]
+    newest = from_flat({"output_dir": str(output), "resume_from_checkpoint": "true"})
+    assert find_checkpoint(newest) == folder / "step-00000006"
+    trainer.run("run", 1, max_steps=10, **common, resume_from_checkpoint=aside / "step-00000008")
+    assert [r["lr"] for r in records(output, 0)[:8]] == [json.loads(line)["lr"] for line in first.splitlines()]
+    assert [path.name for path in committed(output)] == ["step-00000010"]
+    assert sorted(path.name for path in folder.iterdir()) == ["abandoned-1", "abandoned-2", "step-00000010"]
+
+
+def fake_run(folder: Path, *steps: int) -> list[Path]:
+    """As much of a run as is looked at before a checkpoint is read."""
+    (folder / "metrics").mkdir(parents=True)
+    (folder / "run.yaml").write_text("seed: 1\n")
+    (folder / "metrics/stage-00.jsonl").write_text("".join(f'{{"step": {n}, "split": "train"}}\n' for n in steps))
+    for step in steps:
+        (folder / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        (folder / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+    return committed(folder)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_a_kill_while_checkpoints_are_set_aside_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+):
+    """At every moment the newest checkpoint is one that leads to the next; the next start finishes the work."""
+    first, *later = fake_run(tmp_path, 4, 8, 12, 16)
+    rename, left = os.rename, iter(range(moves))
+
+    def until_killed(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise Killed
+        rename(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(os, "rename", until_killed)
+        set_aside(tmp_path, first)
+    assert committed(tmp_path) == [first, *later[: 3 - moves]]
+    assert len((tmp_path / "metrics/stage-00.jsonl").read_text().splitlines()) == 4
+    set_aside(tmp_path, first)
+    assert committed(tmp_path) == [first]
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/abandoned-*/step-*")) == [p.name for p in later]
+    assert set_aside(tmp_path, first) is None
+
+
+def test_a_checkpoint_of_another_run_does_not_come_into_a_folder_with_one(trainer: Trainer):
+    theirs = fake_run(trainer.folder / "theirs", 4)[0]
+    ours = trainer.folder / "run"
+    fake_run(ours, 2)
+    others = "replace it (--overwrite_output_dir), or choose another folder"
+
+    def problems(**settings: object) -> list[str]:
+        with pytest.raises(ConfigError) as refusal:
+            preflight(parse(trainer.flags("run", **settings)), 1)
+        return refusal.value.problems
+
+    assert problems(resume_from_checkpoint=theirs) == [
+        f"resume_from_checkpoint={theirs} lies outside output_dir={ours}, which holds another run; go on with that one "
+        f"(--resume_from_checkpoint auto), {others}"
+    ]
+    assert problems(resume_from_checkpoint=trainer.folder / "theirs")[0].startswith(f"resume_from_checkpoint={theirs} ")
+    unreadable = f"{theirs}/manifest.json cannot be read"
+    assert problems(resume_from_checkpoint=theirs, overwrite_output_dir=True)[0].startswith(unreadable)
+    assert problems(resume_from_checkpoint=theirs, output_dir=trainer.folder / "new")[0].startswith(unreadable)
+    shutil.rmtree(ours / "checkpoints")
+    (ours / "run.yaml").write_text(f"resume_from_checkpoint: {theirs}\n")
+    assert problems(resume_from_checkpoint=theirs)[0].startswith(unreadable), "the same command, killed before a save"
+    (ours / "run.yaml").write_text("- a list\n")
+    assert "which holds another run" in problems(resume_from_checkpoint=theirs)[0]
+    (ours / "export").mkdir()
+    assert problems(resume_from_checkpoint="auto") == [
+        f"output_dir={ours} holds a finished run without a checkpoint to go on from; {others}"
+    ]
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):

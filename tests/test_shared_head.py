@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +284,9 @@ def test_resume_in_the_middle_of_a_transit_equals_never_having_stopped(trainer: 
     straight = trainer.run("straight", ranks, max_steps=9, save_steps=1, **common)
     losses = block_losses(straight, settings["num_stages"])
     for step in (4, 6, 8):
-        name = f"from-{step}"
-        shutil.copytree(straight, trainer.folder / name, ignore=shutil.ignore_patterns("export", "checkpoints"))
         checkpoint = straight / f"checkpoints/step-{step:08d}"
-        resumed = trainer.run(name, ranks, max_steps=9, resume_from_checkpoint=checkpoint, **common)
-        assert block_losses(resumed, settings["num_stages"]) == losses
+        resumed = trainer.run(f"from-{step}", ranks, max_steps=9, resume_from_checkpoint=checkpoint, **common)
+        assert block_losses(resumed, settings["num_stages"]) == losses[step:]
         for folder in ("export", "export/exits/stage-00"):
             mine, theirs = weights(resumed / folder), weights(straight / folder)
             assert all(torch.equal(mine[k], theirs[k]) for k in theirs)

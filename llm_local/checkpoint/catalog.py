@@ -1,4 +1,4 @@
-"""Checkpoints: what a folder of one holds, which one to go on from, and reading it at any layout.
+"""Checkpoints: what a folder of one holds, and reading it at any layout.
 
     OUTPUT/checkpoints/step-00000200/stage-00/replica-00.safetensors    this rank's stretch of every tensor of its stage
     OUTPUT/checkpoints/step-00000200/stage-00/state.json                schedulers and loss scales of the stage's blocks
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import ConfigError, RunConfig
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.partition import Partition
 
@@ -106,31 +106,6 @@ class Manifest:
     layout: Layout
     flags: dict[str, Any]
     versions: dict[str, str]
-
-
-def resumes(config: RunConfig) -> bool:
-    return (config.train.resume_from_checkpoint or "false").lower() != "false"
-
-
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; None if the flag is not set.
-
-    Raises ConfigError if there is none, or if it is only half written.
-    """
-    wanted = config.train.resume_from_checkpoint
-    if wanted is None or not resumes(config):
-        return None
-    place = config.output_dir if wanted.lower() in ("true", "last", "latest") else Path(wanted)
-    if place.name.startswith("step-"):
-        if not (place / MANIFEST).exists():
-            named = f"resume_from_checkpoint={place}{from_here(place)}"
-            raise ConfigError([f"{named} has no {MANIFEST}: it is missing or half written"])
-        return place
-    committed = sorted((place / "checkpoints").glob(f"step-*/{MANIFEST}"))
-    if not committed:
-        folder = place / "checkpoints"
-        raise ConfigError([f"resume_from_checkpoint={wanted}: no complete checkpoint in {folder}{from_here(folder)}"])
-    return committed[-1].parent
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -30,6 +30,7 @@ from llm_local.checkpoint.catalog import (
     replica_file,
     save_tensors,
 )
+from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, Shard, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
 from llm_local.model.stage import Block
@@ -52,7 +53,7 @@ class Saver:
         self._store = world.store.clone()
         self._layout = layout
         self._flags = config.flat()
-        self._folder = config.output_dir / "checkpoints"
+        self._folder = config.output_dir / FOLDER
         self._limit = config.train.save_total_limit
         self._thread: threading.Thread | None = None
         self._failure: UnsavedCheckpoint | None = None
@@ -136,7 +137,7 @@ class Saver:
             path = root / MANIFEST
             if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
                 _commit(path, manifest)
-                _remove_old(root.parent, self._limit)
+                _remove_old(root, self._limit)
         except Exception as error:  # of whatever library; the training thread raises it
             shutil.rmtree(folder, ignore_errors=True)
             self._failure = UnsavedCheckpoint(
@@ -223,8 +224,9 @@ def _to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
-def _remove_old(folder: Path, limit: int | None) -> None:
-    committed = sorted(manifest.parent for manifest in folder.glob(f"step-*/{MANIFEST}"))
-    for old in committed[: -limit if limit else 0]:
+def _remove_old(newest: Path, limit: int | None) -> None:
+    """Keeps the newest, which has just been written, and those before it up to the limit."""
+    line = [path for path in committed(newest.parent.parent) if path.name <= newest.name]
+    for old in line[: -limit if limit else 0]:
         (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is not one
         shutil.rmtree(old)

@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llm_local.checkpoint.catalog import (
     BrokenCheckpoint,
     Catalog,
-    find_checkpoint,
     layout_of,
     layout_problems,
-    resumes,
+    read_manifest,
 )
+from llm_local.checkpoint.line import another_run, find_checkpoint, is_own, set_aside
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
@@ -33,6 +33,7 @@ from llm_local.device import missing_for_compile, supports
 from llm_local.ds_config import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.head_problems import cut_problems, head_warnings
+from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
@@ -251,16 +252,18 @@ def _folder_problems(config: RunConfig) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={folder} is a file; name a folder"]
     problems = _unwritable("output_dir", folder)
-    if resumes(config):
-        return problems
-    if config.train.overwrite_output_dir:
+    try:
+        checkpoint = find_checkpoint(config)
+    except ConfigError as error:
+        return problems + error.problems
+    if _replaces(config, checkpoint):
         return problems + _lost_inputs(config)
-    if (folder / "run.yaml").exists():
-        problems.append(
-            f"output_dir={folder} holds another run; go on with it (--resume_from_checkpoint true), "
-            "replace it (--overwrite_output_dir), or choose another folder"
-        )
-    return problems
+    return problems + another_run(config, checkpoint)
+
+
+def _replaces(config: RunConfig, checkpoint: Path | None) -> bool:
+    """Whether the run that output_dir holds goes; what is gone on with stays."""
+    return config.train.overwrite_output_dir and not is_own(config.output_dir, checkpoint)
 
 
 def _unwritable(name: str, folder: Path) -> list[str]:
@@ -291,10 +294,10 @@ def _resume(
     config: RunConfig, model_config: PretrainedConfig, partition: Partition, world_size: int
 ) -> tuple[str | None, list[str]]:
     layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
+    checkpoint = find_checkpoint(config)
+    if checkpoint is None:
+        return None, []
     try:
-        checkpoint = find_checkpoint(config)
-        if checkpoint is None:
-            return None, []
         problems = layout_problems(checkpoint, layout)
         step = Catalog(checkpoint).manifest.step
     except ConfigError as error:
@@ -310,18 +313,25 @@ def _resume(
     return str(checkpoint), problems
 
 
-def open_output(config: RunConfig, plan: Plan) -> None:
-    """Makes OUTPUT and writes run.yaml; a run that is replaced goes first, and nothing else in the folder does."""
-    folder = config.output_dir
-    if config.train.overwrite_output_dir and plan.checkpoint is None:
+def open_output(config: RunConfig, plan: Plan) -> tuple[str, ...]:
+    """Makes OUTPUT and writes run.yaml; returns lines for a person.
+
+    A run that is replaced goes first, and nothing else in the folder does: what is not on the line that is gone on with
+    is set aside.
+    """
+    folder, checkpoint = config.output_dir, Path(plan.checkpoint) if plan.checkpoint else None
+    if _replaces(config, checkpoint):
         for name in OURS:
             _remove(folder / name)
+    said = set_aside(folder, checkpoint, TRACE)
+    keep_until(folder, read_manifest(checkpoint).step if checkpoint else 0)
     if config.train.trace:  # of the part of the run that is gone on from
         _remove(folder / TRACE)
     _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
     (folder / "run.yaml").write_text(f"# {plan.partition.describe()}\n{text}")
+    return (said,) if said else ()
 
 
 def _remove(path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm_local.checkpoint.catalog import MANIFEST
+from llm_local.checkpoint.line import committed
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
@@ -125,8 +125,7 @@ def _changes(run: Run) -> list[str]:
 def arguments_of(run: Run) -> list[str]:
     """pretrain.py's arguments: an unfinished run goes on from its last checkpoint, or starts again."""
     flags = run.config.flat()
-    has_checkpoint = any((run.folder / "checkpoints").glob(f"step-*/{MANIFEST}"))
-    if has_checkpoint and not _changes(run):
+    if committed(run.folder) and not _changes(run):
         flags["resume_from_checkpoint"] = "true"
     else:
         flags["overwrite_output_dir"] = True
