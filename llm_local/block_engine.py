@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from deepspeed import comm
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.mixed_precision_linkage import link_hp_params
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -136,10 +138,18 @@ def engine_arguments(config: RunConfig, module: torch.nn.Module, settings: dict[
         "model": module,
         "model_parameters": parameters,
         "optimizer": make_optimizer(config) if own_optimizer else None,
-        "lr_scheduler": None if "scheduler" in settings else make_scheduler(config),
+        "lr_scheduler": _named_scheduler(settings) if "scheduler" in settings else make_scheduler(config),
         "config": settings,
         "dist_init_required": False,
     }
+
+
+def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """The JSON's, where it is one of torch's: DeepSpeed would make it for ZeRO's optimizer, which torch refuses."""
+    name = settings["scheduler"]["type"]
+    if hasattr(lr_schedules, name):
+        return None
+    return partial(getattr(lr_scheduler, name), **settings["scheduler"].get("params", {}))
 
 
 def make_block_engine(config: RunConfig, block: Block, settings: dict[str, Any]) -> BlockEngine:

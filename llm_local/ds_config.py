@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.optim import lr_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llm_local.config import ConfigError, RunConfig, from_here
@@ -78,9 +79,22 @@ def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
 
 def _deepspeeds_own_problems(config: RunConfig, settings: Json) -> list[str]:
     """What DeepSpeed itself would refuse when it makes an engine, for it would do so on every rank."""
+    from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 
+    for section in ("optimizer", "scheduler"):
+        if section in settings and not isinstance(settings[section].get("type"), str):
+            return [
+                f"{config.train.deepspeed}: {section} has no type; name one, or remove {section}: the flags have one"
+            ]
     name = settings.get("optimizer", {}).get("type")
+    schedule = settings.get("scheduler", {}).get("type", lr_schedules.WARMUP_LR)
+    if schedule == "ReduceLROnPlateau" or not (hasattr(lr_schedules, schedule) or hasattr(lr_scheduler, schedule)):
+        why = "waits for a measure that no run gives it" if schedule == "ReduceLROnPlateau" else "is unknown"
+        known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
+        return [
+            f"{config.train.deepspeed}: scheduler.type={schedule!r} {why}; use {known}, or one of torch by its name"
+        ]
     if name is not None and name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
         return [f"{config.train.deepspeed}: optimizer.type={name!r} is unknown; DeepSpeed has {DEEPSPEED_OPTIMIZERS}"]
     try:

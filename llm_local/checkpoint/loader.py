@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -165,14 +166,8 @@ def _load_position(catalog: Catalog, engine: DeepSpeedEngine) -> None:
     module: Any = engine.module
     span = [module.body.span.start, module.body.span.stop] if isinstance(module, Block) else None
     saved = next((block for block in catalog.blocks if block["span"] == span), catalog.blocks[0])
-    scheduler: Any = engine.lr_scheduler
-    if isinstance(scheduler, LambdaLR) and "last_epoch" in saved["scheduler"]:
-        scheduler.last_epoch = saved["scheduler"]["last_epoch"]
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-    elif not isinstance(scheduler, LambdaLR) and "last_epoch" not in saved["scheduler"]:
-        scheduler.load_state_dict(saved["scheduler"])
+    position = saved["scheduler"]
+    stand_at(engine.lr_scheduler, position.get("last_epoch", position.get("last_batch_iteration", -1) + 1))
     step = catalog.manifest.step
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
@@ -180,3 +175,18 @@ def _load_position(catalog: Catalog, engine: DeepSpeedEngine) -> None:
     for number, name, owner, _ in loss_scales(engine):
         if f"{number}.{name}" in saved["loss_scale"]:
             setattr(owner, name, saved["loss_scale"][f"{number}.{name}"])
+
+
+def stand_at(scheduler: Any, steps: int) -> None:
+    """Puts a new scheduler, of any kind, where one stands that has taken so many steps; so are its groups' rates."""
+    if isinstance(scheduler, LambdaLR):
+        scheduler.last_epoch = steps - 1
+        scheduler.step()
+    elif hasattr(scheduler, "last_batch_iteration"):
+        if steps:
+            scheduler.step(steps - 1)
+    else:  # torch's make a rate from the one before
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
+            for _ in range(steps):
+                scheduler.step()

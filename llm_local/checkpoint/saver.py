@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch.optim.lr_scheduler import LambdaLR
 
 from llm_local.checkpoint.catalog import (
     DATA_FILE,
@@ -183,7 +182,9 @@ def _numel(shard: Shard) -> int:
 def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Where the block's schedule stands, which names stand for others, and with fp16 its loss scale."""
     scheduler: Any = engine.lr_scheduler
-    position = {"last_epoch": scheduler.last_epoch} if isinstance(scheduler, LambdaLR) else scheduler.state_dict()
+    position = {"last_epoch": getattr(scheduler, "last_epoch", None)}
+    if position["last_epoch"] is None:  # DeepSpeed's own count from -1
+        position["last_epoch"] = scheduler.last_batch_iteration + 1
     module: Any = engine.module
     span = module.body.span if isinstance(module, Block) else None
     scales = {f"{number}.{name}": value for number, name, _, value in loss_scales(engine)}
