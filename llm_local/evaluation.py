@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 
@@ -13,8 +14,12 @@ from llm_local.config import RunConfig
 from llm_local.data.sets import ValidationSet
 from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
+from llm_local.export.stages import exit_name
 from llm_local.metrics import Record
+from llm_local.partition import Partition
 from llm_local.world import World
+
+DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
 
 _KEY = "validation_sets"
 
@@ -63,6 +68,28 @@ def over_replicas(world: World, result: EvalResult) -> tuple[list[float], int]:
     mine = torch.tensor([*result.losses.tolist(), result.tokens], dtype=torch.float64)
     *losses, tokens = world.mean_over_replicas(mine).tolist()
     return losses, round(tokens * world.place.num_replicas)
+
+
+def better_exit(losses: Sequence[Sequence[float]], partition: Partition, exported: Sequence[int]) -> str:
+    """Which exit to keep, in a line for a person, where one is better than the whole model; '' if none is.
+
+    losses: by stage, of its blocks on the same text. exported: the stages whose exits are models.
+    """
+    flat = [loss for of_stage in losses for loss in of_stage]
+    behind, best = flat[-1] - min(flat), partition.blocks[flat.index(min(flat))].stop
+    if not behind > DEPTH_TOLERANCE:
+        return ""
+    ends = [partition.layers_of(stage).stop for stage in range(partition.num_stages)]
+    if best in ends and ends.index(best) in exported:
+        keep = f"keep exits/{exit_name(ends.index(best))}"
+    elif best in ends:
+        keep = "it is no model of its own"
+    else:
+        cuts = [0, *sorted({*ends, best})]
+        layers = ",".join(str(stop - start) for start, stop in pairwise(cuts))
+        keep = f"to have it, resume with the same blocks and --num_stages {len(cuts) - 1} --stage_layers {layers}"
+    figures = f"({flat[-1]:.4f} against {min(flat):.4f}) on validation text"
+    return f"the whole model is {behind:.3f} nats behind the exit of layers 0-{best - 1} {figures}: {keep}"
 
 
 def split_of(number: int, name: str) -> str:

@@ -22,7 +22,7 @@ from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
 from llm_local.checks.preflight import document_mask, plan_partition
-from llm_local.config import RunConfig, parse
+from llm_local.config import RunConfig, from_flat
 from llm_local.data.sequences import Sequences
 from llm_local.model.anatomy import load_model_config, probe
 from llm_local.model.heads import IGNORED, LossLinear
@@ -54,16 +54,19 @@ class Gradients:
 
 
 def load_run(run: Path, checkpoint: str | None, device: torch.device) -> TrainedRun:
-    """Builds the blocks and reads their weights; checkpoint: its name or path, by default the newest.
+    """Builds the blocks, by the flags that the checkpoint was written with, and reads their weights.
+
+    checkpoint: its name or path, by default the newest.
 
     Raises ValueError where there is none, or it has no blocks of that kind, and BrokenCheckpoint where a file is
     missing or damaged; the message says what to do.
     """
     if not (run / "run.yaml").is_file():
         raise ValueError(f"{run} has no run.yaml; name the --output_dir of a run")
-    config = parse([str(run / "run.yaml")])
     folder = find_committed(run, checkpoint)
-    if read_manifest(folder).layout.method == "backprop":
+    manifest = read_manifest(folder)
+    config = from_flat(manifest.flags)
+    if manifest.layout.method == "backprop":
         raise ValueError(f"{folder} was trained with method=backprop: one loss for all layers, no local gradient")
     catalog = Catalog(folder)
     model_config = load_model_config(config.model)

@@ -21,7 +21,7 @@ from llm_local.data.packing import PackedSource
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
-from llm_local.evaluation import EvalSet, learn
+from llm_local.evaluation import EvalSet, better_exit, learn
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, model_card
 from llm_local.export.model_folder import (
@@ -183,25 +183,29 @@ def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, tra
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
     sets = learn(world, config) if config.train.eval_batches else ()
-    found = [[_last_loss(config, world, each, stage) for each in sets] for stage in stages]
-    losses = [scores[0] if scores else None for scores in found]
+    found = [[_last_losses(config, world, each, stage) for each in sets] for stage in stages]
+    losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
     _write_cards(_training(config, plan, world.place, trained, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
-        for each, loss in zip(sets, scores, strict=True):
-            progress.say(f"stage {stage}: {each.describe(loss)}")
+        for each, block_losses in zip(sets, scores, strict=True):
+            progress.say(f"stage {stage}: {each.describe(block_losses[-1])}")
     early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
+    if sets and _has_exits(config):
+        better = better_exit([scores[0] for scores in found], plan.partition, exits)
+        progress.say(f"llm_local: warning: {better}") if better else None
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
 
 
-def _last_loss(config: RunConfig, world: World, each: EvalSet, stage: int) -> float:
+def _last_losses(config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:
+    """Of the stage's blocks, at the last step."""
     key, seconds = f"{each.split}/{config.train.max_steps}/{stage}", float(config.train.ddp_timeout)
-    return float(world.fetch(key, seconds, f"stage {stage} to evaluate"))
+    return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
 
 
 def _training(

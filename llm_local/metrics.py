@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,30 @@ def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float | None:
 
 
 class MetricsFile:
-    """Appends records; each is on disk before the next step. One that a resumed run writes again replaces the old."""
+    """Appends records; each is on disk before the next step. One that a resumed run writes again replaces the old.
 
-    def __init__(self, output_dir: Path, stage: int, monitor: Any):
+    monitor: DeepSpeed's, which gets a copy. resumed_samples: what resumed_step is where DeepSpeed counts sequences.
+    """
+
+    def __init__(self, output_dir: Path, stage: int, monitor: Any, resumed_step: int = 0, resumed_samples: int = 0):
         self.path = output_dir / FOLDER / f"stage-{stage:02d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         self._monitor = monitor
         self._old = {(r["split"], r["step"]) for r in read_records(self.path)}
+        csv: Any = getattr(monitor, "csv_monitor", None)
+        self._csv = Path(csv.log_dir) if csv else None
+        for path in self._csv.glob("*.csv") if self._csv else ():
+            last = resumed_samples if path.stem.startswith("Train_Samples") else resumed_step
+            _keep_rows(path, lambda step, last=last: step <= last)
+            csv.filenames.append(path.stem)  # of those that have a header
 
     def write(self, record: Record) -> None:
         key = (record.split, record.step)
         if key in self._old:  # a finished run that is resumed evaluates again
             _write_all(self.path, [r for r in read_records(self.path) if (r["split"], r["step"]) != key])
+            for path in self._csv.glob(f"{record.split}_*.csv") if self._csv else ():
+                _keep_rows(path, lambda step: step != record.step)
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:
@@ -86,6 +97,13 @@ def keep_until(output_dir: Path, step: int) -> None:
 
 def _write_all(path: Path, records: Sequence[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _keep_rows(path: Path, keep: Callable[[int], bool]) -> None:
+    """Leaves the rows 'step,value' of a csv file whose step is kept."""
+    header, *rows = path.read_text().splitlines() or [""]
+    kept = (row for row in rows if keep(int(row.partition(",")[0])))
+    write_whole(path, "".join(f"{row}\n" for row in (header, *kept)))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

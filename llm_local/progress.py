@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -30,9 +31,9 @@ class Progress:
         if self._shown:
             tqdm.write(text, file=sys.stderr)
 
-    def publish(self, split: str, step: int, loss: float) -> None:
-        """Tells rank 0 this stage's loss of a step."""
-        self._world.publish(f"{split}/{step}/{self._world.place.stage}", f"{loss}")
+    def publish(self, split: str, step: int, losses: Sequence[float]) -> None:
+        """Tells rank 0 the losses of this stage's blocks at a step."""
+        self._world.publish(f"{split}/{step}/{self._world.place.stage}", " ".join(map(str, losses)))
         if self._shown:
             self._waiting.append((split, step))
 
@@ -66,7 +67,9 @@ class Progress:
     def _losses(self, split: str, step: int) -> str | None:
         """'3.120 3.050', one number a stage; None as long as one is missing."""
         found = [self._world.peek(f"{split}/{step}/{stage}") for stage in range(self._world.place.num_stages)]
-        return None if None in found else " ".join(f"{float(text):.3f}" for text in found if text is not None)
+        return (
+            None if None in found else " ".join(f"{float(text.split()[-1]):.3f}" for text in found if text is not None)
+        )
 
     def close(self) -> None:
         """Takes the bar away and shows what is left to show, as far as it is known."""

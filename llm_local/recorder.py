@@ -79,7 +79,7 @@ class Recorder:
         if self._metrics is None:
             return
         tokens, places = round(tokens_each * replicas), self._layout.sequences_per_step * self._layout.seq_length
-        self._progress.publish("train", step, losses[-1])
+        self._progress.publish("train", step, losses)
         self._metrics.write(
             Record(
                 step=step,

@@ -121,7 +121,8 @@ def build(
         refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
     metrics = None
     if place.is_recorder:
-        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor)
+        samples = first_step * layout.sequences_per_step
+        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
     progress = Progress(world, config.train.max_steps, first_step)
     for warning in (*plan.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
         progress.say(f"llm_local: warning: {warning}")

@@ -174,6 +174,6 @@ def _evaluate(run: Run, step: int) -> None:
         with run.traced(each.split, step):
             losses, tokens = over_replicas(run.world, run.engine.eval_batch(step, batches))
         if run.metrics is not None:
-            run.progress.publish(each.split, step, losses[-1])
+            run.progress.publish(each.split, step, losses)
             padding = 1 - tokens / (rows * run.config.data.seq_length)
             run.metrics.write(each.record(step, place.stage, losses, tokens, padding))

@@ -89,7 +89,7 @@ def test_tokens_a_second_are_those_of_text(capsys: pytest.CaptureFixture[str]):
     world: Any = Store()
     progress = Progress(world, max_steps=2, first_step=0)
     progress.step(1.5, tokens=40)
-    progress.publish("train", 2, 3.5)
+    progress.publish("train", 2, [3.5])
     progress.step(0.5, tokens=20)
     assert capsys.readouterr().err == "step 2/2  30 tokens/s, loss by stage: 3.500\n"
 

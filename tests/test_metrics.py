@@ -52,7 +52,7 @@ def test_the_last_step_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(sys, "stderr", Terminal())
     world: Any = Store()
     progress = Progress(world, max_steps=1, first_step=0)
-    progress.publish("train", 1, 3.5)
+    progress.publish("train", 1, [3.5])
     progress.step(0.5, tokens=10)
     if told == "before the bar closes":
         world["train/1/1"] = "3.25"

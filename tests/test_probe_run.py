@@ -65,6 +65,12 @@ def write_run(folder: Path, layout: dict[str, Any] | None) -> Path:
     return folder
 
 
+def change_flags(checkpoint: Path, **flags: Any) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["flags"] |= flags
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def body_gradient(model: Any, layers: tuple[int, int]) -> torch.Tensor:
     """Of so many layers of a Llama, and of the embedding with the first."""
     modules = [model.model.embed_tokens] if layers[0] == 0 else []
@@ -193,14 +199,21 @@ class TestOfARun:
         assert str(state) in capsys.readouterr().err
 
     def test_another_model_than_the_checkpoints_is_refused(self, greedy: Path, tmp_path: Path):
-        text = (greedy / "run.yaml").read_text()
-        assert "config_overrides: null" in text
-        (tmp_path / "run.yaml").write_text(text.replace("config_overrides: null", "config_overrides: hidden_size=64"))
+        copy = tmp_path / "checkpoints/step-00000006"
+        shutil.copytree(greedy / "checkpoints/step-00000006", copy)
+        change_flags(copy, config_overrides="hidden_size=64")
+        (tmp_path / "run.yaml").write_text((greedy / "run.yaml").read_text())
         with pytest.raises(
             BrokenCheckpoint,
             match=r"step-00000006: it has no model.embed_tokens.weight of that size",
         ):
-            load_run(tmp_path, str(greedy / "checkpoints/step-00000006"), CPU)
+            load_run(tmp_path, None, CPU)
+
+    def test_the_flags_are_those_that_the_checkpoint_was_written_with(self, greedy: Path, tmp_path: Path):
+        """run.yaml may be of today's run, which went on from it with others."""
+        (tmp_path / "run.yaml").write_text("config_overrides: hidden_size=64\nnum_stages: 1\n")
+        run = load_run(tmp_path, str(greedy / "checkpoints/step-00000006"), CPU)
+        assert (run.config.local.num_stages, len(run.blocks)) == (2, 4)
 
 
 class TestRefusals:
@@ -232,6 +245,7 @@ class TestRefusals:
     def test_a_setting_that_is_unknown_is_one_line(
         self, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
-        (tmp_path / "run.yaml").write_text("num_stagez: 2\nnum_steps: x\n")
+        write_run(tmp_path, {"method": "chunked"})
+        change_flags(tmp_path / "checkpoints/step-00000003", num_stagez=2, num_steps="x")
         assert script.main([str(tmp_path)]) == 2
         assert re.fullmatch(r"probe.py: .*num_stagez.*; .*num_steps.*\n", capsys.readouterr().err)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,12 +144,27 @@ def test_a_tokenizer_that_the_export_would_lose_is_warned_of(trainer: Trainer):
 
 
 def test_resuming_a_finished_run_only_exports(trainer: Trainer):
-    trainer.run("run", 2, num_stages=2, save_steps=4)
+    flags = {"num_stages": 2, "save_steps": 2, "report_to": "csv"}
+    trainer.run("run", 2, **flags)
     (trainer.folder / "run/export/config.json").unlink()
-    output = trainer.run("run", 2, num_stages=2, save_steps=4, resume_from_checkpoint="true")
+    output = trainer.run("run", 2, **flags, resume_from_checkpoint="true")
     assert (output / "export/config.json").exists()
     assert [r["step"] for r in records(output, 0)] == [1, 2, 3, 4]
     assert [r["step"] for r in records(output, 0, "eval")] == [4]
+    assert steps_in_csv(output) == {"train": ["step", "1", "2", "3", "4"], "eval": ["step", "4"]}
+    shutil.rmtree(output / "checkpoints/step-00000004")
+    trainer.run("run", 2, **flags, resume_from_checkpoint="true")
+    assert steps_in_csv(output) == {"train": ["step", "1", "2", "3", "4"], "eval": ["step", "4"]}
+
+
+def steps_in_csv(output: Path) -> dict[str, list[str]]:
+    """The first column of DeepSpeed's csv files of losses, which is the same for both stages."""
+    found = {}
+    for split in ("train", "eval"):
+        files = [output / f"csv/stage-{stage:02d}/{split}_loss.csv" for stage in (0, 1)]
+        found[split], same = ([line.partition(",")[0] for line in file.read_text().splitlines()] for file in files)
+        assert found[split] == same
+    return found
 
 
 @pytest.mark.parametrize("wire", ["bf16", "int8"])

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.config import from_flat
 from llm_local.data.sets import prepare_all
-from llm_local.evaluation import EvalSet, split_of
+from llm_local.evaluation import EvalSet, better_exit, split_of
+from llm_local.partition import Partition, Span
 from llm_local.problems import static_problems
 from llm_local.progress import Progress
 from llm_local.world import Place
@@ -50,11 +51,23 @@ def test_a_person_reads_the_set_s_name(capsys):
     )
     assert EvalSet("wiki", "eval_wiki", 0.0).describe(2.0) == "validation loss on wiki 2.0000, perplexity 7.4"
     progress = Progress(Store(), max_steps=1, first_step=0)
-    progress.publish("eval", 1, 3.5)
-    progress.publish("eval_wiki", 1, 3.25)
+    progress.publish("eval", 1, [3.5])
+    progress.publish("eval_wiki", 1, [3.25])
     progress.show()
     said = capsys.readouterr().err.splitlines()
     assert said == ["step 1  validation loss by stage: 3.500", "step 1  validation loss on wiki by stage: 3.250"]
+
+
+def test_the_exit_to_keep_is_named_where_the_whole_model_is_not_the_best():
+    """As after 300 steps of four blocks of two layers in two stages: the third block's exit was the best."""
+    cut = Partition(tuple(Span(k, k + 2) for k in (0, 2, 4, 6)), (Span(0, 2), Span(2, 4)))
+    behind = "the whole model is 0.130 nats behind the exit of layers 0-{} (4.4300 against 4.3000) on validation text: "
+    assert better_exit([[4.5, 4.30], [4.6, 4.43]], cut, [0, 1]) == behind.format(3) + "keep exits/stage-00"
+    assert better_exit([[4.5, 4.30], [4.6, 4.43]], cut, [1]) == behind.format(3) + "it is no model of its own"
+    resume = "to have it, resume with the same blocks and --num_stages 3 --stage_layers 4,2,2"
+    assert better_exit([[4.5, 4.40], [4.3, 4.43]], cut, [0, 1]) == behind.format(5) + resume
+    assert better_exit([[4.5, 4.44], [4.43, 4.43]], cut, [0, 1]) == ""
+    assert better_exit([[4.5, 4.425], [4.43, 4.43]], cut, [0, 1]) == "", "within the noise of a validation set"
 
 
 class Store(dict):
