@@ -83,7 +83,7 @@ class ModelArguments:
         "Tokenizer: directory, hub name or sentencepiece .model; default: the model's, else one trained on the "
         "built-in corpus.",
     )
-    attn_implementation: str | None = _option(None, "Attention kernel: sdpa, eager or flash_attention_2.")
+    attn_implementation: str | None = _option(None, "Attention: sdpa, eager or flash_attention_2; else the config's.")
     trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
 
 

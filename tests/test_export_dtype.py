@@ -46,9 +46,10 @@ def test_the_baseline_exports_its_masters_too(trainer: Trainer):
 def test_bf16_of_an_fp32_run_is_rounded_once(trainer: Trainer):
     """Private layers of low rank are the hard case: an exit has the rounded product, not that of rounded factors."""
     settings = {"head": "decoder", "head_layers": 1, "head_rank": 4, "save_steps": 4}
-    config = trainer.model(TINY | {"tie_word_embeddings": True})
+    config = trainer.model(TINY | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"})
     output = trainer.run("run", 2, num_stages=2, config_name=config, export_dtype="bf16", **settings)
     catalog = Catalog(max((output / "checkpoints").iterdir()))
+    assert {catalog.tensor(name).dtype for name in catalog.weights} == {torch.float32}, "whatever its config says"
     for name, tensor in weights(output / "export").items():
         assert torch.equal(tensor.view(-1), catalog.tensor(name).bfloat16())
     early = weights(output / "export/exits/stage-00")
@@ -60,6 +61,7 @@ def test_bf16_of_an_fp32_run_is_rounded_once(trainer: Trainer):
 
 
 def test_auto_is_as_the_run_computes(trainer: Trainer):
-    export = trainer.run("run", 1, bf16=True) / "export"
+    config = trainer.model(TINY | {"torch_dtype": "float16"})
+    export = trainer.run("run", 1, bf16=True, config_name=config) / "export"
     assert {tensor.dtype for tensor in weights(export).values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(export).dtype == torch.bfloat16

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import from_flat
-from llm_local.model.anatomy import probe
+from llm_local.model.anatomy import load_model_config, probe
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice
 from llm_local.partition import Span
@@ -43,6 +46,19 @@ def make_slices(kind: str, cuts: tuple[int, ...], **settings: Any) -> list[Slice
                 parameter.mul_(3)  # attention of a new model is nearly uniform, wherever it may look
         part.model.train()
     return parts
+
+
+@pytest.mark.parametrize(("flag", "used"), [(None, "eager"), ("sdpa", "sdpa")])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_the_flag_wins_over_the_kernel_of_the_config(tmp_path: Path, flag: str | None, used: str, pretrained: bool):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY)).save_pretrained(tmp_path)
+    run = from_flat({"model_name_or_path" if pretrained else "config_name": str(tmp_path), "attn_implementation": flag})
+    kernel = "eager" if flag is None else "flash_attention_2"  # which a CPU does not have
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"attn_implementation": kernel}))
+    config = load_model_config(run.model)
+    part = build_slice(run, config, probe(config, run.model), Span(3, 4), has_head=True)
+    assert part.model.config._attn_implementation == used
+    assert weight_problems(run, config) == ([], ())
 
 
 def run_all(parts: list[Slice]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llm_local.checks.tiny import tiny_config
 from llm_local.export.model_folder import (
     UnwrittenExport,
     WrongExport,
     check_export,
+    complete,
     draft_of,
     model_without_memory,
     original_names,
@@ -94,6 +96,13 @@ class TestWriteModel:
         again = original_names(model_without_memory(model.config), model.state_dict())
         assert again.keys() == names.keys()
         assert all(torch.equal(again[name], names[name]) for name in names)
+
+    def test_parts_of_the_config_have_the_dtype_of_the_whole(self, tmp_path: Path):
+        config = tiny_config("gemma3")
+        config.text_config.dtype, config.dtype = torch.float16, torch.bfloat16
+        complete(tmp_path, [], config, "Gemma3ForConditionalGeneration", tokenizer(), {})
+        values = json.loads((tmp_path / "config.json").read_text())
+        assert [values["dtype"], values["text_config"]["dtype"], values["vision_config"]["dtype"]] == ["bfloat16"] * 3
 
     def test_a_folder_is_replaced_as_a_whole(self, tmp_path: Path):
         folder = written(tmp_path / "model", made(TINY))

@@ -131,13 +131,15 @@ def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reas
     assert len(found[0]) > len(reason) + 20, "no reason was given"
 
 
+@pytest.mark.parametrize("in_config", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "reason"), [("flash_attention_2", "FlashAttention2"), ("flesh_attention", "is not supported")]
 )
-def test_an_attention_kernel_that_is_not_there(problems, kernel: str, reason: str):
+def test_an_attention_kernel_that_is_not_there(problems, write, kernel: str, reason: str, in_config: bool):
     if is_flash_attn_2_available():
         pytest.skip("this machine has flash attention")
-    (found,) = problems(attn_implementation=kernel)
+    config = write("model.json", TINY | {"attn_implementation": kernel})
+    (found,) = problems(config_name=config) if in_config else problems(attn_implementation=kernel)
     assert found.startswith(f"attn_implementation={kernel} cannot be used (")
     assert reason in found
     assert found.endswith("; install what it needs, or use sdpa or eager")

@@ -12,7 +12,9 @@ import torch
 from conftest import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.config import ConfigError, ModelArguments
+from llm_local.checks.class_problems import class_problems
+from llm_local.checks.tiny import tiny_config
+from llm_local.config import ConfigError, ModelArguments, RunConfig
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.model.pretrained import load_slice
 from llm_local.model.slices import Slice, new_slice
@@ -85,6 +87,30 @@ def test_slices_together_are_the_model(name: str):
                 assert parameter.grad is not None, key
                 assert torch.equal(parameter.grad, wanted[key].grad), key
     assert seen >= {key for key in wanted if not key.startswith("lm_head")}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_models_are_made_in_float32_whatever_the_config_says(tmp_path: Path, key: str, dtype: str):
+    (tmp_path / "model.json").write_text(json.dumps(BASE | {key: dtype}))
+    model = load_model_config(ModelArguments(config_name=str(tmp_path / "model.json")))
+    assert model.dtype == getattr(torch, dtype)
+    part = new_slice(model, anatomy_of(model), Span(1, 3), seed=3)
+    (plain,) = cut(make_config("llama"), anatomy_of(model), (1, 3))
+    for name, tensor in part.model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, plain.model.state_dict()[name]), name
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
+    read = load_slice(str(tmp_path), AutoConfig.from_pretrained(tmp_path), anatomy_of(model), Span(1, 3))
+    assert {tensor.dtype for tensor in read.model.state_dict().values()} == {torch.float32}
+
+
+def test_the_dtype_of_a_config_in_parts_does_not_matter_either():
+    config = tiny_config("gemma3")
+    config.dtype = config.text_config.dtype = torch.bfloat16
+    part = new_slice(config, anatomy_of(config), Span(0, 3), seed=3)
+    assert {p.dtype for p in part.model.parameters()} == {torch.float32}
+    assert class_problems(RunConfig(), config, part.anatomy) == []
 
 
 def test_only_the_slice_is_materialised():
@@ -167,6 +193,9 @@ def test_model_config_errors_name_the_place(tmp_path: Path):
         load_model_config(ModelArguments(model_name_or_path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "qwen3", "layer_types": ["full_attention"]}))
     with pytest.raises(ConfigError, match=f"no model config in {tmp_path}: .*layer"):
+        load_model_config(ModelArguments(model_name_or_path=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"dtype": "bf16"}))
+    with pytest.raises(ConfigError, match=f"no model config in {tmp_path}: .*'bf16'"):
         load_model_config(ModelArguments(model_name_or_path=str(tmp_path)))
     AutoConfig.for_model(**BASE).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="config_overrides='hidden=3': key hidden"):

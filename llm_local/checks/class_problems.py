@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,10 +20,9 @@ def class_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: A
 
     [] where the small model cannot be made or run.
     """
-    plain = replace(config, model=replace(config.model, attn_implementation=None))
     problems = []
     try:
-        model = small_model(plain, model_config, anatomy)
+        model = small_model(config, model_config, anatomy)
         if not config.model.model_name_or_path:
             problems += _unset(config, model, anatomy)
         moved = _moved_by_later_tokens(model)

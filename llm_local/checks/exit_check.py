@@ -7,7 +7,6 @@ makes another model of it; so does one whose last layer has what the others have
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,11 +33,10 @@ def refused_exits(
     depths = exit_depths(partition, config.head_layers_schedule)
     shallower = {stage: depth for stage, depth in depths.items() if depth < partition.num_layers}
     tried = dict(list(shallower.items())[:MOST_TRIED])
-    plain = replace(config, model=replace(config.model, attn_implementation=None))
     found = {}
     for stage, depth in tried.items():
         try:
-            reason = difference_at(plain, model_config, anatomy, depth)
+            reason = difference_at(config, model_config, anatomy, depth)
         except Exception:  # of a class in sizes that it was not meant for; the export itself is checked at the end
             return {}
         if reason:

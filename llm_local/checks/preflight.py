@@ -34,7 +34,7 @@ from llm_local.ds_config import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.metrics import keep_until
-from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
 from llm_local.model.lowrank import rank_problems
@@ -130,7 +130,8 @@ class _Model:
         except ConfigError as error:
             return error.problems
         except SliceError as error:
-            return [_attention_problem(config, error.__cause__) or str(error)]
+            assert self.config is not None
+            return [_attention_problem(attention_kernel(config.model, self.config), error.__cause__) or str(error)]
         problems, self.warnings = weight_problems(config, self.config)
         problems += _size_problems(config, self.config) + _support_problems(config, self.config)
         problems += class_problems(config, self.config, self.anatomy)
@@ -148,9 +149,9 @@ class _Model:
         return problems
 
 
-def _attention_problem(config: RunConfig, cause: BaseException | None) -> str:
+def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:
     """What is wrong with the kernel that was asked for, '' if it is not that what kept the model from being watched."""
-    wanted, reason = config.model.attn_implementation, str(cause).partition("\n")[0]
+    reason = str(cause).partition("\n")[0]
     if not wanted or not (isinstance(cause, ImportError) or "attn_implementation" in reason):
         return ""
     return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"

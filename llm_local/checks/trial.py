@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llm_local.checks.tiny import SIZES
 from llm_local.config import RunConfig
 from llm_local.device import local_device
-from llm_local.model.anatomy import Anatomy, text_config
+from llm_local.model.anatomy import Anatomy, attention_kernel, text_config
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.router_loss import Routers, router_loss, want_none
 from llm_local.model.slices import Slice
@@ -30,10 +30,12 @@ _EXACT, _ROUNDED = 1e-4, 5e-2  # of the outputs' size: differences of rounding i
 _FIRST_WORD = 16  # below are EOS and its like
 
 
-def small_model(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> PreTrainedModel:
+def small_model(
+    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, kernel: str | None = None
+) -> PreTrainedModel:
     """The run's model with all its layers and small sizes, new weights, in float32 and ready to be evaluated.
 
-    Raises whatever the model class makes of such sizes.
+    kernel: for attention, by default one that runs on any device. Raises whatever the model class makes of such sizes.
     """
     size = anatomy.num_layers * anatomy.layer_parameters + anatomy.head_parameters
     made = type(model_config).from_dict(_sized(model_config.to_dict(), shrink=size > LARGEST_TRIED))
@@ -42,8 +44,8 @@ def small_model(config: RunConfig, model_config: PretrainedConfig, anatomy: Anat
         torch.manual_seed(0)
         options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
         model = AutoModelForCausalLM.from_config(made, **options)
-        if config.model.attn_implementation:
-            model.set_attn_implementation(config.model.attn_implementation)
+        if kernel:
+            model.set_attn_implementation(kernel)
         with torch.no_grad():  # so that nothing is a zero or an identity
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -76,14 +78,14 @@ def _sized(values: dict[str, Any], shrink: bool) -> dict[str, Any]:
 
 def document_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Whether packed documents can be kept apart: each must come out as it does in a row of its own."""
-    kind = model_config.model_type
+    kind, kernel = model_config.model_type, attention_kernel(config.model, model_config)
     try:
-        model = small_model(config, model_config, anatomy)
-        difference = _between_documents(model, getattr(model, anatomy.base), config.model.attn_implementation)
+        model = small_model(config, model_config, anatomy, kernel)
+        difference = _between_documents(model, getattr(model, anatomy.base), kernel)
     except Exception as error:  # whatever a model class makes of masks that it does not know
         line = f"document_mask: model type {kind!r} does not take masks of documents ({_named(error)})"
         return [f"{line}; leave document_mask out"]
-    limit = _EXACT if config.model.attn_implementation in ON_ANY_DEVICE else _ROUNDED
+    limit = _EXACT if kernel in ON_ANY_DEVICE else _ROUNDED
     if difference <= limit:
         return []
     kernel = model.config._attn_implementation
@@ -124,7 +126,7 @@ def router_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: 
     """Whether the router loss of some layers is to be had: that of all must be what the class adds to its loss."""
     given, kind = "output_router_logits=true", model_config.model_type
     try:
-        model = small_model(config, model_config, anatomy)
+        model = small_model(config, model_config, anatomy, attention_kernel(config.model, model_config))
         part = Slice(model, anatomy, Span(0, anatomy.num_layers), True, Border())
         ids = torch.arange(2 * _FIRST_WORD).reshape(2, -1)
         output: Any = model(input_ids=ids, labels=ids, use_cache=False, **Routers.asked)

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.initialization import no_init_weights
 
 from llm_local.checkpoint.catalog import save_tensors
 from llm_local.files import link_or_copy
 from llm_local.model.anatomy import text_config
 from llm_local.model.remote_code import copy_code
+from llm_local.model.slices import model_without_weights
 
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 
@@ -104,8 +104,7 @@ def original_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) 
 def model_without_memory(config: PretrainedConfig) -> PreTrainedModel:
     """The model that the config describes, on the meta device."""
     trusted = bool(getattr(config, "auto_map", None))  # load_model_config leaves it to code that may run
-    with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
+    return model_without_weights(config, trust_remote_code=trusted)
 
 
 def tied_names(config: PretrainedConfig) -> dict[str, str]:
@@ -167,6 +166,9 @@ def complete(
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     config = copy.deepcopy(config)
     config.architectures = [class_name]
+    for name in config.sub_configs:  # one dtype for all, as they were trained
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = config.dtype
     if not is_tied:
         config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
     with writing(folder / "config.json"):

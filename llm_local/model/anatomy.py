@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -35,7 +36,7 @@ from llm_local.model.observation import (
 )
 from llm_local.model.remote_code import UNTRUSTED, check_code, is_untrusted
 
-__all__ = ["Anatomy", "SliceError", "load_model_config", "probe", "text_config"]
+__all__ = ["Anatomy", "SliceError", "attention_kernel", "load_model_config", "probe", "text_config"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ def _overridden(config: PretrainedConfig, values: dict[str, Any], overrides: str
     return made
 
 
+def attention_kernel(model: ModelArguments, config: PretrainedConfig) -> str | None:
+    """The attention kernel of the run: the flag's, else the config's own; None leaves the choice to the class."""
+    return model.attn_implementation or text_config(config)._attn_implementation or config._attn_implementation
+
+
 def probe(
     config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
 ) -> Anatomy:
@@ -160,11 +166,14 @@ def probe(
         with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
             with no_init_weights():
                 fake = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config), attn_implementation="eager", trust_remote_code=model.trust_remote_code
+                    copy.deepcopy(config),
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    trust_remote_code=model.trust_remote_code,
                 )
             fake.tie_weights()  # not done without initialisation
-            if model.attn_implementation:
-                fake.set_attn_implementation(model.attn_implementation)
+            if kernel := attention_kernel(model, config):
+                fake.set_attn_implementation(kernel)
                 fake.set_attn_implementation("eager")
             if fake._can_set_experts_implementation():
                 fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version

@@ -6,18 +6,16 @@ experts, subclasses with a forward of their own) stay as they are. An exit is wr
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.initialization import no_init_weights
+from transformers import PretrainedConfig
 
 from llm_local.config import RunConfig
 from llm_local.model.anatomy import Anatomy
-from llm_local.model.slices import Slice
+from llm_local.model.slices import Slice, model_without_weights
 from llm_local.partition import Partition
 
 _MORE, _ROUNDS = 8, 4  # of svd_lowrank: columns beyond the rank, and power iterations
@@ -104,10 +102,7 @@ def rank_problems(
         return []
     if not private:
         return [f"head_rank={rank}: no head has private layers; set head_layers=1 or more, or leave it out"]
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model_config), trust_remote_code=config.model.trust_remote_code
-        )
+    model = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
     sizes = {
         name: min(module.weight.shape)
         for layer in private

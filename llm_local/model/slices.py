@@ -80,6 +80,17 @@ class Slice:
         self.model.get_submodule(f"{self.anatomy.layers}.{layer}").register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def model_without_weights(config: PretrainedConfig, **model_args: Any) -> PreTrainedModel:
+    """The model as its class makes it, with float32 parameters that have shapes and no memory.
+
+    Neither the config's dtype nor its attention kernel is used: the run's precision and kernel come later.
+    """
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=None, **model_args
+        )
+
+
 def new_slice(
     config: PretrainedConfig,
     anatomy: Anatomy,
@@ -96,8 +107,7 @@ def new_slice(
     output_of: layers below the head that the output matrix is to equal, where that is another one.
     Raises SliceError if the model class leaves a parameter unset.
     """
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
+    model = model_without_weights(config, **model_args)
     border = prune(model, anatomy, span, has_head)
     _materialise(model)
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):

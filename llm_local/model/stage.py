@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llm_local.config import RunConfig
-from llm_local.model.anatomy import Anatomy
+from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.head_start import quieten
@@ -166,8 +166,9 @@ def build_slice(
         fit_head(part)
         if config.model.model_name_or_path and span.stop < anatomy.num_layers:
             quieten(part)
-    if config.model.attn_implementation:  # only now: the head is looked at on the CPU, where not every kernel runs
-        part.model.set_attn_implementation(config.model.attn_implementation)
+    if kernel := attention_kernel(config.model, model_config):
+        # only now: the head is looked at on the CPU, where not every kernel runs
+        part.model.set_attn_implementation(kernel)
     if config.train.gradient_checkpointing:
         # reentrant checkpointing would drop the gradients of a stage whose input needs none
         part.model.gradient_checkpointing_enable({"use_reentrant": False})

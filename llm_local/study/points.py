@@ -268,10 +268,10 @@ def _measures(config: RunConfig) -> tuple[Shape, Setting]:
 def _layer_matrices(model: ModelArguments, anatomy: Anatomy) -> list[tuple[int, int]]:
     """Rows and columns of the linear modules of the first layer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(load_model_config(model), trust_remote_code=model.trust_remote_code)
+    from llm_local.model.slices import model_without_weights
+
+    whole = model_without_weights(load_model_config(model), trust_remote_code=model.trust_remote_code)
     layer = whole.get_submodule(f"{anatomy.layers}.0")
     return [(m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
