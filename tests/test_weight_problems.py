@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Trainer
+from safetensors.torch import save_file
 from test_pretrained import SHAPE, saved
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -164,6 +165,22 @@ def test_layers_that_are_left_out_are_a_warning(folder: Path):
     assert not problems
     left = "model.layers.3.input_layernorm.weight and 8 more"
     assert warnings == (f"{folder} has more than the model, and it is left out: {left}",)
+
+
+def test_two_tensors_that_the_config_ties_and_that_differ_are_a_warning(tmp_path: Path):
+    model, _ = saved(tmp_path, "llama-tied", "1GB")
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert look(tmp_path) == ([], ())
+    tensors["lm_head.weight"][200] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert look(tmp_path) == (
+        [],
+        (
+            f"{tmp_path} has lm_head.weight and model.embed_tokens.weight that differ, though its config ties them: "
+            "the model is trained untied",
+        ),
+    )
 
 
 def test_quantised_weights(folder: Path):

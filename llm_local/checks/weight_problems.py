@@ -1,4 +1,4 @@
-"""What is wrong with a pretrained model's files, seen by their headers: no tensor is read.
+"""What is wrong with a pretrained model's files, seen by their headers: hardly a tensor is read.
 
 transformers itself says which tensors are missing or have another shape: it loads the headers' shapes into a model
 without memory, with the renaming and fusing of names that a real load has.
@@ -6,6 +6,7 @@ without memory, with the renaming and fusing of names that a real load has.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llm_local.config import ConfigError, RunConfig, some_of
 from llm_local.model.gguf_cache import weights_path
-from llm_local.model.pretrained import COPY_AGAIN, find, model_without_weights, open_shard, tensor_files
+from llm_local.model.pretrained import COPY_AGAIN, Source, find, open_shard, sources_of, tensor_files
+from llm_local.model.slices import model_without_weights
 
+ROWS = 4096  # of a matrix that are read at a time
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -71,13 +74,16 @@ def _compare(
 ) -> tuple[list[str], tuple[str, ...]]:
     """What transformers would say of the tensors when it loads them."""
     skeleton: Any = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    sources = sources_of(skeleton, shapes)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors |= {source.key: tensors[source.name] for source in sources}
     try:
         _, info = type(skeleton).from_pretrained(
             None,
             config=model_config,
             state_dict=tensors,
             dtype=torch.float32,
+            attn_implementation=None,
             device_map="meta",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -94,7 +100,27 @@ def _compare(
         file = Path(path, files[name]) if name in files else path
         others = f" (and {len(more)} more differ)" if more else ""
         return [f"{file} has {name} in shape {_shape(found)}, {wanted_by} in {_shape(wanted)}{others}; {repair}"], ()
-    return [], ((f"{path} has more than the model, and it is left out: {some_of(left)}",) if left else ())
+    warnings = _untied(path, skeleton, sources, files)
+    return [], warnings + ((f"{path} has more than the model, and it is left out: {some_of(left)}",) if left else ())
+
+
+def _untied(path: str, skeleton: Any, sources: list[Source], files: dict[str, str]) -> tuple[str, ...]:
+    """What the config ties and the files have as two that differ; of all tensors these alone are read."""
+    names = {source.parameter: source.name for source in sources if source.key == source.name}
+    pairs = [(names.get(one), names.get(other)) for one, other in (skeleton.all_tied_weights_keys or {}).items()]
+    return tuple(
+        f"{path} has {one} and {other} that differ, though its config ties them: the model is trained untied"
+        for one, other in pairs
+        if one and other and not _are_equal(path, files, one, other)
+    )
+
+
+def _are_equal(path: str, files: dict[str, str], one: str, other: str) -> bool:
+    with ExitStack() as opened:
+        shards = [opened.enter_context(open_shard(Path(find(path, files[name]) or ""))) for name in (one, other)]
+        first, second = (shard.get_slice(name) for shard, name in zip(shards, (one, other), strict=True))
+        rows = range(0, first.get_shape()[0], ROWS)
+        return all(torch.equal(first[k : k + ROWS].float(), second[k : k + ROWS].float()) for k in rows)
 
 
 def _by_name(skeleton: Any, shapes: Shapes) -> dict[str, Any]:

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from llm_local.config import ConfigError, some_of
 from llm_local.model.anatomy import Anatomy
-from llm_local.model.slices import Slice
+from llm_local.model.slices import Slice, model_without_weights
 from llm_local.model.standins import Border, prune
 from llm_local.partition import Span
 
@@ -41,8 +40,11 @@ def load_slice(
     """
     skeleton = model_without_weights(config, **model_args)
     whole: Any = type(skeleton)
-    tied = (skeleton.all_tied_weights_keys or {}) if span.start > 0 else {}
+    files = tensor_files(path)
+    sources = sources_of(skeleton, files)
     prune(skeleton, anatomy, span, has_head)
+    wanted = skeleton.state_dict()
+    names = {source.key: source.name for source in sources if source.parameter in wanted}
     borders: list[Border] = []
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -50,19 +52,15 @@ def load_slice(
         borders.append(prune(self, anatomy, span, has_head))
 
     sliced: Any = type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
-    files = tensor_files(path)
-    # behind the first layer there is no embedding to be tied to: its tensor is read as the output matrix
-    renamed = {f"^{re.escape(source)}$": target for target, source in tied.items() if target not in files}
-    names = _names_of(skeleton, files, renamed)
     with ExitStack() as opened:
-        shards = {name: opened.enter_context(_open(path, name)) for name in sorted({files[n] for n in names})}
+        shards = {name: opened.enter_context(_open(path, name)) for name in sorted({files[n] for n in names.values()})}
         try:
             model, info = sliced.from_pretrained(
                 None,
                 config=copy.deepcopy(config),
                 dtype=torch.float32,
-                state_dict={name: shards[files[name]].get_slice(name) for name in names},
-                key_mapping=renamed or None,
+                attn_implementation=None,
+                state_dict={key: shards[files[name]].get_slice(name) for key, name in names.items()},
                 output_loading_info=True,
                 **model_args,
             )
@@ -74,32 +72,44 @@ def load_slice(
     model.config.name_or_path = path
     for parameter in model.parameters():  # no view of a file that somebody may write again during the run
         parameter.data = parameter.data.clone()
-    if renamed and getattr(model, "_weight_conversions", None):
-        # transformers keeps the renaming and would turn it round when saving
-        model._weight_conversions = [
-            c for c in model._weight_conversions if not set(renamed) & set(_as_list(c.source_patterns))
-        ]
     return Slice(model, anatomy, span, has_head, borders[-1])
 
 
-def model_without_weights(config: PretrainedConfig, **model_args: Any) -> PreTrainedModel:
-    """The model as its class makes it, with parameters that have shapes and no memory."""
-    with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **model_args)
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a checkpoint, and the parameter or buffer of the model that it becomes, alone or fused with others.
+
+    name: in the checkpoint's files. key: what it is called when it is handed to from_pretrained.
+    """
+
+    name: str
+    key: str
+    parameter: str
 
 
-def _names_of(part: PreTrainedModel, names: Mapping[str, str], renamed: dict[str, str]) -> list[str]:
-    """Those of the checkpoint's tensors that become a parameter or buffer of the part."""
-    rules = get_model_conversion_mapping(part, renamed or None)
+def sources_of(model: PreTrainedModel, names: Iterable[str]) -> list[Source]:
+    """What a model takes of a checkpoint with tensors of such names, as transformers maps them when it loads: renamed,
+    fused, with the prefix that a base class leaves out. What is tied and has no tensor is given the other's.
+
+    model: the whole, without weights.
+    """
+    rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    wanted = part.state_dict()
-
-    def is_wanted(name: str) -> bool:
-        here, _ = rename_source_key(name, renamings, converters, part.base_model_prefix, wanted)
-        return here in wanted or name in wanted
-
-    return [name for name in names if is_wanted(name)]
+    wanted, found = model.state_dict(), []
+    for name in sorted(names, key=dot_natural_key):
+        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if parameter in wanted or name in wanted:
+            found.append(Source(name, name, parameter if parameter in wanted else name))
+    given = {source.parameter: source.name for source in found}
+    ties: dict[str, list[str]] = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        ties.setdefault(source, [source]).append(target)
+    for tied in ties.values():
+        there = next((given[parameter] for parameter in tied if parameter in given), None)
+        if there is not None:
+            found += [Source(there, parameter, parameter) for parameter in tied if parameter not in given]
+    return found
 
 
 def tensor_files(path: str) -> dict[str, str]:
@@ -153,7 +163,3 @@ def _open(path: str, name: str) -> Any:
     if found is None:
         raise ConfigError([f"{SAFE_WEIGHTS_INDEX_NAME} of {path} names {name}, which is not there; {COPY_AGAIN}"])
     return open_shard(Path(found))
-
-
-def _as_list(patterns: Any) -> list[str]:
-    return patterns if isinstance(patterns, list) else [patterns]

@@ -201,8 +201,11 @@ def build_block(
     if shares:
         make_read_only(head)
     elif body.is_first and anatomy.tied:
-        tied: Any = head.model.get_output_embeddings()
-        tied.weight = body.model.get_input_embeddings().weight
+        output: Any = head.model.get_output_embeddings()
+        embedding: Any = body.model.get_input_embeddings()
+        # files that hold two different ones are believed before the config, as transformers does it
+        if not config.model.model_name_or_path or torch.equal(output.weight, embedding.weight):
+            output.weight = embedding.weight
     mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
     return Block(body, head, shares, mixes, documents, wants_router_loss(model_config))
 
