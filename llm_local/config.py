@@ -114,6 +114,10 @@ class DataArguments:
         "How documents fill sequences: concat (end to end), best_fit (few are cut, little padding), or none (each in "
         "sequences of its own, padded). Losses are means over the tokens of a step that are no padding.",
     )
+    add_bos: bool | None = _option(
+        None,
+        "Begin each document with BOS; default: if the tokenizer itself begins a text so. The export's does the same.",
+    )
     document_mask: bool = _option(
         False,
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "

@@ -16,6 +16,7 @@ from llm_local.backprop import BackpropEngine
 from llm_local.checkpoint.line import committed
 from llm_local.checks.preflight import Plan
 from llm_local.config import RunConfig
+from llm_local.data.encoding import prompt_ids
 from llm_local.data.feed import Feed
 from llm_local.data.packing import PackedSource
 from llm_local.data.tokenizer import load_tokenizer
@@ -244,12 +245,12 @@ def _sample(config: RunConfig, prompt: str) -> str:
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(export, trust_remote_code=config.model.trust_remote_code).float()
     tokenizer = load_tokenizer(config)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = torch.tensor([prompt_ids(prompt, tokenizer)])
     torch.manual_seed(config.train.seed)
     eos = tokenizer.eos_token_id
     output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=SAMPLE_TOKENS,
         do_sample=True,
         temperature=0.7,

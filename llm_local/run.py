@@ -76,6 +76,7 @@ def check(config: RunConfig, world_size: int, meeting: Rendezvous | None = None)
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
     plan = preflight(config, world_size)
     with nullcontext() if meeting is None else meeting.kept_waiting():
+        config = plan.resolve(config)
         return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
 
 

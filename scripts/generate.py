@@ -137,8 +137,13 @@ def load(folder: Path, given: argparse.Namespace, device: torch.device) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str, model: Any, max_new_tokens: int) -> torch.Tensor:
-    """(1, T) ids, as in training without special tokens. Raises ValueError if the text to write has no place."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    """(1, T) ids, begun with BOS where the tokenizer begins a text so, as in training.
+
+    Raises ValueError if the text to write has no place.
+    """
+    plain, whole = (tokenizer(prompt, add_special_tokens=special)["input_ids"] for special in (False, True))
+    first = whole[:1] if whole[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+    ids = torch.tensor([[*first, *plain]], device=model.device)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     wanted = ids.shape[1] + max_new_tokens
     if positions is not None and wanted > positions:

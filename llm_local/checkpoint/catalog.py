@@ -113,7 +113,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / MANIFEST
     try:
         values = json.loads(path.read_text())
-        return Manifest(**values | {"layout": Layout(**values["layout"])})
+        flags = {"add_bos": False} | values["flags"]  # as it was before there was such a flag
+        return Manifest(**values | {"layout": Layout(**values["layout"]), "flags": flags})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
 

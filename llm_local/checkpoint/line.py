@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from llm_local.checkpoint.catalog import MANIFEST
+from llm_local.checkpoint.catalog import MANIFEST, read_manifest
 from llm_local.config import ConfigError, RunConfig, from_here
 
 FOLDER, METRICS = "checkpoints", "metrics"
@@ -45,6 +45,17 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if not found and wanted.lower() != AUTO:
         raise ConfigError([f"resume_from_checkpoint={wanted}: no complete checkpoint in {folder}{from_here(folder)}"])
     return found[-1] if found else None
+
+
+def documents_begin(config: RunConfig) -> bool | None:
+    """add_bos; where it is not set, that of the run which is gone on with."""
+    if config.data.add_bos is not None:
+        return config.data.add_bos
+    try:
+        checkpoint = find_checkpoint(config)
+        return read_manifest(checkpoint).flags["add_bos"] if checkpoint else None
+    except ConfigError:  # said when the run is to go on from it
+        return None
 
 
 def is_own(output_dir: Path, checkpoint: Path | None) -> bool:

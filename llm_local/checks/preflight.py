@@ -20,7 +20,7 @@ from llm_local.checkpoint.catalog import (
     layout_problems,
     read_manifest,
 )
-from llm_local.checkpoint.line import another_run, find_checkpoint, is_own, set_aside
+from llm_local.checkpoint.line import another_run, documents_begin, find_checkpoint, is_own, set_aside
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
@@ -61,9 +61,11 @@ class Plan:
     warnings: tuple[str, ...] = ()
     documents: DocumentMask | None = None
     refused_exits: dict[str, str] = field(default_factory=dict)
+    add_bos: bool | None = None
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """The flags with what was measured written down, so that a reader of them finds the same stages."""
+        """The flags with what was measured, or is a checkpoint's, written down: a reader of them finds the same."""
+        config = replace(config, data=replace(config.data, add_bos=self.add_bos))
         if config.local.partition == "flops":
             return config
         layers = [len(self.partition.layers_of(stage)) for stage in range(self.partition.num_stages)]
@@ -80,13 +82,14 @@ class Plan:
         anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
         partition = Partition(blocks, stages, cut["overlap"])
         documents = DocumentMask(**values["documents"]) if values["documents"] else None
-        return Plan(
-            anatomy, partition, values["checkpoint"], tuple(values["warnings"]), documents, values["refused_exits"]
-        )
+        warnings = tuple(values["warnings"])
+        found = {"anatomy": anatomy, "partition": partition, "warnings": warnings, "documents": documents}
+        return Plan(**values | found)
 
 
 def preflight(config: RunConfig, world_size: int) -> Plan:
     """Checks the whole run. Raises ConfigError with every problem that was found."""
+    config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // max(1, config.local.num_stages))
     problems += deepspeed_problems(config, num_replicas) + data_problems(config) + _folder_problems(config)
@@ -109,7 +112,8 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
             warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
             refused = refused_exits(config, found.config, found.anatomy, partition)
             warnings += exit_warnings(found.config.model_type, refused)
-            return Plan(found.anatomy, partition, checkpoint, warnings, document_mask(config), refused)
+            documents, add_bos = document_mask(config), config.data.add_bos
+            return Plan(found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos)
     raise ConfigError(problems)
 
 

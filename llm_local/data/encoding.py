@@ -20,7 +20,8 @@ WORD_END = re.compile(r"\S(?=\s)")
 def encode(
     texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None
 ) -> tuple[list[list[int]], list[int]]:
-    """Token lists of texts, each ended by `end` unless that is None, and the texts' sizes in UTF-8.
+    """Token lists of texts, and the texts' sizes in UTF-8. Each is ended by `end`, and begun with BOS where the
+    tokenizer does so (first_token), unless `end` is None: what is no document has neither.
 
     A missing or empty text has none, and NUL is left out. A text may be a list of lines: a block of a running text.
     What spells a special token is text.
@@ -31,8 +32,10 @@ def encode(
         return [], []
     cut = [_parts(text) for text in joined]
     flat = [part for parts in cut for part in parts]
-    last, tokens = [] if end is None else [end], iter(_ids(flat, tokenizer))
-    found = [[token for _ in parts for token in next(tokens)] + last for parts in cut]
+    bos = None if end is None else first_token(tokenizer)
+    first, last = ([] if token is None else [token] for token in (bos, end))
+    tokens = iter(_ids(flat, tokenizer))
+    found = [[*first, *(token for _ in parts for token in next(tokens)), *last] for parts in cut]
     return found, [len(text.encode()) for text in joined]
 
 
@@ -40,6 +43,20 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     plain: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
     encoded: Any = tokenizer(texts, **plain, verbose=False)["input_ids"]
     return encoded
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """BOS where the tokenizer by itself begins a text with it, else None."""
+    ids: Any = tokenizer("a", verbose=False)["input_ids"]
+    begins = ids[:1] == [tokenizer.bos_token_id] and len(ids) > len(_ids(["a"], tokenizer)[0])
+    return ids[0] if begins else None
+
+
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt begun like a document, once; special tokens that it spells are tokens."""
+    ids: Any = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = first_token(tokenizer)
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def never_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -3,9 +3,9 @@
     train, validation = prepare(config, tokenizer)
     train.batch(index=7, rows=32)    # (32, seq_length), the same whoever asks
 
-Each document is followed by EOS, and documents are packed into rows as config.data.packing says. Empty documents and
-NUL characters are left out. Tokens are kept below config.cache_dir, under a key of the documents and the tokenizer, so
-that a second start only maps a file.
+Each document is followed by EOS, and begins with BOS where the tokenizer begins a text so; documents are packed into
+rows as config.data.packing says. Empty documents and NUL characters are left out. Tokens are kept below
+config.cache_dir, under a key of the documents and the tokenizer, so that a second start only maps a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig, some_of
-from llm_local.data.encoding import REVISION, encode, never_text, tokenizer_key
+from llm_local.data.encoding import REVISION, encode, first_token, never_text, tokenizer_key
 from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
@@ -243,8 +243,8 @@ def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Run
     """The documents' sequences on disk, made the first time."""
     prepared, eos = _tokens(documents, tokenizer, config), _eos(tokenizer)
     running = prepared.end is None
-    last = [np.array([eos], dtype=np.int32)] if running else []
-    tokens = PackedTokens([*prepared.pieces, *last], config.data.seq_length)
+    first, last = (np.array(some, dtype=np.int32) for some in _around(running, tokenizer))
+    tokens = PackedTokens([first, *prepared.pieces, last], config.data.seq_length)
     kept = config.cache_dir / "tokens" / prepared.fingerprint
     pieces, packed = packed_rows(prepared, config.data.seq_length, _packing(running, config), kept)
     fitted = tokens if pieces is None else FittedTokens(tokens, pieces, mark_of(eos))
@@ -259,10 +259,17 @@ def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     rows = documents.rows
     assert isinstance(rows, Dataset)
     end = None if documents.running_text else _eos(tokenizer)
-    key = Hasher.hash([REVISION, rows._fingerprint, tokenizer_key(tokenizer), documents.column, end])
+    made_by = [tokenizer_key(tokenizer), first_token(tokenizer)]
+    key = Hasher.hash([REVISION, rows._fingerprint, *made_by, documents.column, end])
     job = Job.of(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
     title = None if datasets.are_progress_bars_disabled() else f"tokenising {documents.source}"
     return prepare_tokens(job, key, config.data.preprocessing_num_workers, title)
+
+
+def _around(running: bool, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What begins and ends a running text; documents have these already."""
+    bos = first_token(tokenizer)
+    return ([] if bos is None else [bos], [_eos(tokenizer)]) if running else ([], [])
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -273,6 +280,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> StreamedSequences:
     assert isinstance(documents.rows, IterableDataset)
     eos, running = _eos(tokenizer), documents.running_text
+    first, last = _around(running, tokenizer)
     return StreamedSequences(
         documents.rows,
         lambda texts: encode(texts, tokenizer, None if running else eos)[0],
@@ -280,7 +288,8 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
         seed=None if running else config.train.seed,
         source=documents.source,
         column=documents.column,
-        last=[eos] if running else [],
+        first=first,
+        last=last,
         packing=_packing(running, config),
         padding=mark_of(eos),
     )

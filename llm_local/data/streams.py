@@ -43,7 +43,8 @@ class StreamedSequences:
     The list is the same at each start, but a stream can only be read forwards: a later batch is reached by reading and
     tokenising all that lies before it or before the state that was restored, an earlier one by starting again. With a
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
-    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `last` ends an epoch's text.
+    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `first` and `last`
+    begin and end an epoch's text.
     A packing that pads marks padding by `padding`.
     """
 
@@ -57,6 +58,7 @@ class StreamedSequences:
         seed: int | None,
         source: str,
         column: str = "text",
+        first: Sequence[int] = (),
         last: Sequence[int] = (),
         packing: str = CONCAT,
         padding: int = -1,
@@ -70,10 +72,10 @@ class StreamedSequences:
         self._seq_length = seq_length
         self._seed = seed
         self._source = source
-        self._last = list(last)
+        self._first, self._last = list(first), list(last)
         self._packing = packing
         self._padding = padding
-        self._start(Mark())
+        self._start(Mark(waiting=self._first))
 
     def _start(self, mark: Mark) -> None:
         self._mark, self._position = mark, mark.row
@@ -86,7 +88,7 @@ class StreamedSequences:
         """
         start = first + index * rows
         if start < self._position:
-            self._start(Mark())
+            self._start(Mark(waiting=self._first))
         while self._position < start:
             self._next()
         return torch.from_numpy(np.stack([self._next() for _ in range(rows)]))
@@ -116,7 +118,7 @@ class StreamedSequences:
     def _sequences(self, mark: Mark) -> Iterator[np.ndarray]:
         """All sequences from the mark on, without an end."""
         row, epoch, window, source, done = mark.row, mark.epoch, mark.window, mark.source, mark.documents
-        waiting, begun = list(mark.waiting), row if mark == Mark(row, mark.epoch) else -1
+        waiting, begun = list(mark.waiting), row if mark == Mark(row, mark.epoch, waiting=self._first) else -1
         while True:
             for texts, before in self._windows(epoch, window, source):
                 while done < len(texts):
@@ -134,7 +136,7 @@ class StreamedSequences:
             if row == begun:
                 problem = f"the whole stream holds fewer than the {self._seq_length} tokens of one sequence"
                 raise UnreadableText(self._source, f"{problem}; give more text or lower seq_length")
-            epoch, window, source, waiting, begun = epoch + 1, 0, None, [], row
+            epoch, window, source, waiting, begun = epoch + 1, 0, None, list(self._first), row
 
     def _windows(self, epoch: int, number: int, source: dict[str, Any] | None) -> Iterator[tuple[list[Any], Any]]:
         """The texts of one window after the other, shuffled, with the dataset's state before it."""

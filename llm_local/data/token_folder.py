@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError
-from llm_local.data.encoding import tokenizer_key
+from llm_local.data.encoding import first_token, tokenizer_key
 from llm_local.files import link_or_copy, write_json
 
 COUNTS = "counts.json"  # in a folder of tokens beside what `datasets` knows (prepared.py)
@@ -25,7 +25,8 @@ REPAIR = "copy it again, or write it again with prepare_data.py"
 
 @dataclass(frozen=True)
 class Card:
-    """Where the tokens of a folder are from. tokenizer: its name, for a person; sizes: bytes of each file."""
+    """Where the tokens of a folder are from. tokenizer: its name, for a person; sizes: bytes of each file;
+    bos_token_id: what begins each document, if anything does."""
 
     source: str
     text_column: str
@@ -34,6 +35,7 @@ class Card:
     tokenizer_key: str
     eos_token_id: int
     sizes: dict[str, int]
+    bos_token_id: int | None = None
 
 
 def is_token_folder(path: Path) -> bool:
@@ -73,9 +75,9 @@ def write_token_folder(
     tokenizer.save_pretrained(folder / TOKENIZER)
     files = [path for name in sets for path in sorted((folder / name).iterdir())]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    eos = tokenizer.eos_token_id
+    eos, bos = tokenizer.eos_token_id, first_token(tokenizer)
     assert isinstance(eos, int)
-    card = Card(source, text_column, percentage, _name(tokenizer), tokenizer_key(tokenizer), eos, sizes)
+    card = Card(source, text_column, percentage, _name(tokenizer), tokenizer_key(tokenizer), eos, sizes, bos)
     write_json(folder / CARD, asdict(card))
 
 
@@ -108,7 +110,11 @@ def read_card(folder: Path) -> Card:
 
 def require_tokenizer(named: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError unless the folder's tokens are this tokenizer's."""
-    card = read_card(folder)
+    card, bos = read_card(folder), first_token(tokenizer)
+    if card.bos_token_id != bos:
+        theirs, ours = ("without BOS" if token is None else "with BOS" for token in (card.bos_token_id, bos))
+        repair = f"set tokenizer_name={folder / TOKENIZER} and leave add_bos out, or prepare the text again"
+        raise ConfigError([f"{named} has documents that begin {theirs}, this run's begin {ours}; {repair}"])
     if tokenizer_key(tokenizer) != card.tokenizer_key:
         made = f"{named} was tokenised by {card.tokenizer}, not by {_name(tokenizer)}"
         raise ConfigError([f"{made}; set tokenizer_name={folder / TOKENIZER}, or prepare the text by this one"])

@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.data import corpus
+from llm_local.data.encoding import first_token
 from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model, train
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.remote_code import UNTRUSTED, is_untrusted
@@ -32,7 +34,25 @@ SAMPLE_CHUNKS = 20_000
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """tokenizer_name, else that of model_name_or_path or of its GGUF (which must be converted by now), else the
-    built-in one. Raises ConfigError if there is none."""
+    built-in one; it begins a text with BOS as add_bos says. Raises ConfigError if there is none, or it cannot do that.
+    """
+    tokenizer, wanted = _load(config), config.data.add_bos
+    if wanted is not None and wanted != (first_token(tokenizer) is not None):
+        ends: Any = tokenizer("a")["input_ids"]
+        told: Any = tokenizer  # what ends a text is kept: these write the whole template
+        told.add_eos_token = ends[-1] == tokenizer.eos_token_id
+        told.add_bos_token = wanted
+        if wanted != (first_token(tokenizer) is not None):
+            why = "without BOS" if tokenizer.bos_token_id is None else "which cannot be told to"
+            made = f"the tokenizer is a {type(tokenizer).__name__} {why}"
+            raise ConfigError([f"add_bos={wanted}: {made}; leave add_bos out, or choose another tokenizer"])
+    if config.data.document_mask and first_token(tokenizer) is not None and tokenizer.bos_token == tokenizer.eos_token:
+        why = "the tokenizer's BOS, which begins documents, is also its EOS, which ends them"
+        raise ConfigError([f"document_mask=True: {why}; set add_bos=false"])
+    return tokenizer
+
+
+def _load(config: RunConfig) -> PreTrainedTokenizerBase:
     model = config.model
     field = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
     name = model.tokenizer_name or model.model_name_or_path
