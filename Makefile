@@ -5,6 +5,7 @@ OUTPUT_DIR ?= runs/quickstart
 ARGS ?=
 # what is installed beside the library: see pyproject.toml
 EXTRAS ?= dev
+UV := uv==0.13.9
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,19 +17,28 @@ DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain study bench test unit lint types check clean
+.PHONY: help setup lock pretrain study bench test unit lint types check clean
 # `make -j check` still runs lint, types and test in that order.
 .NOTPARALLEL:
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.installed  ## .venv with the library and its tools; again only when pyproject.toml changed
+setup: $(VENV)/.installed  ## .venv with the library and its tools as locked; again only when that changed
 
-$(VENV)/.installed: pyproject.toml
+# A folder of wheels that pip is told of, as of torch without CUDA, is uv's, too.
+$(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install $(UV)
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python $(BIN)/python \
+		-c requirements.lock -e ".[$(EXTRAS)]"
 	touch $@
+
+# torch has no hashes: there is a build of it for each kind of device.
+lock:  ## requirements.lock anew: the newest versions that pyproject.toml allows, for Python 3.10 and later
+	$(BIN)/uv -q pip compile pyproject.toml --extra dev --extra eval --universal --python-version 3.10 --upgrade \
+		--generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
+	perl -0pi -e 's/^(torch==.*?) \\\n(?:    --hash=.*\n)+/$$1\n/m' requirements.lock
 
 # The default folder is the quickstart's own and is written again; any other is left alone if it holds a run.
 pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder, ARGS="--name value ..."
