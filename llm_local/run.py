@@ -29,7 +29,7 @@ from llm_local.recorder import Recorder
 from llm_local.run_trace import begin_trace
 from llm_local.trace import Tracer
 from llm_local.watchdog import Watchdog
-from llm_local.world import PLAN, Launch, Place, Rendezvous, World, connect, fetch_plan, join_stage
+from llm_local.world import Launch, Place, Rendezvous, World, connect, fetch_plan, join_stage
 
 
 @dataclass
@@ -95,11 +95,12 @@ def build(
 ) -> Run:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
     startup = float(config.train.ddp_timeout)
-    store = (meeting or Rendezvous(launch, store_name(config), startup)).store()
+    meeting = meeting or Rendezvous(launch, store_name(config), startup)
+    store = meeting.store()
     news: tuple[str, ...] = ()
     if plan is not None:
-        news = open_output(plan.resolve(config), plan)
-        store.set(PLAN, plan.to_json())
+        news = open_output(plan.resolve(config), plan, launch.restart > 0)
+        meeting.publish(plan.to_json())
     plan = Plan.from_json(fetch_plan(store, startup, config.local.link_timeout_seconds))
     config = plan.resolve(config)
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages)

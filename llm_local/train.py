@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint
+from llm_local.checkpoint.line import after_restart
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import ConfigError, parse
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(rank, error)
     meeting = Rendezvous(launch, store_name(config), float(config.train.ddp_timeout))
     try:
+        if rank == 0 and meeting.is_known():
+            config = after_restart(config)
         plan, data = check(config, launch.world_size, meeting) if rank == 0 else (None, None)
     except Exception as error:
         return _call_off(meeting, error)

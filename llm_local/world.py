@@ -34,6 +34,7 @@ LAUNCHERS = (
 PLAN = "plan"
 SIGN_SECONDS = 1.0
 _TOLD, _SIGNS = "told", "signs"
+_OPENED = "llm_local/opened"
 _POLL_SECONDS = 0.2
 
 
@@ -225,6 +226,15 @@ class Rendezvous:
         finally:
             ended.set()
 
+    def publish(self, plan: str) -> None:
+        """Rank 0 tells the others the plan, and later lives of the run that its output folder is open."""
+        _below(self.store()).set(_OPENED, "1")
+        self.store().set(PLAN, plan)
+
+    def is_known(self) -> bool:
+        """Whether an earlier life of this run, before a restart by torchrun, has opened the output folder."""
+        return self._launch.restart > 0 and _below(self.store()).check([_OPENED])
+
     def say_no(self, seconds: float) -> None:
         """Rank 0 tells the others, who wait for it, that there is no run; leaves once they know."""
         if self._launch.world_size == 1:
@@ -235,6 +245,13 @@ class Rendezvous:
             store.set(PLAN, "")
             while store.add(_TOLD, 0) < self._launch.world_size - 1 and time.monotonic() < end:
                 time.sleep(0.05)
+
+
+def _below(store: Any) -> Any:
+    """The store that the lives of a run share, under torchrun the agent's."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None) -> str:

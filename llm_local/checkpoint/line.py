@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def documents_begin(config: RunConfig) -> bool | None:
         return read_manifest(checkpoint).flags["add_bos"] if checkpoint else None
     except ConfigError:  # said when the run is to go on from it
         return None
+
+
+def after_restart(config: RunConfig) -> RunConfig:
+    """The flags with which a run goes on that a launcher starts again: from its newest checkpoint, or as it began."""
+    wanted = (config.train.resume_from_checkpoint or "false").lower()
+    if committed(config.output_dir) or wanted in ("false", *_NEWEST):
+        wanted = AUTO
+    else:  # from elsewhere
+        wanted = config.train.resume_from_checkpoint
+    train = replace(config.train, resume_from_checkpoint=wanted, overwrite_output_dir=False)
+    return replace(config, train=train)
 
 
 def is_own(output_dir: Path, checkpoint: Path | None) -> bool:

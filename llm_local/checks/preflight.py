@@ -318,14 +318,14 @@ def _resume(
     return str(checkpoint), problems
 
 
-def open_output(config: RunConfig, plan: Plan) -> tuple[str, ...]:
+def open_output(config: RunConfig, plan: Plan, is_restart: bool = False) -> tuple[str, ...]:
     """Makes OUTPUT and writes run.yaml; returns lines for a person.
 
-    A run that is replaced goes first, and nothing else in the folder does: what is not on the line that is gone on with
-    is set aside.
+    A run that is replaced goes first, and nothing else in the folder does: checkpoints that are not on the line that is
+    gone on with are set aside, and so are all that a restart, which replaces nothing, does not know as its own.
     """
     folder, checkpoint = config.output_dir, Path(plan.checkpoint) if plan.checkpoint else None
-    if _replaces(config, checkpoint):
+    if _replaces(config, checkpoint) and not is_restart:
         for name in OURS:
             _remove(folder / name)
     said = set_aside(folder, checkpoint, TRACE)
