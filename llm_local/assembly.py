@@ -17,7 +17,7 @@ from llm_local.ds_config import resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
 from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
-from llm_local.model.anatomy import load_model_config, text_config
+from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
 from llm_local.model.stage import build_blocks
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
@@ -45,7 +45,7 @@ class Engine(Protocol):
 def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) -> tuple[Engine, Links]:
     """This rank's part of the run, ready to train. Every rank must call; feed is that of stage 0."""
     place, startup = world.place, float(config.train.ddp_timeout)
-    model_config = load_model_config(config.model)
+    model_config = plan.model_config(config)
     text, cpu = text_config(model_config), world.device.type == "cpu"
     name = f"stage-{place.stage:02d}"
     if config.is_pipelined:

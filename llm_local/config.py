@@ -77,7 +77,11 @@ class ModelArguments:
     gguf_file: str | None = _option(None, "GGUF file in that directory; its weights are dequantised to train them.")
     config_name: str | None = _option(None, "JSON file (or directory) with the config of a new model.")
     model_type: str | None = _option(None, "Type of a new model with the type's default config, as 'llama'.")
-    config_overrides: str | None = _option(None, "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'.")
+    config_overrides: str | None = _option(
+        None,
+        "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'; lists and dictionaries as JSON, as "
+        "'layer_types=[\"full_attention\"]'.",
+    )
     tokenizer_name: str | None = _option(
         None,
         "Tokenizer: directory, hub name or sentencepiece .model; default: the model's, else one trained on the "

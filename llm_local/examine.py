@@ -24,7 +24,8 @@ from llm_local.checkpoint.loader import fill_block
 from llm_local.checks.preflight import document_mask, plan_partition
 from llm_local.config import RunConfig, from_flat
 from llm_local.data.sequences import Sequences
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.data.special_tokens import run_model_config
+from llm_local.model.anatomy import probe
 from llm_local.model.heads import IGNORED, LossLinear
 from llm_local.model.slices import Seam
 from llm_local.model.stage import Block, build_blocks
@@ -69,7 +70,7 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     if manifest.layout.method == "backprop":
         raise ValueError(f"{folder} was trained with method=backprop: one loss for all layers, no local gradient")
     catalog = Catalog(folder)
-    model_config = load_model_config(config.model)
+    model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, model_config, anatomy)
     blocks: list[Block] = []

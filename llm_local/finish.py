@@ -19,6 +19,7 @@ from llm_local.config import RunConfig
 from llm_local.data.encoding import prompt_ids
 from llm_local.data.feed import Feed
 from llm_local.data.packing import PackedSource
+from llm_local.data.special_tokens import generation_values
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
@@ -120,11 +121,12 @@ def _has_exits(config: RunConfig) -> bool:
 
 
 def _compose(config: RunConfig, plan: Plan, class_name: str, export: Path) -> None:
-    model_config = load_model_config(config.model)
+    model_config = plan.model_config(config)
     model_config.dtype = DTYPES[config.export_dtype]
     tokenizer = load_tokenizer(config)
-    exits = _has_exits(config)
-    compose(export, plan.partition, config.head_layers_schedule, model_config, class_name, tokenizer, exits)
+    generation = generation_values(config, model_config, tokenizer)
+    heads, exits = config.head_layers_schedule, _has_exits(config)
+    compose(export, plan.partition, heads, model_config, class_name, tokenizer, exits, generation)
 
 
 def _slices(engine: Engine) -> tuple[list[Slice], Slice | None]:

@@ -20,6 +20,7 @@ from llm_local.checks.preflight import plan_partition
 from llm_local.config import RunConfig, from_flat
 from llm_local.data.feed import SOURCES, trained_tokens
 from llm_local.data.packing import PackedSource
+from llm_local.data.special_tokens import generation_values, run_model_config
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
@@ -35,7 +36,7 @@ from llm_local.export.model_folder import (
     write_text,
 )
 from llm_local.export.stages import collect, exit_name, trim_config
-from llm_local.model.anatomy import Anatomy, load_model_config, probe
+from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.shared_head import folded
 from llm_local.model.stage import build_block, build_slice
 from llm_local.partition import Partition
@@ -55,7 +56,7 @@ def export_checkpoint(
     """
     catalog = Catalog(checkpoint)
     config = from_flat(catalog.manifest.flags)
-    model_config = load_model_config(config.model)
+    model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, model_config, anatomy)
     last = _stage_of(exit, catalog, partition)
@@ -74,7 +75,9 @@ def export_checkpoint(
                 catalog, config, anatomy, partition, stage, shards[stage:], stage == last, model_config.dtype
             )
         depth = partition.private_layers(partition.stages[last].stop - 1, config.head_layers_schedule).stop
-        complete(draft, shards, trim_config(model_config, depth), class_name, load_tokenizer(config), tied)
+        tokenizer = load_tokenizer(config)
+        generation = generation_values(config, model_config, tokenizer)
+        complete(draft, shards, trim_config(model_config, depth), class_name, tokenizer, tied, generation)
         training = _training(catalog, config, partition, model_config.model_type)
         write_text(draft / CARD, model_card(training, None if exit is None else last))
         put_in_place(out)
@@ -110,7 +113,7 @@ def _write_stage(
     dtype: torch.dtype,
 ) -> str:
     """The first of the shards gets the stage's layers, with_head the second one the head of its last block."""
-    model_config = load_model_config(config.model)
+    model_config = run_model_config(config)
     numbers, bodies, heads, class_name = partition.stages[stage], {}, {}, ""
     for index in range(numbers.start, numbers.stop):
         if with_head and index == numbers.stop - 1:

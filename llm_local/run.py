@@ -21,7 +21,6 @@ from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import EvalSet, learn, tell
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile
-from llm_local.model.anatomy import load_model_config
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.progress import Progress
@@ -106,7 +105,7 @@ def build(
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
     join_stage(world, one_world=config.is_pipelined)
-    model_config = load_model_config(config.model)
+    model_config = plan.model_config(config)
     layout = layout_of(config, plan.partition, place.num_replicas, model_config)
     catalog = Catalog(Path(plan.checkpoint)) if plan.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)

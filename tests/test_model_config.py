@@ -55,8 +55,8 @@ def test_both_names_of_a_value_mean_the_same(load, values: dict[str, Any], overr
     [
         ("no_such=1", "key no_such isn't in the original config dict"),
         ("hidden_size=big", "invalid literal for int() with base 10: 'big'"),
-        ("hidden_size", "dictionary update sequence element #0 has length 1"),
-        ("rope_parameters=3", "You can only update int, float, bool or string values"),
+        ("hidden_size", "'hidden_size' is not name=value"),
+        ("rope_parameters=3", "rope_parameters is a dictionary; give it as JSON, as rope_parameters={...}"),
         ("hidden_size=65", "The hidden size (65) is not a multiple of the number of attention heads (4)."),
         ("num_attention_heads=0", "integer division or modulo by zero"),
     ],
@@ -67,6 +67,92 @@ def test_an_override_that_is_wrong(load, overrides: str, said: str):
     (problem,) = refused.value.problems
     assert problem.startswith(f"config_overrides={overrides!r}: ")
     assert said in problem
+
+
+QWEN2 = TINY | {"model_type": "qwen2", "layer_types": ["full_attention"] * 4}
+GEMMA2 = TINY | {"model_type": "gemma2", "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "wanted"),
+    [
+        (QWEN2, "num_hidden_layers=2", ["full_attention"] * 2),
+        (QWEN2, "num_hidden_layers=6", ["full_attention"] * 6),
+        (QWEN2, 'layer_types=["full_attention","full_attention"],num_hidden_layers=2', ["full_attention"] * 2),
+        (GEMMA2 | {"layer_types": ["sliding_attention", "full_attention"] * 2}, "num_hidden_layers=5", None),
+        (
+            GEMMA2 | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "num_hidden_layers=2",
+            ["full_attention"] * 2,
+        ),
+    ],
+    ids=["cut", "longer", "given", "the type's own pattern", "a pattern of the JSON"],
+)
+def test_lists_with_an_entry_a_layer_follow_the_number_of_layers(load, values, overrides: str, wanted):
+    found = load(values, overrides).layer_types
+    assert found == (
+        wanted or ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    )
+
+
+SCALED = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "wanted"),
+    [
+        ({}, "rope_theta=500000", {"rope_type": "default", "rope_theta": 500000}),
+        ({}, f"rope_scaling={json.dumps(SCALED)},hidden_size=64", SCALED | {"rope_theta": 10000.0}),
+        ({"rope_theta": 5e5}, f"rope_parameters={json.dumps(SCALED)}", SCALED | {"rope_theta": 5e5}),
+        ({"rope_scaling": SCALED}, "rope_theta=7", SCALED | {"rope_theta": 7}),
+        ({"rope_scaling": SCALED}, "rope_scaling=null", {"rope_type": "default", "rope_theta": 10000.0}),
+    ],
+)
+def test_rotary_values_have_their_old_names_too(load, values: dict[str, Any], overrides: str, wanted: dict[str, Any]):
+    assert load(TINY | values, overrides).rope_parameters == wanted
+
+
+def test_lists_and_parts_of_a_config(load):
+    assert load(TINY, "eos_token_id=[1,2],bos_token_id=null").eos_token_id == [1, 2]
+    nested = {"model_type": "gemma3", "text_config": TINY | {"model_type": "gemma3_text", "head_dim": 8}}
+    text = load(nested, 'text_config={"num_hidden_layers":2}').text_config
+    assert (text.num_hidden_layers, text.hidden_size, len(text.layer_types)) == (2, 32, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "said"),
+    [
+        (
+            QWEN2,
+            "layer_types=[full_attention]",
+            "the value of layer_types is not JSON (Expecting value at 'full_attention]'",
+        ),
+        (QWEN2, "layer_types=full", "layer_types is a list; give it as JSON, as layer_types=[...]"),
+        (TINY, "rope_scaling=[1]", "rope_scaling is a dictionary; give it as JSON, as rope_scaling={...}"),
+        (
+            TINY,
+            "eos_token_id=[1]hidden_size=64",
+            "after the value of eos_token_id stands 'hidden_size=64', not a comma",
+        ),
+        (GPT2, "rope_theta=5", "key rope_theta isn't in the original config dict"),
+        (
+            GEMMA2 | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "num_hidden_layers=6",
+            "layer_types has 4 entries and num_hidden_layers is 6; give layer_types=[...], too",
+        ),
+        (
+            TINY | {"model_type": "gemma3_text", "head_dim": 8},
+            "rope_theta=5",
+            'layers differ in their rotary values; give all of them, as rope_parameters={"sliding_attention":{...}}',
+        ),
+        ({"model_type": "gemma3"}, 'text_config={"no_such":2}', "key no_such isn't in the original config dict"),
+    ],
+)
+def test_a_list_or_dictionary_that_is_wrong(load, values: dict[str, Any], overrides: str, said: str):
+    with pytest.raises(ConfigError) as refused:
+        load(values, overrides)
+    assert refused.value.problems[0].startswith(f"config_overrides={overrides!r}: ")
+    assert said in refused.value.problems[0]
 
 
 def test_an_override_that_the_config_works_out_by_itself(load):

@@ -33,6 +33,7 @@ from transformers import PretrainedConfig
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
 from llm_local.config import ConfigError, RunConfig
 from llm_local.ds_config import load_json, zero_stage
+from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
 
 MANIFEST = "manifest.json"
@@ -78,6 +79,7 @@ _OF_NO_WEIGHT = {
     *("ddp_timeout", "link_timeout_seconds", "preprocessing_num_workers", "export_dtype", "model"),
 }
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+_INCIDENTAL += TOKEN_IDS
 
 
 def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
@@ -139,7 +141,7 @@ def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
         for name, why in MUST_MATCH.items()
         if getattr(saved, name) != getattr(layout, name)
     ]
-    names = sorted(set(saved.model) | set(layout.model))
+    names = sorted((saved.model.keys() | layout.model.keys()) - set(_INCIDENTAL))
     differing = [name for name in names if saved.model.get(name) != layout.model.get(name)]
     if differing:
         theirs, ours = (", ".join(f"{n}={m.get(n)}" for n in differing[:3]) for m in (saved.model, layout.model))

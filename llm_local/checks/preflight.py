@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import data_problems
+from llm_local.data.special_tokens import pretrained_generation, special_tokens, token_warnings
 from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
 from llm_local.ds_config import deepspeed_problems
@@ -40,6 +42,7 @@ from llm_local.model.gguf_cache import convert
 from llm_local.model.lowrank import rank_problems
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
+from llm_local.model.token_ids import set_token_ids
 from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
 from llm_local.trace import FOLDER as TRACE
@@ -62,6 +65,11 @@ class Plan:
     documents: DocumentMask | None = None
     refused_exits: dict[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+
+    def model_config(self, config: RunConfig) -> PretrainedConfig:
+        """The config of the run's model, as rank 0 found it; the others need no tokenizer for it."""
+        return set_token_ids(load_model_config(config.model), self.special_tokens)
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """The flags with what was measured, or is a checkpoint's, written down: a reader of them finds the same."""
@@ -110,10 +118,13 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
                 costs = measure_costs(config, found.config, found.anatomy)
                 partition = plan_partition(config, found.config, found.anatomy, costs)
             warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
+            warnings += token_warnings(config, found.config)
             refused = refused_exits(config, found.config, found.anatomy, partition)
             warnings += exit_warnings(found.config.model_type, refused)
             documents, add_bos = document_mask(config), config.data.add_bos
-            return Plan(found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos)
+            return Plan(
+                found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos, special_tokens(config)
+            )
     raise ConfigError(problems)
 
 
@@ -129,8 +140,11 @@ class _Model:
     def look(self, config: RunConfig, world_size: int) -> list[str]:
         try:
             self.config = load_model_config(config.model)
+            with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
+                set_token_ids(self.config, special_tokens(config))
             self.anatomy = probe(self.config, config.model, try_slices)
             convert(config)
+            pretrained_generation(config)
         except ConfigError as error:
             return error.problems
         except SliceError as error:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_local.checkpoint.catalog import save_tensors
 from llm_local.files import link_or_copy
@@ -154,9 +155,11 @@ def complete(
     class_name: str,
     tokenizer: Any,
     tied: Mapping[str, str],
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Makes a model of shards that lie in the folder. tied: see tied_names; where the two are not equal bit for bit the
-    model is untied. Raises UnwrittenExport naming a file."""
+    model is untied. generation: what generation_config.json holds; default: as the config has it. Raises
+    UnwrittenExport naming a file."""
     is_tied = drop_copies(shards, tied)
     places = _places(shards)
     index = {
@@ -174,8 +177,9 @@ def complete(
     with writing(folder / "config.json"):
         copy_code(config, folder)
         config.save_pretrained(folder)
-    with writing(folder / "generation_config.json"):
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if generation is None:
+        generation = GenerationConfig.from_model_config(config).to_diff_dict()
+    write_text(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2) + "\n")
     with writing(folder / "tokenizer.json"):
         tokenizer.save_pretrained(folder)
 

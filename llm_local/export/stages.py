@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llm_local.export.masters import Masters
 from llm_local.export.model_folder import complete, link, original_names, shard_name, tied_names, write_shard
 from llm_local.model.anatomy import text_config
 from llm_local.model.lowrank import multiplied
+from llm_local.model.overrides import is_per_layer
 from llm_local.model.router_loss import want_none
 from llm_local.model.slices import Slice
 from llm_local.partition import Partition
@@ -129,8 +130,12 @@ def compose(
     class_name: str,
     tokenizer: Any,
     exits: bool,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
+    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head.
+
+    generation: see complete.
+    """
     last, tied = partition.num_stages - 1, tied_names(config)
     for stage in range(last + 1) if exits else (last,):
         folder, count = exit_folder(export, stage), stage + 2
@@ -138,11 +143,12 @@ def compose(
             link(export / shard_name(index, last + 2), folder / shard_name(index, count))
         private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
         trimmed = trim_config(config, private.stop)
-        complete(folder, [folder / shard_name(i, count) for i in range(count)], trimmed, class_name, tokenizer, tied)
+        shards = [folder / shard_name(i, count) for i in range(count)]
+        complete(folder, shards, trimmed, class_name, tokenizer, tied, generation)
     whole = exit_folder(export, last)
     link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
     shards = [export / shard_name(index, last + 2) for index in range(last + 2)]
-    complete(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer, tied)
+    complete(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer, tied, generation)
     if not exits:
         shutil.rmtree(export / "exits")
 
@@ -160,7 +166,7 @@ def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     if different:
         text.per_layer_config = None
     for name, value in list(vars(text).items()):
-        if isinstance(value, (list, tuple)) and len(value) == whole and name != "architectures":
+        if is_per_layer(name, value, whole):
             setattr(text, name, type(value)(value[:num_layers]))
     for name in ("num_hidden_layers", "decoder_layers", "num_blocks"):
         if getattr(text, name, None) == whole:

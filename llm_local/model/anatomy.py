@@ -34,7 +34,9 @@ from llm_local.model.observation import (
     text_config,
     watch,
 )
+from llm_local.model.overrides import overridden, parse_overrides
 from llm_local.model.remote_code import UNTRUSTED, check_code, is_untrusted
+from llm_local.model.token_ids import check_token_ids
 
 __all__ = ["Anatomy", "SliceError", "attention_kernel", "load_model_config", "probe", "text_config"]
 
@@ -82,7 +84,7 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     assert source is not None, "checked in problems.py"
     path, named = Path(source), f"{'model_name_or_path' if model.model_name_or_path else 'config_name'}={source}"
     if source == model.model_type:
-        return _changed(_default_config(source), {}, model.config_overrides)
+        return _changed(_default_config(source), {}, model)
     where = "" if path.exists() else from_here(path)
     if not path.exists() and source.endswith(".json"):
         raise ConfigError([f"{named}: no such file{where}"])
@@ -92,7 +94,7 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
         raise ConfigError([f"{named} is the folder of a run, not a model; did you mean {path / 'export'}?"])
     if model.gguf_file is not None:
         config = read_gguf_config(gguf_path(model))
-        return _changed(config, config.to_diff_dict(), model.config_overrides)
+        return _changed(config, config.to_diff_dict(), model)
     if path.name == "config.json":
         source = str(path.parent)  # where its code is
     try:
@@ -103,7 +105,7 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
         if is_untrusted(error):
             raise ConfigError([f"{named} {UNTRUSTED}"]) from error
         raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
-    config = _changed(config, PretrainedConfig.get_config_dict(source)[0], model.config_overrides)
+    config = _changed(config, PretrainedConfig.get_config_dict(source)[0], model)
     return check_code(config, model.trust_remote_code, named)
 
 
@@ -114,34 +116,17 @@ def _default_config(model_type: str) -> PretrainedConfig:
     return CONFIG_MAPPING[model_type]()
 
 
-def _changed(config: PretrainedConfig, values: dict[str, Any], overrides: str | None) -> PretrainedConfig:
-    if not overrides:
-        return config
+def _changed(config: PretrainedConfig, values: dict[str, Any], model: ModelArguments) -> PretrainedConfig:
+    """The config with the overrides in it, and with no id that its vocabulary has not."""
+    named, overrides = "", model.config_overrides
     try:
-        return _overridden(config, values, overrides)
+        if overrides:
+            named = f"config_overrides={overrides!r}: "
+            config = overridden(config, values, overrides)
+        check_token_ids(config, parse_overrides(overrides), is_new=model.model_name_or_path is None)
+        return config
     except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([f"config_overrides={overrides!r}: {reason}"]) from error
-
-
-def _overridden(config: PretrainedConfig, values: dict[str, Any], overrides: str) -> PretrainedConfig:
-    """The config made again from its JSON's values with the overrides in it, so that what it derives from them follows.
-
-    Raises ValueError, as update_from_string does, and for a name whose value the config works out from others.
-    """
-    typed = copy.deepcopy(config)
-    typed.update_from_string(overrides)
-    values = values | {"model_type": config.model_type}
-    original = type(config).attribute_map  # GPT-2's JSON may say n_embd or hidden_size
-    names = [part.partition("=")[0] for part in overrides.split(",")]
-    for name in names:
-        key = original.get(name, name)
-        values = {k: v for k, v in values.items() if original.get(k, k) != key} | {key: getattr(typed, name)}
-    made = type(config).from_dict(values, name_or_path=config.name_or_path)
-    for name in names:
-        if getattr(made, name) != getattr(typed, name):
-            raise ValueError(f"{name} is {getattr(made, name)} whatever is set: it follows from other values")
-    return made
+        raise ConfigError([f"{named}{' '.join(str(error).split())}"]) from error
 
 
 def attention_kernel(model: ModelArguments, config: PretrainedConfig) -> str | None:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llm_local.config import ConfigError, ModelArguments
 from llm_local.export.stages import trim_config
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.model.overrides import parse_overrides
 from llm_local.plan.memory import ModelSizes
 
 MOST_LAYERS = 16  # that are looked at; the rest is taken to be like them
@@ -42,7 +43,7 @@ def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     named = {key for part in parts for key in part}
     aliases = {**type(config).attribute_map, **type(text_config(config)).attribute_map}
-    given = (model.config_overrides or "").replace("=", ",").split(",")
+    given = parse_overrides(model.config_overrides)
     missing = [size for size in _SIZES if not {size, aliases.get(size, size), *_OLD.get(size, ())} & {*named, *given}]
     if missing:
         raise ConfigError([f"{source} does not say {', '.join(missing)}; a plan needs the model's sizes, so add them"])
