@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Trainer, records, weights
+from gguf_files import write_gguf
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel  # pyright: ignore[reportAttributeAccessIssue]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.checks.preflight import preflight
@@ -21,62 +21,15 @@ from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import convert, gguf_path, weights_path
 from llm_local.problems import static_problems
 
-gguf: Any = pytest.importorskip("gguf")
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in NAMES:
-        return f"{NAMES[stem]}.weight"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{PARTS[part]}.weight"
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with model.gguf: the tiny Llama, its MLPs in 8 bits, and a tokenizer of single bytes."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
-    tokens = ["<|endoftext|>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "th"]
-    tokens += [f"<{index}>" for index in range(len(tokens), TINY["vocab_size"])]
     path = tmp_path / "weights" / "model.gguf"
     path.parent.mkdir()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(TINY["max_position_embeddings"])
-    writer.add_embedding_length(TINY["hidden_size"])
-    writer.add_block_count(TINY["num_hidden_layers"])
-    writer.add_feed_forward_length(TINY["intermediate_size"])
-    writer.add_head_count(TINY["num_attention_heads"])
-    writer.add_head_count_kv(TINY["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(TINY["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for name, tensor in model.state_dict().items():
-        array, kind = tensor.numpy(), None
-        if ".mlp." in name:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            array = gguf.quants.quantize(array, kind)
-        writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, model, "llama", {}, quantized=".mlp.")
     return path.parent
 
 

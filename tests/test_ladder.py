@@ -15,7 +15,7 @@ files in_flight config partition costs head_plan head_problems problems schedule
 simulator: peer_schedules channel clock simulate
 device trace watchdog world
 links: packet wire message transports ends
-model: gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained heads
+model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained heads
 model: router_loss document_mask
 model: shared_head distillation lowrank windows head_start stage refresh
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens

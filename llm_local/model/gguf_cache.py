@@ -20,8 +20,9 @@ from transformers.utils import is_gguf_available
 from transformers.utils.hub import cached_file
 
 from llm_local.config import ConfigError, ModelArguments, RunConfig, from_here
+from llm_local.model.gguf_header import complete_config, named
 
-REVISION = 1  # counts changes of this file that change the result
+REVISION = 2  # counts changes of this file that change the result
 
 
 def weights_path(config: RunConfig) -> str:
@@ -66,7 +67,7 @@ def read_gguf_config(path: Path) -> PretrainedConfig:
 @cache
 def _read_config(path: Path, _changed: int) -> PretrainedConfig:
     """Seconds: the header holds the vocabulary."""
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return complete_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), path)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -111,9 +112,17 @@ def _dequantise(path: Path, folder: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         quantization = GgufConfig(dequantize=True)  # without it the result could not be saved
-        AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=quantization
-        ).save_pretrained(folder)
+        loader: Any = AutoModelForCausalLM
+        model, info = loader.from_pretrained(
+            **where,
+            config=read_gguf_config(path),
+            dtype=torch.float32,
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
+        if wrong := info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(f"{'lacks' if info['missing_keys'] else 'has no place for'} {named(wrong)}")
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     except Exception as error:
         raise ConfigError([_unreadable(path, error)]) from error
