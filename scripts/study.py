@@ -25,16 +25,16 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets")
-AXES = {"tokens": "tokens", "flops": "FLOPs of all blocks", "sequential_flops": "sequential FLOPs"}
-HEADS = {"linear": ":", "decoder": "--", "shared": "-"}
-METHODS = {"backprop": "black", "greedy": "C3", "chunked": "C0", "overlapping": "C2"}
-MARKERS = "o^sDvP*X<>"
+AXES = {"flops": "FLOPs of all blocks", "sequential_flops": "sequential FLOPs"}
+# apart for colour-blind eyes, too (Okabe and Ito)
+METHODS = {"backprop": "black", "greedy": "#D55E00", "chunked": "#0072B2", "overlapping": "#009E73"}
 
 
 def draw(comparison: dict[str, Any], output: Path) -> None:
-    """Validation loss of the last block against tokens, total and sequential FLOPs; means over the finished seeds.
+    """The loss of the last block that each method reaches with so many FLOPs, by the best of its settings: their Pareto
+    front over all evaluations, as the paper draws it. Losses are means over the finished seeds.
 
-    Colours are methods, lines heads, and markers, at the end of each curve, points.
+    A dot is a setting at its end; the last one of a front has its name.
     """
     import matplotlib
 
@@ -42,27 +42,29 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter
 
-    figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(20, 7))
+    from llm_local.study.comparison import front, mean_curve
+
+    figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(13, 6))
     points = [point for point in comparison["points"] if point["runs"]]
-    for number, point in enumerate(points):
-        flags = {"head": "linear", **point["flags"]}
-        style = "-" if flags["method"] == "backprop" else HEADS[flags["head"]]
-        color, marker = METHODS[flags["method"]], MARKERS[number % len(MARKERS)]
-        curves = [run["curve"] for run in point["runs"]]
-        losses = [sum(row["loss"] for row in rows) / len(rows) for rows in zip(*curves, strict=True)]
-        for axis, panel in zip(AXES, panels, strict=True):
-            where = [row[axis] for row in curves[0]]
-            panel.plot(where, losses, style, color=color, linewidth=1, alpha=0.7)
-            panel.plot(where[-1:], losses[-1:], marker, color=color, markersize=7, label=point["name"])
     for (axis, title), panel in zip(AXES.items(), panels, strict=True):
-        panel.set_xlabel(title)
-        if axis != "tokens":
-            panel.set_xscale("log")
-            panel.xaxis.set_minor_formatter(NullFormatter())  # else they write over each other
+        for row, (method, color) in enumerate(METHODS.items()):
+            curves = {p["name"]: mean_curve(p, axis) for p in points if p["flags"]["method"] == method}
+            if not curves:
+                continue
+            places = front([place for curve in curves.values() for place in curve])
+            panel.plot(*zip(*places, strict=True), color=color, linewidth=2)
+            text = {"textcoords": "offset points", "color": color}
+            side, offset = (("right", -4), ("left", 4))[row % 2]
+            panel.annotate(method, places[0], (offset, 4), ha=side, weight="bold", **text)
+            for name, curve in curves.items():
+                panel.plot(*curve[-1], "o", color=color, markersize=5, alpha=0.5)
+                if curve[-1] == places[-1]:
+                    panel.annotate(name, curve[-1], (0, -20 - 13 * row), ha="center", **text)
+        panel.set(xlabel=title, xscale="log")
+        panel.xaxis.set_minor_formatter(NullFormatter())  # else they write over each other
         panel.grid(alpha=0.3, which="both")
+        panel.margins(x=0.16, y=0.28)  # room for the names
     panels[0].set_ylabel("validation loss of the last block (nats a token)")
-    if points:
-        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
     figure.tight_layout()
     figure.savefig(output, dpi=120)
     pyplot.close(figure)

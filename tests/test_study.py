@@ -16,7 +16,7 @@ from llm_local.config import ConfigError
 from llm_local.costs import count_flops
 from llm_local.files import write_whole
 from llm_local.partition import Span
-from llm_local.study.comparison import Result, baseline, compare, curve, summarise, table
+from llm_local.study.comparison import Result, baseline, compare, curve, front, mean_curve, summarise, table
 from llm_local.study.points import Study, expand, expand_grid, read_study
 from llm_local.study.runs import Run, arguments_of, runs_of, stale_runs, train_all
 
@@ -471,3 +471,9 @@ def _read(content: dict[str, Any], path: Path) -> Study:
         copy = Path(folder, path.name)
         copy.write_text(yaml.safe_dump(content))
         return read_study(copy)
+
+
+def test_a_front_is_what_nothing_cheaper_is_as_good_as():
+    assert front([(3, 2.0), (1, 4.0), (2, 4.0), (2, 3.0), (4, 2.5), (3, 2.2)]) == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    runs = [{"curve": [{"flops": n, "loss": seed / n} for n in (1, 2)]} for seed in (1, 3)]
+    assert mean_curve({"runs": runs}, "flops") == [(1, 2.0), (2, 1.0)]

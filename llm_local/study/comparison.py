@@ -6,7 +6,7 @@ All losses are validation losses in nats a token. A point's last block is the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import Any
@@ -131,6 +131,22 @@ def _perplexity_ratio(point: Point, reference: Point | None, results: Results, s
     both = [seed for seed in seeds if {(point.name, seed), (reference.name, seed)} <= set(results)]
     gaps = [results[point.name, s].block_losses[-1] - results[reference.name, s].block_losses[-1] for s in both]
     return math.exp(fmean(gaps)) if gaps else None
+
+
+def mean_curve(point: Mapping[str, Any], axis: str) -> list[tuple[float, float]]:
+    """(spent, loss) of a point of the comparison at each evaluation, a mean over its runs; axis: what is spent."""
+    curves = [run["curve"] for run in point["runs"]]
+    losses = [fmean(row["loss"] for row in rows) for rows in zip(*curves, strict=True)]
+    return [(row[axis], loss) for row, loss in zip(curves[0], losses, strict=True)]
+
+
+def front(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The Pareto front of (spent, loss): every place that no other one beats with as little or less."""
+    found: list[tuple[float, float]] = []
+    for spent, loss in sorted(places):
+        if not found or loss < found[-1][1]:
+            found.append((spent, loss))
+    return found
 
 
 def table(comparison: Mapping[str, Any]) -> str:
