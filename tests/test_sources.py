@@ -3,8 +3,10 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -56,6 +58,44 @@ def test_one_document_cannot_be_divided(settings, tokenizer, tmp_path):
         config = settings(train_file=write_jsonl(tmp_path / "one.jsonl", ["text " * 99]), streaming=streaming)
         with pytest.raises(ConfigError, match=r"one\.jsonl holds 1 document, which cannot be divided; add validation"):
             prepare(config, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_shard_without_a_text_and_any_type_of_string_are_text(settings, tmp_path, texts, kind: str, streaming: bool):
+    """Of each column: in the first shard, or in another, it is nothing but null."""
+    string_view: Any = pyarrow.string_view()
+    shards = [
+        {"text": pyarrow.nulls(3), "id": pyarrow.array(range(3))},
+        {"text": pyarrow.array(texts[:30], string_view), "id": pyarrow.nulls(30)},
+        {"text": pyarrow.array(texts[30:], pyarrow.large_string()), "id": pyarrow.array(range(30))},
+        {"text": pyarrow.nulls(2), "id": pyarrow.nulls(2)},
+    ]
+    (folder := tmp_path / "shards").mkdir()
+    for number, shard in enumerate(map(pyarrow.table, shards)):
+        path = folder / f"{number}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(shard, path)
+        else:
+            with pyarrow.ipc.new_file(str(path), shard.schema) as writer:
+                writer.write_table(shard)
+    held = write_jsonl(tmp_path / "held.jsonl", ["held out"])
+    config = settings(train_file=str(folder), validation_file=held, streaming=streaming)
+    assert data_problems(config) == []
+    assert in_file_order(config, 0) == [None] * 3 + texts + [None] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_folder_may_have_views_of_strings(settings, tokenizer, tmp_path, texts, streaming: bool):
+    for name, kind in (("view", pyarrow.string_view()), ("plain", pyarrow.string())):
+        Dataset(pyarrow.table({"text": pyarrow.array(texts, kind)})).save_to_disk(str(tmp_path / name))
+    view, again, plain = (
+        prepare(settings(dataset_name=str(tmp_path / name), streaming=streaming), tokenizer)[0]
+        for name in ("view", "view", "plain")
+    )
+    assert torch.equal(view.batch(0, 20), plain.batch(0, 20))
+    assert not streaming or again.restore(view.state())
+    assert torch.equal(again.batch(1, 20), plain.batch(1, 20))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])

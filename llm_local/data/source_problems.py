@@ -31,6 +31,8 @@ from llm_local.data.token_folder import folder_problems, is_token_folder, read_c
 
 CHECKED_BYTES = 64 << 20  # of a source before training: a second; a line further on is named when it is read
 PROBLEMS_A_FILE = 3
+STRINGS = ("string", "large_string")
+TEXT_TYPES = (*STRINGS, "string_view", "null")  # null: each text is missing, and so each document empty, as in JSON
 TABLES_CHECKED = 200  # files of a source whose footer is read before training
 
 
@@ -146,7 +148,7 @@ def column_problem(features: Features, column: str) -> str:
     if column not in features:
         return missing_column(column, list(features))
     feature: Any = features[column]
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+    if isinstance(feature, Value) and feature.dtype in TEXT_TYPES:
         return ""
     kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
     return f"column {column!r} holds {kind}, not text; set text_column_name to one of strings"
@@ -161,6 +163,24 @@ def _table_file_problems(source: Source, path: Path) -> list[str]:
         reason = " ".join(str(error).split())
         return [f"{named} is not a file of {kind} ({reason}); write it again, or check the suffix"]
     return _table_problems(named, rows, features, source.text_column)
+
+
+def table_features(files: list[Path], column: str) -> Features:
+    """The columns of files of one kind, each as the first file has it in which it is not all missing."""
+    found: dict[str, Any] = {}
+    for path in files:
+        for name, feature in Features.from_arrow_schema(_rows_and_schema(path)[1]).items():
+            if name not in found or _is_missing(found[name]):
+                found[name] = feature
+        if not any(map(_is_missing, found.values())):
+            break
+    if column in found and found[column].dtype not in STRINGS:
+        found[column] = Value("large_string")
+    return Features(found)
+
+
+def _is_missing(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype == "null"
 
 
 def _rows_and_schema(path: Path) -> tuple[int, pyarrow.Schema]:

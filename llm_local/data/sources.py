@@ -19,14 +19,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.corpus import builtin_corpus
 from llm_local.data.mixture import BUILTIN, TOKENS, Source
 from llm_local.data.parts import read
-from llm_local.data.source_problems import column_problem, files_of, missing_split, wanted_splits
+from llm_local.data.source_problems import column_problem, files_of, missing_split, table_features, wanted_splits
 from llm_local.data.text_files import TEXT_FORMATS, UnreadableText, format_of, missing_column, read_texts
 from llm_local.data.text_parts import TextFiles, convert, features_of
 from llm_local.data.token_folder import REPAIR, TRAIN, VALIDATION
@@ -142,7 +142,10 @@ def _read_files(config: RunConfig, source: Source) -> Documents:
 
 
 def _read_tables(config: RunConfig, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
-    options: dict[str, Any] = {"columns": [source.text_column]} if kind == "parquet" else {}
+    column = source.text_column
+    features = _or_refused(source, lambda: table_features(files, column))
+    options: dict[str, Any] = {"columns": [column]} if kind == "parquet" else {}
+    options |= {"features": Features({column: features[column]}) if options else features}
     options |= {"streaming": source.streaming, "cache_dir": str(config.cache_dir / "datasets")}
     data_files = {"train": [glob.escape(str(file.resolve())) for file in files]}  # brackets would make a pattern
     rows = _or_refused(source, lambda: load_dataset(kind, data_files=data_files, split="train", **options))
@@ -201,7 +204,10 @@ def _check_column(named: str, rows: Any, column: str) -> None:
 
 def _only(rows: Any, column: str) -> Dataset | IterableDataset:
     """Without the other columns, unless the stream does not know its columns before it is read."""
-    return rows.select_columns([column]) if rows.features else rows
+    rows = rows.select_columns([column]) if rows.features else rows
+    if isinstance(rows, IterableDataset) and rows.features and rows.features[column].dtype == "string_view":
+        return rows.map(dict, batched=True, features=features_of(column))  # `datasets` cannot shuffle views
+    return rows
 
 
 def hold_out(train: Documents, percentage: int) -> tuple[Documents, Documents]:
