@@ -54,7 +54,7 @@ def flags(zero: str, large: bool, rows: int) -> dict[str, Any]:
 def flops_a_step(case: dict[str, Any]) -> float:
     config = from_flat(case)
     anatomy = probe(load_model_config(config.model), config.model)
-    sizes = (anatomy.layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length)
+    sizes = (anatomy.active_layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length)
     costs = estimate_costs(*sizes)
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
     return tokens * (anatomy.num_layers * costs.layer + costs.head)

@@ -1,9 +1,14 @@
 """Layers, blocks and stages: every cut covers the model in order, and none is cheaper than the one chosen."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
+from transformers import AutoConfig
 
+from llm_local.checks.preflight import plan_partition
+from llm_local.config import from_flat
+from llm_local.model.anatomy import probe
 from llm_local.partition import Costs, Partition, Span, estimate_costs, held, make_partition
 
 LAYER_ONLY = Costs(layer=1.0, head=0.0)
@@ -208,3 +213,29 @@ def test_stage_layers_that_are_not_the_model():
 def test_stage_layers_that_cut_a_block():
     with pytest.raises(ValueError, match="stage_layers=3,5 cuts before layer 3, inside a block; cut where"):
         make_partition(8, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[3, 5])
+
+
+def test_of_a_mixture_of_experts_the_parameters_count_that_a_token_passes():
+    """By hand: attention, a router, 8 experts of three matrices, of which 1 is used, and two norms a layer."""
+    width, inner, vocabulary = 32, 256, 1024
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=1,
+    )
+    attention, router, expert, norms = 3 * width * width, 8 * width, 3 * width * inner, 2 * width
+    run = from_flat({"config_name": "x", "num_stages": 2, "seq_length": 8})
+    anatomy = probe(config, run.model)
+    assert anatomy.layer_parameters == attention + router + 8 * expert + norms
+    assert anatomy.active_layer_parameters == attention + router + expert + norms
+    # the last head is as dear as a layer is: with all experts counted the cut would be 2, 2 in backprop, too
+    one_head = replace(run, local=replace(run.local, method="backprop"))
+    assert [len(plan_partition(one_head, config, anatomy).layers_of(stage)) for stage in (0, 1)] == [3, 1]
+    dense = replace(anatomy, active_layer_parameters=anatomy.layer_parameters)
+    assert [len(plan_partition(one_head, config, dense).layers_of(stage)) for stage in (0, 1)] == [2, 2]

@@ -188,7 +188,7 @@ def plan_partition(
     layer."""
     local = config.local
     costs = costs or estimate_costs(
-        anatomy.layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
+        anatomy.active_layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
     )
     by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
     return make_partition(

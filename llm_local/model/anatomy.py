@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llm_local.config import ConfigError, ModelArguments, from_here
@@ -49,6 +50,7 @@ class Anatomy:
     output_length: None where a layer returns the hidden states alone, else the length of the tuple that they lead.
     embedding, before, after: modules with parameters of their own, by dotted name; before and after the layers.
     tied: the output matrix is the embedding, which a class may do or not do whatever its config says.
+    active_layer_parameters: of a layer's, on average, those that one token passes; fewer in a mixture of experts.
     """
 
     layers: str
@@ -60,6 +62,7 @@ class Anatomy:
     after: tuple[str, ...]
     hidden_size: int
     layer_parameters: int
+    active_layer_parameters: int
     head_parameters: int
     tied: bool
 
@@ -207,6 +210,23 @@ def _observe(model: PreTrainedModel) -> Anatomy:
         after=after,
         hidden_size=int(shape[-1]),
         layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
+        active_layer_parameters=_count_active(layers, text_config(model.config)) // len(layers),
         head_parameters=sum(p.numel() for p in head.parameters()) if head is not None else 0,
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
+
+
+def experts_of(text: Any) -> tuple[int, int]:
+    """How many experts a layer has by the text config, and how many of them a token passes; (1, 1) without any."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    total = next((int(n) for name in names if (n := getattr(text, name, None))), 1)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+    used = next((int(n) for name in names if (n := getattr(text, name, None))), total)
+    return total, min(used, total)
+
+
+def _count_active(layers: nn.Module, text: Any) -> int:
+    """Parameters of the layers that one token passes: not those of the experts that it is not sent to."""
+    total, used = experts_of(text)
+    routed = sum(p.numel() for name, p in layers.named_parameters() if "experts" in name and "shared" not in name)
+    return sum(p.numel() for p in layers.parameters()) - routed * (total - used) // total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.config import ConfigError, ModelArguments
 from llm_local.export.stages import trim_config
-from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe, text_config
+from llm_local.model.anatomy import Anatomy, SliceError, experts_of, load_model_config, probe, text_config
 from llm_local.model.overrides import parse_overrides
 from llm_local.plan.memory import ModelSizes
 
@@ -58,9 +57,7 @@ _OLD = {
 def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> ModelSizes:
     text: Any = text_config(model.config)
     layers = model.get_submodule(anatomy.layers)
-    parameters = list(layers.named_parameters())
-    whole = sum(p.numel() for _, p in parameters)
-    idle = sum(_idle_parameters(name, p.shape, text) for name, p in parameters)
+    whole = sum(p.numel() for p in layers.parameters())
     head = anatomy.head_parameters or sum(p.numel() for p in model.get_input_embeddings().parameters())
     outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
     width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
@@ -70,7 +67,7 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
         hidden_size=anatomy.hidden_size,
         vocab_size=int(text.vocab_size),
         layer_parameters=round(whole / anatomy.num_layers),
-        active_layer_parameters=round((whole - idle) / anatomy.num_layers),
+        active_layer_parameters=anatomy.active_layer_parameters,
         head_parameters=head,
         embedding_parameters=outside - (0 if anatomy.tied else head),
         is_tied=anatomy.tied,
@@ -83,27 +80,11 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
     )
 
 
-def _experts(text: Any) -> tuple[int, int]:
-    """How many experts a layer has, and how many of them a token passes; (1, 1) without any."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    total = next((int(n) for name in names if (n := getattr(text, name, None))), 1)
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-    used = next((int(n) for name in names if (n := getattr(text, name, None))), total)
-    return total, min(used, total)
-
-
-def _idle_parameters(name: str, shape: tuple[int, ...], text: Any) -> float:
-    """Parameters that one token does not pass: those of the experts that it is not sent to."""
-    total, used = _experts(text)
-    of_experts = "experts" in name and "shared" not in name
-    return prod(shape) * (1 - used / total) if of_experts else 0.0
-
-
 def _feed_forward(layer: nn.Module, hidden_size: int, text: Any) -> tuple[int, bool]:
     """Hidden units that a token passes, and whether they are gated: three matrices of that width then, else two."""
     names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     inner = next((n for name in names if isinstance(n := getattr(text, name, None), int)), 4 * hidden_size)
-    total, used = _experts(text)
+    total, used = experts_of(text)
     shapes = [tuple(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2 and hidden_size in p.shape[-2:]]
     sides = [rows if columns == hidden_size else columns for rows, columns in shapes]
     matrices = sum(side // inner for side in sides if side in (inner, 2 * inner))  # a gate may be fused with the other
