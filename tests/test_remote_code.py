@@ -69,11 +69,11 @@ def brings_code(folder: Path, auto_map: dict[str, Any] | None = None, model_type
     return folder
 
 
-def tokenizer_with_code(folder: Path, cache: Path) -> None:
+def tokenizer_with_code(folder: Path, cache: Path, class_name: str = "TinyTokenizer") -> None:
     AutoTokenizer.from_pretrained(builtin_tokenizer_dir(cache)).save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {
-        "tokenizer_class": "TinyTokenizer",
+        "tokenizer_class": class_name,
         "auto_map": {"AutoTokenizer": [None, "tokenization_tiny.TinyTokenizer"]},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -102,12 +102,15 @@ def test_code_runs_with_the_flag_alone(tmp_path: Path, cache: Path):
     assert type(load_tokenizer(from_flat(flags | {"trust_remote_code": True}))).__name__ == "TinyTokenizer"
 
 
-def test_without_the_flag_a_known_type_is_the_class_of_transformers(tmp_path: Path):
+def test_without_the_flag_a_known_type_is_the_class_of_transformers(tmp_path: Path, cache: Path):
     """And its export names no code, as it has none."""
     folder = brings_code(tmp_path / "tiny", model_type="llama")
     config = load_model_config(ModelArguments(config_name=str(folder)))
     assert type(config) is LlamaConfig
     assert not hasattr(config, "auto_map")
+    tokenizer_with_code(folder, cache, "PreTrainedTokenizerFast")
+    load_tokenizer(from_flat({"config_name": str(folder), "tokenizer_name": str(folder)})).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     folder = brings_code(tmp_path / "encoder", {"AutoModelForCausalLM": MAP["AutoModelForCausalLM"]}, "vit")
     assert refusal(config_name=str(folder)) == f"config_name={folder} {REPAIR}"
 
@@ -123,6 +126,17 @@ def test_a_file_that_is_missing_is_named_before_the_start(trainer: Trainer, tmp_
     assert "\n" not in problem
     if missing != "configuration_tiny.py":  # without which there is no config either
         assert problem.startswith(f"config_name={folder} names code in its auto_map, modeling_tiny.TinyForCausalLM, ")
+
+
+@pytest.mark.parametrize("text", ["import no_such_package", "class TinyConfig(", "Tiny = no_such_name", "TinyConf = 1"])
+@pytest.mark.parametrize("file", ["configuration_tiny.py", "modeling_tiny.py"])
+def test_code_that_does_not_run_is_one_line_before_the_start(trainer: Trainer, tmp_path: Path, file: str, text: str):
+    folder = brings_code(tmp_path / "tiny")
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        preflight(parse(trainer.flags("run", config_name=folder, trust_remote_code=True)), 1)
+    (problem,) = refused.value.problems
+    assert "\n" not in problem
 
 
 def test_code_of_another_folder_comes_along(tmp_path: Path, cache: Path):

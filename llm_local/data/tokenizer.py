@@ -63,7 +63,7 @@ def _load(config: RunConfig) -> PreTrainedTokenizerBase:
     if field == "tokenizer_name" and name.endswith(".model") and not Path(name).is_dir():
         return read_model(Path(name), f"{field}={name!r}")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         if is_untrusted(error):
             raise ConfigError([f"the tokenizer of {field}={name} {UNTRUSTED}"]) from error
@@ -71,6 +71,9 @@ def _load(config: RunConfig) -> PreTrainedTokenizerBase:
         repair = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
         named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))
         raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
+    if not model.trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)  # else the export would name code that it has not
+    return tokenizer
 
 
 def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:

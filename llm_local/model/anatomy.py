@@ -36,7 +36,7 @@ from llm_local.model.observation import (
     watch,
 )
 from llm_local.model.overrides import overridden, parse_overrides
-from llm_local.model.remote_code import UNTRUSTED, check_code, is_untrusted
+from llm_local.model.remote_code import OF_CODE, UNTRUSTED, check_code, is_untrusted
 from llm_local.model.token_ids import check_token_ids
 
 __all__ = ["Anatomy", "SliceError", "attention_kernel", "load_model_config", "probe", "text_config"]
@@ -104,7 +104,7 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     except StrictDataclassError as error:  # says in its second line what is wrong
         raise ConfigError([f"no model config in {source}: {' '.join(str(error).split())}"]) from error
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, *OF_CODE) as error:
         if is_untrusted(error):
             raise ConfigError([f"{named} {UNTRUSTED}"]) from error
         raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error

@@ -17,6 +17,7 @@ from transformers.utils import HF_MODULES_CACHE
 
 from llm_local.config import ConfigError
 
+OF_CODE = (ImportError, AttributeError, SyntaxError, NameError)  # what is raised where it cannot be run
 UNTRUSTED = "holds code of its own; read it, and let it run with --trust_remote_code true"
 
 
@@ -56,7 +57,7 @@ def _code_files(config: PretrainedConfig, named: str) -> list[Path]:
         try:
             found = Path(HF_MODULES_CACHE, get_cached_module_file(elsewhere or str(config.name_or_path), module))
             files |= {path.name: path for path in (found, *map(Path, get_relative_import_files(found)))}
-        except (OSError, ImportError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, *OF_CODE) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 [f"{named} names code in its auto_map, {reference}, that cannot be had ({reason}); add what is missing"]
