@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llm_local.assembly import Engine, make_engine
 from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
@@ -19,16 +19,19 @@ from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import EvalSet, learn, tell
+from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.refresh import Refresher, make_refresher
+from llm_local.owner import claim_folder
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
+from llm_local.rendezvous import Rendezvous, fetch_plan
 from llm_local.run_trace import begin_trace
 from llm_local.trace import Tracer
 from llm_local.watchdog import Watchdog
-from llm_local.world import Launch, Place, Rendezvous, World, connect, fetch_plan, join_stage
+from llm_local.world import Place, World, connect, join_stage
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Run:
     first_step: int
     first_row: int
     sources: tuple[PackedSource, ...] = ()
+    start: Start | None = None
 
     def traced(self, split: str, step: int) -> AbstractContextManager[None]:
         """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
@@ -66,40 +70,46 @@ class Run:
         return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
 
 
-def check(config: RunConfig, world_size: int, meeting: Rendezvous | None = None) -> tuple[Plan, Data]:
-    """Rank 0's part of a start, while the others wait at the rendezvous: nothing is written but below cache_dir.
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 brings to a run. news: lines for a person. folder: the output folder's lock, held as long as this
+    object lives."""
+
+    plan: Plan
+    data: Data
+    news: tuple[str, ...]
+    folder: TextIO
+
+
+def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) -> Start:
+    """Rank 0's part of a start, while the others wait at the rendezvous; the output folder is touched when all is well.
 
     Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
     for all that is wrong with the run and its data.
     """
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
-    plan = preflight(config, world_size)
+    plan = preflight(config, launch.world_size)
     with nullcontext() if meeting is None else meeting.kept_waiting():
         config = plan.resolve(config)
-        return plan, prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
-
-
-def store_name(config: RunConfig) -> str:
-    """Prefix of the store's keys. Ranks that reach another run's store, by a port used twice, find nothing there."""
-    return f"llm_local/{config.train.output_dir}"
+        data = prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    folder = claim_folder(config.output_dir)
+    return Start(plan, data, open_output(config, plan, launch.restart > 0), folder)
 
 
 def build(
     config: RunConfig,
     launch: Launch,
     watchdog: Watchdog,
-    plan: Plan | None,
-    data: Data | None,
+    start: Start | None,
     meeting: Rendezvous | None = None,
 ) -> Run:
-    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the plan and its data."""
+    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the start."""
     startup = float(config.train.ddp_timeout)
-    meeting = meeting or Rendezvous(launch, store_name(config), startup)
+    meeting = meeting or Rendezvous(launch, config.train.output_dir, startup)
     store = meeting.store()
-    news: tuple[str, ...] = ()
-    if plan is not None:
-        news = open_output(plan.resolve(config), plan, launch.restart > 0)
-        meeting.publish(plan.to_json())
+    if start is not None:
+        meeting.publish(start.plan.to_json())
+    data, news = (start.data, start.news) if start is not None else (None, ())
     plan = Plan.from_json(fetch_plan(store, startup, config.local.link_timeout_seconds))
     config = plan.resolve(config)
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
@@ -153,6 +163,7 @@ def build(
         first_step,
         first_row,
         tuple(source.facts() for source in data.sources) if data is not None else (),
+        start,
     )
 
 

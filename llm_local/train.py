@@ -24,11 +24,12 @@ from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import over_replicas
 from llm_local.export.model_folder import ExportError
 from llm_local.finish import finish
-from llm_local.run import Run, build, check, store_name
+from llm_local.launch import Launch
+from llm_local.rendezvous import Refused, Rendezvous
+from llm_local.run import Run, build, check
 from llm_local.run_trace import end_trace
 from llm_local.trace import REFRESH_WAIT, UnwrittenTrace, traced
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
-from llm_local.world import Launch, Refused, Rendezvous
 
 REFUSED = 2
 # their message says all there is to say
@@ -53,16 +54,16 @@ def main(arguments: Sequence[str]) -> int:
         config = parse(arguments)
     except ConfigError as error:
         return _refuse(rank, error)
-    meeting = Rendezvous(launch, store_name(config), float(config.train.ddp_timeout))
+    meeting = Rendezvous(launch, config.train.output_dir, float(config.train.ddp_timeout))
     try:
         if rank == 0 and meeting.is_known():
             config = after_restart(config)
-        plan, data = check(config, launch.world_size, meeting) if rank == 0 else (None, None)
+        start = check(config, launch, meeting) if rank == 0 else None
     except Exception as error:
         return _call_off(meeting, error)
     _started.set()
     try:
-        run = build(config, launch, watchdog, plan, data, meeting)
+        run = build(config, launch, watchdog, start, meeting)
         train(run)
         rows = run.rows_after(config.train.max_steps)
         finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows, run.sources)

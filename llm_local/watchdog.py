@@ -22,11 +22,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import psutil
+
+from llm_local.owner import is_running
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
@@ -68,6 +71,15 @@ def decode(text: str | bytes) -> Peer:
     return Peer(**json.loads(text))
 
 
+def deepspeed_launcher() -> int | None:
+    """The process that has started this one and all other ranks of its node, if it is deepspeed's."""
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+            return parent.pid
+    return None
+
+
 def launcher_pids() -> list[int | None]:
     """The processes whose death ends the run: torchrun's or deepspeed's per-node launcher, and the latter's runner.
 
@@ -76,8 +88,7 @@ def launcher_pids() -> list[int | None]:
     """
     try:
         parents = psutil.Process().parents()[:2]
-        by_deepspeed = bool(parents) and "deepspeed.launcher.launch" in parents[0].cmdline()
-        if not by_deepspeed:
+        if deepspeed_launcher() is None:
             parents = parents[:1] if "TORCHELASTIC_RUN_ID" in os.environ else []
         return [None if _is_init(parent) else parent.pid for parent in parents]
     except psutil.Error:
@@ -87,13 +98,6 @@ def launcher_pids() -> list[int | None]:
 def _is_init(process: psutil.Process) -> bool:
     """Whether this is what adopts orphans; in a container a launcher itself may be process 1."""
     return (process.pid == 1 or process.name() == "systemd") and "python" not in " ".join(process.cmdline())
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def leave(code: int) -> None:

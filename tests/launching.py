@@ -151,9 +151,9 @@ def _main(environ: dict[str, str], flags: list[str], log: str) -> None:
 
 
 @contextmanager
-def by_hand(num_ranks: int, flags: list[str], folder: Path) -> Iterator[list[Rank]]:
+def by_hand(num_ranks: int, flags: list[str], folder: Path, port: int | None = None) -> Iterator[list[Rank]]:
     """Starts the ranks of a run one by one; when the block ends, they do."""
-    port = free_port()
+    port = port or free_port()
     ranks = [Rank(n, num_ranks, port, flags, folder / f"rank-{n}.txt") for n in range(num_ranks)]
     try:
         yield ranks

@@ -13,7 +13,7 @@ from launching import BIN, ROOT, SCRIPT, accelerate, by_hand, deepspeed, job, lo
 from ranks import free_port
 
 from llm_local.config import ConfigError
-from llm_local.world import Launch
+from llm_local.launch import Launch
 
 SECONDS = 120.0
 

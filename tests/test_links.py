@@ -11,11 +11,13 @@ import torch
 from ranks import run_ranks
 
 from llm_local.in_flight import packets_asked_for, packets_pending
+from llm_local.launch import Launch
 from llm_local.links.ends import Receiver, Sender
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.links.transports import transport
+from llm_local.rendezvous import open_store
 from llm_local.watchdog import Watchdog
-from llm_local.world import Launch, Place, World, connect, open_store
+from llm_local.world import Place, World, connect
 
 
 def meet(seconds: float = 20.0) -> World:

@@ -12,13 +12,15 @@ from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_local.config import from_flat
+from llm_local.launch import Launch
 from llm_local.links.ends import Receiver, Sender
 from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
+from llm_local.rendezvous import open_store
 from llm_local.watchdog import Watchdog
-from llm_local.world import Launch, Place, connect, open_store
+from llm_local.world import Place, connect
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64, "num_hidden_layers": 3}
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}

@@ -14,18 +14,18 @@ import torch
 from conftest import Trainer
 from launching import by_hand
 from ranks import run_ranks
-from torch.distributed import PrefixStore, TCPStore
 from transformers import AutoTokenizer
 
 from llm_local.checks.preflight import Plan, preflight
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.launch import Launch
 from llm_local.links.packet import TRAIN
-from llm_local.run import _make_feed, store_name
+from llm_local.rendezvous import open_store
+from llm_local.run import _make_feed
 from llm_local.train import REFUSED, main
-from llm_local.watchdog import LostPeer
-from llm_local.world import PLAN, Launch, Place, fetch_plan, open_store
+from llm_local.world import Place
 
 
 @pytest.fixture(autouse=True)
@@ -136,16 +136,6 @@ def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} is in use, .*give this run another: --master_port N"):
             open_store(Launch.from_environment(os.environ), "test", 5.0)
-
-
-def test_a_rank_that_reaches_another_run_s_store_finds_no_plan_there(trainer: Trainer):
-    """A second run on the same port ends, but until then its other ranks would join the first run, and end it too."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    first, second = (PrefixStore(store_name(parse(trainer.flags(name))), server) for name in ("one", "two"))
-    first.set(PLAN, "the plan")
-    assert fetch_plan(first, 1.0) == "the plan"
-    with pytest.raises(LostPeer, match="for rank 0's plan"):
-        fetch_plan(second, 0.2)
 
 
 def _twice(flags: list[str]) -> list[int]:

@@ -13,15 +13,16 @@ from conftest import Trainer
 from launching import Rank, by_hand, until
 from torch.distributed import TCPStore
 
-from llm_local import world
+from llm_local import rendezvous
+from llm_local.launch import Launch
+from llm_local.rendezvous import PLAN, Refused, Rendezvous, fetch_plan
 from llm_local.train import REFUSED
 from llm_local.watchdog import LostPeer
-from llm_local.world import PLAN, Launch, Refused, Rendezvous, fetch_plan
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(world, "SIGN_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "SIGN_SECONDS", 0.1)
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

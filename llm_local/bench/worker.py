@@ -25,12 +25,12 @@ from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import RunConfig, from_flat
 from llm_local.engine import LocalEngine
+from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
 from llm_local.run import Run, build, check
 from llm_local.train import quiet_libraries
 from llm_local.watchdog import Watchdog
-from llm_local.world import Launch
 
 LOCAL, DEEPSPEED = "local", "deepspeed"
 SECONDS = 300.0  # longest wait of ranks for one another
@@ -67,8 +67,7 @@ def begin(task: Task) -> Run:
     launch = Launch.from_environment(os.environ)
     watchdog = Watchdog(launch.rank)
     watchdog.start()
-    plan, data = check(config, launch.world_size) if launch.rank == 0 else (None, None)
-    return build(config, launch, watchdog, plan, data)
+    return build(config, launch, watchdog, check(config, launch) if launch.rank == 0 else None)
 
 
 def leave(run: Run) -> None:

@@ -43,6 +43,7 @@ from llm_local.model.lowrank import rank_problems
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
 from llm_local.model.token_ids import set_token_ids
+from llm_local.owner import folder_problems
 from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
 from llm_local.trace import FOLDER as TRACE
@@ -270,6 +271,8 @@ def _folder_problems(config: RunConfig) -> list[str]:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={folder} is a file; name a folder"]
+    if problems := folder_problems(folder):
+        return problems
     problems = _unwritable("output_dir", folder)
     try:
         checkpoint = find_checkpoint(config)
@@ -339,7 +342,10 @@ def open_output(config: RunConfig, plan: Plan, is_restart: bool = False) -> tupl
     gone on with are set aside, and so are all that a restart, which replaces nothing, does not know as its own.
     """
     folder, checkpoint = config.output_dir, Path(plan.checkpoint) if plan.checkpoint else None
-    if _replaces(config, checkpoint) and not is_restart:
+    replaces = _replaces(config, checkpoint)
+    if not replaces and (problems := another_run(config, checkpoint)):  # it came and went since the checks
+        raise ConfigError(problems)
+    if replaces and not is_restart:
         for name in OURS:
             _remove(folder / name)
     said = set_aside(folder, checkpoint, TRACE)
