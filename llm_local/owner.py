@@ -20,7 +20,7 @@ import psutil
 from llm_local.config import ConfigError
 
 LOCK = "run.lock"
-_PATIENCE_SECONDS = 2.0  # a run that ends takes a moment
+PATIENCE_SECONDS = 2.0  # a run that ends takes a moment
 
 
 @cache
@@ -92,7 +92,7 @@ def claim_folder(folder: Path) -> TextIO:
 def _locked(file: TextIO, kind: int) -> bool:
     """Locks the file unless another process has it. Where the file system has no locks the owner it names counts, if it
     is of this machine."""
-    end = time.monotonic() + _PATIENCE_SECONDS
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)

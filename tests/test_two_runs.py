@@ -126,6 +126,11 @@ def test_a_rank_started_twice_changes_nothing(store: Any, rank: int):
 # --- a folder
 
 
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(owner, "PATIENCE_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize("flags", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "true"}])
 def test_the_folder_of_a_run_that_lives_is_refused(trainer: Trainer, capsys: pytest.CaptureFixture[str], flags: dict):
     folder = trainer.folder / "run"
