@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 
 from llm_local.config import ConfigError, ModelArguments
-from llm_local.model.anatomy import load_model_config
+from llm_local.model.anatomy import SliceError, load_model_config, probe
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
 
@@ -153,6 +153,48 @@ def test_a_list_or_dictionary_that_is_wrong(load, values: dict[str, Any], overri
         load(values, overrides)
     assert refused.value.problems[0].startswith(f"config_overrides={overrides!r}: ")
     assert said in refused.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"hidden_act": "no_such"},
+            "no 'llama' model runs with hidden_act=no_such (the type's own is silu): change that",
+        ),
+        ({"num_key_value_heads": 3}, "no 'llama' model runs with num_key_value_heads=3 (the type's own is "),
+        (
+            {"rope_scaling": {"rope_type": "no_such"}},
+            "no 'llama' model runs with rope_parameters={'rope_type': 'no_such'",
+        ),
+        ({"num_hidden_layers": 0}, "no 'llama' model runs with num_hidden_layers=0 (the type's own is 32)"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 4},
+            "no 'mixtral' model runs with num_experts_per_tok=4 (the type's own is 2)",
+        ),
+        (
+            {"model_type": "camembert", "is_decoder": True, "pad_token_id": None},
+            "pad_token_id=None (the type's own is 1)",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": TINY | {"head_dim": 8, "hidden_activation": "no_such"}},
+            "no 'gemma3' model runs with text_config.hidden_activation=no_such (the type's own is gelu_pytorch_tanh)",
+        ),
+    ],
+)
+def test_a_value_that_no_model_runs_with_is_named_and_not_the_type(load, values: dict[str, Any], said: str):
+    with pytest.raises(SliceError) as refused:
+        probe(load(TINY | values), ModelArguments())
+    assert said in str(refused.value)
+
+
+def test_a_padding_id_of_the_type_that_is_outside_the_vocabulary(load):
+    """phi3's own is 32000; a new model does without, and one that somebody sets is refused."""
+    assert load(TINY | {"model_type": "phi3"}).pad_token_id is None
+    with pytest.raises(
+        ConfigError, match="pad_token_id=4096 is outside the vocabulary of 4096; set pad_token_id to an"
+    ):
+        load(TINY | {"model_type": "phi3"}, "pad_token_id=4096")
 
 
 def test_an_override_that_the_config_works_out_by_itself(load):

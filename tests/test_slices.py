@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": BASE,
     "llama-tied": BASE | {"tie_word_embeddings": True},
     "gpt2": GPT,
+    "llama-dynamic": BASE | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
     "qwen3": BASE | {"head_dim": 8},
     "gemma3_text": BASE | {"head_dim": 8, "sliding_window": 4},
     "mixtral": BASE | {"num_local_experts": 4},

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llm_local.config import ConfigError, ModelArguments, from_here
+from llm_local.config import ConfigError, ModelArguments, from_here, some_of
 from llm_local.model.gguf_cache import gguf_path, read_gguf_config
 from llm_local.model.observation import (
     ROWS,
@@ -142,38 +143,82 @@ def probe(
 ) -> Anatomy:
     """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away.
 
-    Raises SliceError saying why it cannot be cut.
+    Raises SliceError saying why it cannot be cut, or with which of the config's values there is no such model.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    from transformers.initialization import no_init_weights
-
     name = config.model_type
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-            with no_init_weights():
-                fake = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config),
-                    dtype=torch.float32,
-                    attn_implementation="eager",
-                    trust_remote_code=model.trust_remote_code,
-                )
-            fake.tie_weights()  # not done without initialisation
-            if kernel := attention_kernel(model, config):
-                fake.set_attn_implementation(kernel)
-                fake.set_attn_implementation("eager")
-            if fake._can_set_experts_implementation():
-                fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
-            anatomy = _observe(fake)
-            if trial is not None:
-                trial(fake, anatomy)
-            return anatomy
+        return _watched(config, model, trial)
     except SliceError as error:
         raise SliceError(f"model type {name!r} cannot be cut into stages: {error}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not isinstance(error, ImportError) and (blamed := _blamed(config, model)):
+            raise SliceError(
+                f"no {name!r} model runs with {blamed}: change that, or what contradicts it ({reason})"
+            ) from error
         raise SliceError(f"model type {name!r} cannot be cut into stages: its forward failed ({reason})") from error
+
+
+def _watched(
+    config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
+) -> Anatomy:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from transformers.initialization import no_init_weights
+
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        with no_init_weights():
+            fake = AutoModelForCausalLM.from_config(
+                _without_dynamic_rope(copy.deepcopy(config)),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=model.trust_remote_code,
+            )
+        fake.tie_weights()  # not done without initialisation
+        if kernel := attention_kernel(model, config):
+            fake.set_attn_implementation(kernel)
+            fake.set_attn_implementation("eager")
+        if fake._can_set_experts_implementation():
+            fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
+        anatomy = _observe(fake)
+        if trial is not None:
+            trial(fake, anatomy)
+        return anatomy
+
+
+def _without_dynamic_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """Angles that are computed anew for longer rows depend on position numbers, which a watched model has none of."""
+    for part in (config, text_config(config)):
+        rope: dict[str, Any] = getattr(part, "rope_parameters", None) or {}
+        for values in (rope, *(rope[kind] for kind in part.nested_rope_parameter_keys(rope))):
+            if values and "dynamic" in str(values.get("rope_type")):
+                values["rope_type"] = "default"
+    return config
+
+
+def _blamed(config: PretrainedConfig, model: ModelArguments) -> str:
+    """Those values of the config without which the model runs: with each by itself as its type has it by default."""
+    found = []
+    for name, value, default, values in _with_a_default(config):
+        try:
+            _watched(type(config).from_dict(values), model)
+        except Exception:  # of whatever kind: that value is not to blame
+            continue
+        found.append(f"{name}={shorten(str(value), 60)} (the type's own is {shorten(str(default), 60)})")
+    return some_of(found) if found else ""
+
+
+def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, dict[str, Any]]]:
+    """Each value that is not the type's default: name, value, default, and all values with the default in its place."""
+    values = config.to_dict()
+    for name, default in {field.name: field.default for field in fields(type(config))}.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            for inner, value, own, changed in _with_a_default(part):
+                yield f"{name}.{inner}", value, own, copy.deepcopy(values) | {name: changed}
+        elif default is not MISSING and name in values and values[name] != default:
+            yield name, values[name], default, copy.deepcopy(values) | {name: default}
 
 
 def _observe(model: PreTrainedModel) -> Anatomy:
