@@ -230,6 +230,24 @@ def test_a_type_that_is_none():
     )
 
 
+@pytest.mark.parametrize("has_config", [False, True])
+def test_an_adapter_is_no_model(tmp_path: Path, has_config: bool):
+    """As PEFT saves one; with a config beside it, transformers would load the base model and the adapter."""
+    if has_config:
+        (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base", "r": 8}))
+    said = (
+        f"{tmp_path} is a PEFT adapter of some/base, not a whole model; merge them "
+        f"(AutoPeftModelForCausalLM.from_pretrained('{tmp_path}').merge_and_unload().save_pretrained(FOLDER)) and name "
+        "FOLDER"
+    )
+    assert refusal(model_name_or_path=str(tmp_path)) == f"model_name_or_path={said}"
+    if has_config:
+        assert load_model_config(ModelArguments(config_name=str(tmp_path))).hidden_size == 32
+    else:
+        assert refusal(config_name=str(tmp_path)) == f"config_name={said}"
+
+
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path):
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "config.json").write_text("{}")

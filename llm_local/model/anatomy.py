@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from llm_local.config import ConfigError, ModelArguments, from_here, some_of
 from llm_local.model.gguf_cache import gguf_path, read_gguf_config
@@ -99,6 +100,8 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     if model.gguf_file is not None:
         config = read_gguf_config(gguf_path(model))
         return _changed(config, config.to_diff_dict(), model)
+    if model.model_name_or_path or not (path / "config.json").exists():
+        _refuse_adapter(named, str(path.parent) if path.name == ADAPTER_CONFIG_NAME else source)
     if path.name == "config.json":
         source = str(path.parent)  # where its code is
     try:
@@ -111,6 +114,20 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
         raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
     config = _changed(config, PretrainedConfig.get_config_dict(source)[0], model)
     return check_code(config, model.trust_remote_code, named)
+
+
+def _refuse_adapter(named: str, source: str) -> None:
+    """Raises ConfigError for what PEFT saved beside a model, or instead of one: transformers would load both."""
+    try:
+        found = find_adapter_config_file(source)
+        base = json.loads(Path(found).read_text()).get("base_model_name_or_path") if found else None
+    except (OSError, ValueError, AttributeError):
+        return
+    if found:
+        merged = f"AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(FOLDER)"
+        raise ConfigError(
+            [f"{named} is a PEFT adapter of {base}, not a whole model; merge them ({merged}) and name FOLDER"]
+        )
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
