@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ def export_checkpoint(
     """
     catalog = Catalog(checkpoint)
     config = from_flat(catalog.manifest.flags)
+    # no layer runs here, and the kernel of the training may be on another machine
+    config = replace(config, model=replace(config.model, attn_implementation="eager"))
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, model_config, anatomy)
@@ -78,7 +81,7 @@ def export_checkpoint(
         tokenizer = load_tokenizer(config)
         generation = generation_values(config, model_config, tokenizer)
         complete(draft, shards, trim_config(model_config, depth), class_name, tokenizer, tied, generation)
-        training = _training(catalog, config, partition, model_config.model_type)
+        training = _training(catalog, from_flat(catalog.manifest.flags), partition, model_config.model_type)
         write_text(draft / CARD, model_card(training, None if exit is None else last))
         put_in_place(out)
     except BaseException:

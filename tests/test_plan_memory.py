@@ -90,6 +90,14 @@ def test_a_thousand_layers_are_not_made(tmp_path: Path):
     assert sizes_of(deep, tmp_path) == replace(sizes_of(LLAMA, tmp_path), num_layers=1000)
 
 
+def test_the_kernel_of_the_config_or_the_flag_says_whether_scores_are_kept(tmp_path: Path):
+    path = tmp_path / "config.json"
+    for of_config, flag, keeps in [("eager", None, True), ("eager", "sdpa", False), ("flash_attention_2", None, False)]:
+        path.write_text(json.dumps({**LLAMA.to_dict(), "attn_implementation": of_config}))
+        model = ModelArguments(config_name=str(path), attn_implementation=flag)
+        assert read_model(model)[1].keeps_scores is keeps
+
+
 @pytest.mark.parametrize(
     ("values", "missing"),
     [

@@ -30,7 +30,7 @@ class ModelSizes:
     """The numbers of a model. Parameters are all that there are; active ones take part in a product with each token.
 
     feed_forward_width: hidden units that a token passes, of all its experts; is_gated: with a second matrix beside.
-    layer_matrices: rows and columns of the matrices of a layer.
+    layer_matrices: rows and columns of the matrices of a layer. keeps_scores: attention is not a fused kernel.
     """
 
     num_layers: int
@@ -47,6 +47,7 @@ class ModelSizes:
     max_positions: int | None = None
     layer_matrices: tuple[tuple[int, int], ...] = ()
     model_type: str = ""
+    keeps_scores: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -112,8 +113,7 @@ def layer_activations(sizes: ModelSizes, seq_length: int, precision: str, keeps_
 def block_activations(sizes: ModelSizes, num_layers: float, config: RunConfig) -> float:
     """Bytes that a micro-batch keeps of so many layers; with checkpointing their inputs, and all of one layer."""
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
-    scores = config.model.attn_implementation == "eager"
-    whole = layer_activations(sizes, config.data.seq_length, config.precision, scores)
+    whole = layer_activations(sizes, config.data.seq_length, config.precision, sizes.keeps_scores)
     if config.train.gradient_checkpointing:
         return tokens * (num_layers * sizes.hidden_size * BYTES[config.precision] + min(1, num_layers) * whole)
     return tokens * num_layers * whole

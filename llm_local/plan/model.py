@@ -10,7 +10,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.config import ConfigError, ModelArguments
 from llm_local.export.stages import trim_config
-from llm_local.model.anatomy import Anatomy, SliceError, experts_of, load_model_config, probe, text_config
+from llm_local.model.anatomy import (
+    Anatomy,
+    SliceError,
+    attention_kernel,
+    experts_of,
+    load_model_config,
+    probe,
+    text_config,
+)
 from llm_local.model.overrides import parse_overrides
 from llm_local.plan.memory import ModelSizes
 
@@ -27,10 +35,12 @@ def read_model(model: ModelArguments) -> tuple[Anatomy, ModelSizes]:
     found: list[ModelSizes] = []
     try:
         small = trim_config(config, min(num_layers, MOST_LAYERS))
-        anatomy = probe(small, model, lambda fake, seen: found.append(_measure(fake, seen, num_layers)))
+        anywhere = replace(model, attn_implementation="eager")  # the kernel may be on the machines that are planned for
+        anatomy = probe(small, anywhere, lambda fake, seen: found.append(_measure(fake, seen, num_layers)))
     except SliceError as error:
         raise ConfigError([str(error)]) from error
-    return replace(anatomy, num_layers=num_layers), found[0]
+    sizes = replace(found[0], keeps_scores=attention_kernel(model, config) == "eager")
+    return replace(anatomy, num_layers=num_layers), sizes
 
 
 def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
