@@ -86,9 +86,9 @@ def test_the_folder_is_a_data_set_with_a_fingerprint(config, tokenizer, texts):
 def test_a_large_corpus_has_no_more_than_so_many_parts(monkeypatch: pytest.MonkeyPatch, tokenizer, tmp_path):
     rows = Dataset.from_dict({"text": ["some text"] * 3000})
     monkeypatch.setattr(prepared, "PART_BYTES", 1)
-    assert prepared.Job.of(rows, "text", tokenizer, 2, tmp_path).parts == MOST_PARTS
+    assert len(prepared.Job(rows, "text", tokenizer, 2, tmp_path).starts()) == MOST_PARTS + 1
     monkeypatch.setattr(prepared, "PART_BYTES", 1 << 30)
-    assert prepared.Job.of(rows, "text", tokenizer, 2, tmp_path).parts == 1
+    assert prepared.Job(rows, "text", tokenizer, 2, tmp_path).starts() == [(0, 0), (3000, 0)]
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -132,10 +132,10 @@ class _Fatal:
 def test_a_killed_process_is_no_endless_wait(monkeypatch: pytest.MonkeyPatch, config, tokenizer, tmp_path, texts):
     monkeypatch.setattr(prepared, "PART_BYTES", 200)
     rows, fatal = Dataset.from_dict({"text": texts}), _Fatal(tokenizer)
-    job = prepared.Job.of(rows, "text", fatal, 2, tmp_path / "tokens")  # pyright: ignore[reportArgumentType]
+    job = prepared.Job(rows, "text", fatal, 2, tmp_path / "tokens")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"a process that tokenised was killed; .* fewer preprocessing_num_workers"):
         prepared.prepare_tokens(job, "key", workers=2)
-    whole = prepared.Job.of(rows, "text", tokenizer, 2, tmp_path / "tokens")
+    whole = prepared.Job(rows, "text", tokenizer, 2, tmp_path / "tokens")
     assert prepared.prepare_tokens(whole, "key", workers=1).documents == len(texts)
 
 

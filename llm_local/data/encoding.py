@@ -1,4 +1,9 @@
-"""Texts to tokens: what is left out, how long texts are cut, and what makes two tokenizers the same."""
+"""Texts to tokens: what is left out, where long texts are cut, and what makes two tokenizers the same.
+
+A text that is long or comes in blocks is tokenised in parts, and has the tokens of the whole: it is cut only where that
+does not show (find_cut), and what is behind a cut is tokenised with the text before it as context, whose tokens are
+dropped. Nothing is assumed of a tokenizer but that text further away than CONTEXT does not matter.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +11,109 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-REVISION = 4  # counts changes of the tokens of the same text, and of what is kept beside them
+REVISION = 5  # counts changes of the tokens of the same text, and of what is kept beside them
 CUT_CHARACTERS = 1 << 20  # a longer text is tokenised in parts, for a tokenizer takes many times its memory
-CUT_SEARCHED = 10_000  # characters before the cut that are searched for a better place
+CONTEXT = 512  # characters on each side of a cut that decide whether it shows
+CONTEXTS = 4  # of them, each shorter by one: so that pairs and threes of a letter fall in every way
+CUT_SEARCHED, CUT_TRIES = 10_000, 32  # characters and places that are looked at for a cut
+LONG_RUN = re.compile(r"(.{1,4}?)\1{127}|\d{256}", re.DOTALL)  # may be divided by where it began, further away
 WORD_END = re.compile(r"\S(?=\s)")
 
+Tokens = list[list[int]]
 
-def encode(
-    texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None
-) -> tuple[list[list[int]], list[int]]:
-    """Token lists of texts, and the texts' sizes in UTF-8. Each is ended by `end`, and begun with BOS where the
-    tokenizer does so (first_token), unless `end` is None: what is no document has neither.
 
-    A missing or empty text has none, and NUL is left out. A text may be a list of lines: a block of a running text.
-    What spells a special token is text.
+def encode(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None) -> tuple[Tokens, list[int]]:
+    """Token lists of documents, and their sizes in UTF-8. Each is ended by `end`, and begun with BOS where the tokenizer
+    does so (first_token), unless `end` is None.
+
+    A missing or empty text has none, and NUL is left out. What spells a special token is text.
     """
-    joined = ["".join(text).replace("\0", "") for text in texts if text]
-    joined = [text for text in joined if text]
-    if not joined:
-        return [], []
-    cut = [_parts(text) for text in joined]
-    flat = [part for parts in cut for part in parts]
+    joined = [text for text in map(joined_text, texts) if text]
     bos = None if end is None else first_token(tokenizer)
     first, last = ([] if token is None else [token] for token in (bos, end))
-    tokens = iter(_ids(flat, tokenizer))
-    found = [[*first, *(token for _ in parts for token in next(tokens)), *last] for parts in cut]
+    found = [[*first, *tokens, *last] for tokens in _encode_behind([(text, 0) for text in joined], tokenizer)]
     return found, [len(text.encode()) for text in joined]
 
 
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_running(
+    texts: Sequence[Any] | None, kept: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokens, list[int], list[str]]:
+    """As `encode` the tokens of one text that comes in blocks, and what to keep for the next call: the end of what was
+    tokenised, and what waits for the text behind it. None: the text has ended."""
+    before, waiting = kept
+    text = before + waiting + "".join(map(joined_text, texts or []))
+    stop: int | None = len(text)
+    if texts is not None:
+        at = len(text) - 2 * CONTEXT
+        stop = find_cut(text, at, tokenizer) if at > len(before) else None
+    if stop is None or stop == len(before):
+        return [], [], [before, text[len(before) :]]
+    size = len(text[len(before) : stop].encode())
+    return _encode_behind([(text[:stop], len(before))], tokenizer), [size], [text[:stop][-CONTEXT:], text[stop:]]
+
+
+def joined_text(text: Any) -> str:
+    """A text, or the lines of a block of a running one; without NUL."""
+    return "".join(text or "").replace("\0", "")
+
+
+def _encode_behind(texts: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of each text from a place on, which is its beginning or one of find_cut."""
+    cuts = [_cuts(text, start, tokenizer) for text, start in texts]
+    parts: list[str] = []
+    for (text, _), places in zip(texts, cuts, strict=True):
+        for start, stop in pairwise([*places, len(text)]):
+            context = text[max(0, start - CONTEXT) : start]
+            parts += [context, context + text[start:stop]] if start else [text[:stop]]
+    ids = iter(_ids(parts, tokenizer))
+    return [[token for start in places for token in _without(next(ids) if start else [], next(ids))] for places in cuts]
+
+
+def _without(context: list[int], tokens: list[int]) -> list[int]:
+    return tokens[len(context) :]
+
+
+def _cuts(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first places of the parts in which the text is tokenised from `start` on."""
+    found, at = [start], start + CUT_CHARACTERS
+    while at < len(text):
+        cut = find_cut(text, at, tokenizer)
+        found += [] if cut is None else [cut]
+        at = CUT_CHARACTERS + (cut or at)
+    return found
+
+
+def find_cut(text: str, at: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """A place from `at` on where a cut does not show, None if none is near: what ends there, and what begins there
+    with the text before it as context, have the tokens that they have in the whole text."""
+    stop = min(at + CUT_SEARCHED, len(text) - CONTEXT)
+    words = (found.end() for found in WORD_END.finditer(text, max(0, at - 1), max(0, stop)))
+    places = chain(islice(words, CUT_TRIES), islice(range(at, stop), CUT_TRIES))
+    return next((place for place in places if _is_unseen(text, place, tokenizer)), None)
+
+
+def _is_unseen(text: str, place: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether contexts of several lengths are tokenised alike with and without what follows, and that always alike."""
+    first, found = max(0, place - CONTEXT), []
+    if LONG_RUN.search(text, first, place + CONTEXT):
+        return False
+    for start in range(first, first + CONTEXTS):
+        left, whole = _ids([text[start:place], text[start : place + CONTEXT]], tokenizer)
+        found.append(_without(left, whole))
+        if not left or left + found[-1] != whole or found[-1] != found[0]:
+            return False
+    return True
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tokens:
     plain: Any = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    encoded: Any = tokenizer(texts, **plain, verbose=False)["input_ids"]
+    encoded: Any = tokenizer(texts, **plain, verbose=False)["input_ids"] if texts else []
     return encoded
 
 
@@ -70,18 +142,6 @@ def never_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     alone, within = (_ids([pattern.format(token) for token in special], tokenizer) for pattern in ("{}", "a {} b"))
     found = zip(special.items(), alone, within, strict=True)
     return {token: number for (token, number), *ids in found if any(number in some for some in ids)}
-
-
-def _parts(text: str) -> list[str]:
-    """The text in parts of CUT_CHARACTERS at most, each but the first beginning with white space where some is near."""
-    parts, start = [], 0
-    while len(text) - start > CUT_CHARACTERS:
-        end = start + CUT_CHARACTERS
-        words_end = [found.start() for found in WORD_END.finditer(text, max(start, end - CUT_SEARCHED), end)]
-        end = words_end[-1] + 1 if words_end else end
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

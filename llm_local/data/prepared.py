@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from datasets import Dataset, Features, Value
 from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
-from llm_local.data.encoding import encode, never_text
+from llm_local.data.encoding import CONTEXT, Tokens, encode, encode_running, find_cut, joined_text, never_text
 from llm_local.data.packing import CONCAT, GROUP, Packed, Pieces, count_cut, pack
 from llm_local.data.parts import MOST_PARTS, STATE, Parts, is_complete, make, read
 from llm_local.data.token_folder import COUNTS
@@ -41,21 +41,33 @@ PIECES = {"starts": np.int64, "sizes": np.int32, "ends": np.int64}
 
 @dataclass(frozen=True)
 class Job:
-    """Documents to be tokenised into a folder, each ended by `end` unless that is None."""
+    """Documents to be tokenised into a folder, each ended by `end`; None: they are blocks of one running text."""
 
     rows: Dataset
     column: str
     tokenizer: PreTrainedTokenizerBase
     end: int | None
     folder: Path
-    parts: int
 
-    @staticmethod
-    def of(rows: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, end: int | None, folder: Path) -> Job:
-        """Its number of parts depends on the data alone, so that another number of processes finds the same parts."""
-        share = rows.num_rows / max(1, rows.data.num_rows)
-        parts = min(MOST_PARTS, rows.num_rows, -(-int(rows.data.nbytes * share) // PART_BYTES))
-        return Job(rows, column, tokenizer, end, folder, max(1, parts))
+    def starts(self) -> list[tuple[int, int]]:
+        """Of each part, and the end of the last: a document, and how much of its text is in the part before.
+
+        They depend on the data alone, so that another number of processes finds the same parts.
+        """
+        count = self.rows.num_rows
+        share = count / max(1, self.rows.data.num_rows)
+        parts = max(1, min(MOST_PARTS, count, -(-int(self.rows.data.nbytes * share) // PART_BYTES)))
+        inner = [count * n // parts for n in range(1, parts)]
+        cuts = [(row, 0 if self.end is not None else self._cut_in(row)) for row in inner]
+        return [(0, 0), *((row, cut) for row, cut in cuts if cut is not None), (count, 0)]
+
+    def text(self, row: int) -> str:
+        return joined_text(self.rows[row][self.column]) if 0 <= row < self.rows.num_rows else ""
+
+    def _cut_in(self, row: int) -> int | None:
+        before = len(self.text(row - 1))
+        cut = find_cut(self.text(row - 1) + self.text(row), max(before, CONTEXT), self.tokenizer)
+        return None if cut is None else cut - before
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,9 @@ def prepare_tokens(job: Job, fingerprint: str, workers: int, title: str | None =
     Raises ConfigError where a file cannot be written or read, or a process is killed; finished parts are kept.
     """
     if not is_complete(job.folder):
-        sizes = [len(_range(job, number)) for number in range(job.parts)]
-        write = partial(_write_part, job)
+        starts = job.starts()
+        sizes = [stop - start for (start, _), (stop, _) in pairwise(starts)]
+        write = partial(_write_part, job, starts)
         parts = Parts(job.folder, FEATURES, sizes, "documents", write, "tokenised")
         make(parts, fingerprint, workers, title, last=lambda: _count(parts, job))
     return open_tokens(job.folder)
@@ -104,26 +117,41 @@ def open_tokens(folder: Path, repair: str = "remove it, and it is made again") -
     return Prepared(folder, key, pieces, rows.num_rows, counts["tokens"], counts["bytes"], end, spelled)
 
 
-def _range(job: Job, number: int) -> range:
-    """The documents of a part."""
-    bounds = [job.rows.num_rows * n // job.parts for n in (number, number + 1)]
-    return range(*bounds)
-
-
-def _write_part(job: Job, number: int, writer: Any) -> Iterator[int]:
+def _write_part(job: Job, starts: list[tuple[int, int]], number: int, writer: Any) -> Iterator[int]:
     """Tokenises a part; yields the numbers of documents as they are done. Raises OSError."""
     tokens: list[list[int]] = []
     sizes: list[int] = []
-    for batch in job.rows.select(_range(job, number)).iter(BATCH):
-        texts: Any = batch[job.column]  # pyright: ignore[reportCallIssue, reportArgumentType] -- a dict of columns
-        found, found_sizes = encode(texts, job.tokenizer, job.end)
+    for found, found_sizes, documents in (_documents if job.end is not None else _running)(job, *starts[number:][:2]):
         tokens += found
         sizes += found_sizes
         if sum(map(len, tokens)) >= BATCH_TOKENS:
             writer.write_table(_table(tokens, sizes))
             tokens, sizes = [], []
-        yield len(texts)
+        yield documents
     writer.write_table(_table(tokens, sizes))
+
+
+def _documents(job: Job, start: tuple[int, int], stop: tuple[int, int]) -> Iterator[tuple[Tokens, list[int], int]]:
+    """Tokens and sizes of a part's documents, and how many documents those are."""
+    for texts in _batches(job, start[0], stop[0]):
+        yield *encode(texts, job.tokenizer, job.end), len(texts)
+
+
+def _running(job: Job, start: tuple[int, int], stop: tuple[int, int]) -> Iterator[tuple[Tokens, list[int], int]]:
+    """The same of a part of a running text."""
+    text, first = job.text(start[0] - 1) + job.text(start[0]), len(job.text(start[0] - 1)) + start[1]
+    kept = [text[:first][-CONTEXT:], text[first:]]
+    for texts in _batches(job, start[0] + 1, stop[0]):
+        tokens, sizes, kept = encode_running(texts, kept, job.tokenizer)
+        yield tokens, sizes, len(texts)
+    kept[1] += job.text(stop[0])[: stop[1]]
+    yield *encode_running(None, kept, job.tokenizer)[:2], 1
+
+
+def _batches(job: Job, start: int, stop: int) -> Iterator[list[Any]]:
+    for first in range(start, stop, BATCH):
+        columns: Any = job.rows[first : min(first + BATCH, stop)]
+        yield columns[job.column]
 
 
 def _table(tokens: list[list[int]], sizes: list[int]) -> pyarrow.Table:

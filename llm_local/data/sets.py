@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig, some_of
-from llm_local.data.encoding import REVISION, encode, first_token, never_text, tokenizer_key
+from llm_local.data.encoding import REVISION, encode, encode_running, first_token, never_text, tokenizer_key
 from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
@@ -261,7 +261,7 @@ def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     end = None if documents.running_text else _eos(tokenizer)
     made_by = [tokenizer_key(tokenizer), first_token(tokenizer)]
     key = Hasher.hash([REVISION, rows._fingerprint, *made_by, documents.column, end])
-    job = Job.of(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
+    job = Job(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
     title = None if datasets.are_progress_bars_disabled() else f"tokenising {documents.source}"
     return prepare_tokens(job, key, config.data.preprocessing_num_workers, title)
 
@@ -283,7 +283,7 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     first, last = _around(running, tokenizer)
     return StreamedSequences(
         documents.rows,
-        lambda texts: encode(texts, tokenizer, None if running else eos)[0],
+        lambda texts: encode(texts, tokenizer, eos)[0],
         config.data.seq_length,
         seed=None if running else config.train.seed,
         source=documents.source,
@@ -292,4 +292,5 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
         last=last,
         packing=_packing(running, config),
         padding=mark_of(eos),
+        running=(lambda texts, kept: encode_running(texts, kept, tokenizer)[::2]) if running else None,
     )

@@ -26,7 +26,8 @@ class Mark:
     """A place in a stream where documents are about to be tokenised.
 
     row: number of the first sequence that is cut behind it. source: state of the dataset where the window of documents
-    begins, None at an epoch's start; documents: how many of the window are used up; waiting: tokens left over before.
+    begins, None at an epoch's start; documents: how many of the window are used up; waiting: tokens left over before;
+    kept: what encode_running keeps of a running text.
     """
 
     row: int = 0
@@ -35,6 +36,7 @@ class Mark:
     documents: int = 0
     source: dict[str, Any] | None = None
     waiting: list[int] = field(default_factory=list)
+    kept: list[str] = field(default_factory=lambda: ["", ""])
 
 
 class StreamedSequences:
@@ -43,9 +45,9 @@ class StreamedSequences:
     The list is the same at each start, but a stream can only be read forwards: a later batch is reached by reading and
     tokenising all that lies before it or before the state that was restored, an earlier one by starting again. With a
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
-    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `first` and `last`
-    begin and end an epoch's text.
-    A packing that pads marks padding by `padding`.
+    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `running` does so for the next
+    blocks of a running text (None: it has ended) and what was kept. `first` and `last` begin and end an epoch's text. A
+    packing that pads marks padding by `padding`.
     """
 
     num_sequences = None
@@ -62,12 +64,13 @@ class StreamedSequences:
         last: Sequence[int] = (),
         packing: str = CONCAT,
         padding: int = -1,
+        running: Callable[[list[Any] | None, list[str]], tuple[Iterable[list[int]], list[str]]] | None = None,
     ):
         # A buffer of one document draws the order of the shards and nothing else: `datasets` forgets what waits in a
         # larger one when it resumes
         self._rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self._first_state = copy.deepcopy(self._rows.state_dict())
-        self._encode = encode
+        self._encode = running or (lambda texts, kept: (encode(texts or []), kept))
         self._column = column
         self._seq_length = seq_length
         self._seed = seed
@@ -118,25 +121,27 @@ class StreamedSequences:
     def _sequences(self, mark: Mark) -> Iterator[np.ndarray]:
         """All sequences from the mark on, without an end."""
         row, epoch, window, source, done = mark.row, mark.epoch, mark.window, mark.source, mark.documents
-        waiting, begun = list(mark.waiting), row if mark == Mark(row, mark.epoch, waiting=self._first) else -1
+        waiting, kept = list(mark.waiting), mark.kept
+        begun = row if mark == Mark(row, mark.epoch, waiting=self._first) else -1
         while True:
             for texts, before in self._windows(epoch, window, source):
                 while done < len(texts):
-                    self._mark = Mark(row, epoch, window, done, before, list(waiting))
+                    self._mark = Mark(row, epoch, window, done, before, list(waiting), kept)
                     count = self._together(texts, done)
-                    for sequence in self._packed(self._encode(texts[done : done + count]), waiting):
+                    documents, kept = self._encode(texts[done : done + count], kept)
+                    for sequence in self._packed(documents, waiting):
                         row += 1
                         yield sequence
                     done += count
                 done, window = 0, window + 1
-            waiting += self._last
+            waiting += [token for tokens in self._encode(None, kept)[0] for token in tokens] + self._last
             for sequence in self._cut(waiting):
                 row += 1
                 yield sequence
             if row == begun:
                 problem = f"the whole stream holds fewer than the {self._seq_length} tokens of one sequence"
                 raise UnreadableText(self._source, f"{problem}; give more text or lower seq_length")
-            epoch, window, source, waiting, begun = epoch + 1, 0, None, list(self._first), row
+            epoch, window, source, waiting, kept, begun = epoch + 1, 0, None, list(self._first), ["", ""], row
 
     def _windows(self, epoch: int, number: int, source: dict[str, Any] | None) -> Iterator[tuple[list[Any], Any]]:
         """The texts of one window after the other, shuffled, with the dataset's state before it."""
