@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+
+from llm_local.config import ConfigError
+from llm_local.data.tokenizer import read_tokenizer
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_TOKENS = 4
@@ -262,9 +265,9 @@ def generate(given: argparse.Namespace) -> int:
     if given.assistant is not None:
         find_assistant(given.export, given.assistant)  # before seconds go into loading the export
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(given.export, trust_remote_code=given.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{given.export} has no tokenizer: {reason(error)}") from error
+        tokenizer: Any = read_tokenizer(given.export, str(given.export), given.trust_remote_code)
+    except ConfigError as error:
+        raise ValueError("; ".join(error.problems)) from error
     model = load(given.export, given, device)
     prompts = [encode(tokenizer, prompt, model, given.max_new_tokens) for prompt in given.prompt]
     assistant = None if given.assistant is None else load_assistant(given, model)

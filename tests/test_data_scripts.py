@@ -38,6 +38,7 @@ def test_what_was_prepared_is_what_a_run_reads(script, trainer: Trainer, capsys)
         (["--seq_length", "4000000"], "one sequence needs 4000000; give more text or lower seq_length"),
         (["--train_file", "missing.jsonl"], "train_file=missing.jsonl does not exist; check the path"),
         (["--tokenizer_name", "/no/such"], "tokenizer_name='/no/such' has no tokenizer that can be loaded"),
+        (["--tokenizer_name", "."], "tokenizer_name='.' has a broken file: tokenizer.json cannot be read (Expecting"),
         (["--what", "1"], "unknown argument '--what'"),
     ],
 )
@@ -46,6 +47,7 @@ def test_bad_input_is_one_line(script, data, capsys, tmp_path, monkeypatch, name
     if name == "inspect_data" and "--streaming" in flags:
         pytest.skip("streams are shown, too")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     assert script(name).main([*data, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error

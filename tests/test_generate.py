@@ -159,7 +159,7 @@ def test_half_an_export_is_named(script: ModuleType, tmp_path: Path, capsys: pyt
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     assert script.main(["--export", str(tmp_path), "--prompt", "x"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"generate.py: {tmp_path} has no tokenizer: ")
+    assert error.startswith(f"generate.py: {tmp_path} has no tokenizer that can be loaded; ")
     assert error.count("\n") == 1
 
 

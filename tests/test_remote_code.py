@@ -98,7 +98,7 @@ def test_code_runs_with_the_flag_alone(tmp_path: Path, cache: Path):
     flags = {"config_name": str(folder), "tokenizer_name": str(folder)}
     with pytest.raises(ConfigError) as refused:
         load_tokenizer(from_flat(flags))
-    assert refused.value.problems == [f"the tokenizer of tokenizer_name={folder} {REPAIR}"]
+    assert refused.value.problems == [f"the tokenizer of tokenizer_name={str(folder)!r} {REPAIR}"]
     assert type(load_tokenizer(from_flat(flags | {"trust_remote_code": True}))).__name__ == "TinyTokenizer"
 
 

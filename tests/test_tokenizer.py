@@ -139,3 +139,43 @@ def test_a_folder_without_a_tokenizer_is_named(field, tmp_path):
     with pytest.raises(ConfigError, match="has no tokenizer that can be loaded; give a directory with") as caught:
         load_tokenizer(from_flat({field: str(tmp_path)}))
     assert f"{field}={str(tmp_path)!r}" in str(caught.value)
+
+
+BROKEN = {
+    "no JSON": ("tokenizer.json", "{", "cannot be read (Expecting property name"),
+    "another JSON": ("tokenizer.json", '{"version": "1.0"}', "cannot be read (Model missing"),
+    "a list": ("tokenizer_config.json", "[1]", "holds a JSON list, not an object"),
+    "a list beside it": ("special_tokens_map.json", "[1]", "holds a JSON list, not an object"),
+    "a model's config": ("config.json", "", "cannot be read (Expecting value"),
+    "no class": ("tokenizer_config.json", '{"tokenizer_class": 7}', "says; give a directory"),
+    "no token": ("tokenizer_config.json", '{"eos_token": 5}', "Special token eos_token has to be"),
+    "no length": ("tokenizer_config.json", '{"model_max_length": "long"}', "says; give a directory"),
+    "no package": ("tokenizer_config.json", '{"tokenizer_class": "XLMTokenizer"}', "needs a package which is not here"),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_one_line_with_the_reason(builtin, tmp_path, file: str, content: str, said: str):
+    folder = shutil.copytree(builtin, tmp_path / "broken")
+    (folder / file).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(from_flat({"tokenizer_name": str(folder)}))
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"tokenizer_name={str(folder)!r} has a ")
+    assert str(folder / file) in problem or said.startswith("needs")
+    assert said in problem
+    assert "\n" not in problem
+
+
+def test_a_folder_with_a_broken_sentencepiece_model_alone(builtin, tmp_path):
+    folder = shutil.copytree(builtin, tmp_path / "broken")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"has a broken file: .*tokenizer.model cannot be read \("):
+        load_tokenizer(from_flat({"tokenizer_name": str(folder)}))
+
+
+def test_a_class_without_files_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ConfigError, match="has a tokenizer without a vocabulary; give a directory"):
+        load_tokenizer(from_flat({"tokenizer_name": str(tmp_path)}))

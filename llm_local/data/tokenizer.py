@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig, from_here
@@ -30,6 +31,7 @@ REVISION = 1  # counts changes of this file that change the result but not SETTI
 SETTINGS = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, **EXACT}
 SAMPLE_STRIDE = 8  # every eighth document: about 4 MB, half a second of training
 SAMPLE_CHUNKS = 20_000
+REPAIR = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -59,21 +61,58 @@ def _load(config: RunConfig) -> PreTrainedTokenizerBase:
     if model.gguf_file is not None and not model.tokenizer_name:
         name = weights_path(config)
     if name is None:
-        return AutoTokenizer.from_pretrained(builtin_tokenizer_dir(config.cache_dir))
+        folder = builtin_tokenizer_dir(config.cache_dir)
+        return read_tokenizer(folder, f"the built-in tokenizer, {folder},")
     if field == "tokenizer_name" and name.endswith(".model") and not Path(name).is_dir():
         return read_model(Path(name), f"{field}={name!r}")
+    return read_tokenizer(name, f"{field}={name!r}", model.trust_remote_code)
+
+
+def read_tokenizer(name: str | Path, named: str, trusted: bool = False) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer makes of a directory or a name on the hub; `named` is how a message names it.
+
+    Raises ConfigError with the reason, and the file where one is broken.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+        tokenizer("Some text.")  # some files are found to be broken at their first use
+    except Exception as error:  # of whatever library reads a file
         if is_untrusted(error):
-            raise ConfigError([f"the tokenizer of {field}={name} {UNTRUSTED}"]) from error
-        reason = " ".join(str(error).split())
-        repair = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
-        named = f"{field}={name!r}" + ("" if Path(name).exists() else from_here(name))
-        raise ConfigError([f"{named} has no tokenizer that can be loaded; {repair} ({reason})"]) from error
-    if not model.trust_remote_code:
+            raise ConfigError([f"the tokenizer of {named} {UNTRUSTED}"]) from error
+        raise ConfigError([f"{named}{_why_not(Path(name), error)}"]) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ConfigError([f"{named} has a tokenizer without a vocabulary; {REPAIR}"])
+    if not trusted:
         tokenizer.init_kwargs.pop("auto_map", None)  # else the export would name code that it has not
     return tokenizer
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.model")]):
+        if reason := _broken(path):
+            return f" has a broken file: {path} {reason}; copy the tokenizer again, or give another"
+    reason, settings = f"{type(error).__name__}: {' '.join(str(error).split())}", folder / "tokenizer_config.json"
+    if isinstance(error, ImportError):
+        return f" has a tokenizer that needs a package which is not here; install it, or give another ({reason})"
+    if settings.is_file():
+        return f" has a tokenizer that cannot be loaded as {settings} says; {REPAIR} ({reason})"
+    return f"{'' if folder.exists() else from_here(folder)} has no tokenizer that can be loaded; {REPAIR} ({reason})"
+
+
+def _broken(path: Path) -> str:
+    """What is wrong with a file of a tokenizer's folder, '' if nothing that shows by itself."""
+    try:
+        if path.suffix == ".model":
+            from_model(path.read_bytes())
+            return ""
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            return f"holds a JSON {type(content).__name__}, not an object"
+        if path.name == "tokenizer.json":
+            Tokenizer.from_file(str(path))
+    except Exception as error:  # that of `tokenizers` has no class of its own
+        return f"cannot be read ({' '.join(str(error).split())})"
+    return ""
 
 
 def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
