@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.checkpoint.catalog import (
@@ -25,6 +25,7 @@ from llm_local.checkpoint.line import another_run, documents_begin, find_checkpo
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
+from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, RunConfig
@@ -118,7 +119,7 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
             if config.local.partition == "profile" and config.local.stage_layers is None:
                 costs = measure_costs(config, found.config, found.anatomy)
                 partition = plan_partition(config, found.config, found.anatomy, costs)
-            warnings = found.warnings + _tokenizer_warnings(config, found.config) + head_warnings(config)
+            warnings = found.warnings + tokenizer_warnings(config, found.config) + head_warnings(config)
             warnings += token_warnings(config, found.config)
             refused = refused_exits(config, found.config, found.anatomy, partition)
             warnings += exit_warnings(found.config.model_type, refused)
@@ -234,24 +235,6 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
             )
         )
     return problems
-
-
-def _tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
-    """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
-    tokenizer = load_tokenizer(config)
-    text = "def f(x):\n    return 'é' + x\n"
-    with tempfile.TemporaryDirectory() as unnamed:
-        folder = Path(unnamed, "tokenizer")  # transformers keeps code under the folder's name
-        tokenizer.save_pretrained(folder)
-        model_config.save_pretrained(folder)
-        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    if again(text).input_ids == tokenizer(text).input_ids:
-        return ()
-    kind = model_config.model_type
-    return (
-        f"beside a {kind!r} model AutoTokenizer reads this tokenizer as {type(again).__name__} and gets other tokens; "
-        "load it from the export with PreTrainedTokenizerFast, or train with the model's own (--tokenizer_name)",
-    )
 
 
 def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:

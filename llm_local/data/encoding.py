@@ -29,8 +29,8 @@ Tokens = list[list[int]]
 
 
 def encode(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None) -> tuple[Tokens, list[int]]:
-    """Token lists of documents, and their sizes in UTF-8. Each is ended by `end`, and begun with BOS where the tokenizer
-    does so (first_token), unless `end` is None.
+    """Token lists of documents, and the texts' sizes in UTF-8. Each is ended by `end`, and begun with BOS where the
+    tokenizer does so (first_token), unless `end` is None.
 
     A missing or empty text has none, and NUL is left out. What spells a special token is text.
     """
