@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import disable_progress_bars
+from tqdm import tqdm
 from transformers.utils import logging
 
 from llm_local.config import ConfigError, parse
@@ -44,6 +46,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _counted(texts: Iterator[str], characters: int) -> Iterator[str]:
+    """The texts, with a bar on a terminal, and a line when they have been read."""
+    read = 0
+    with tqdm(total=characters, desc="reading", unit=" characters", unit_scale=True, disable=None) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
+            read += len(text)
+    print(f"learning from {read:,} characters", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -56,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if problems:
             raise ConfigError(problems)
         start = time.monotonic()
-        texts = sample_texts(config, given.characters)
-        train_tokenizer(texts, given.kind, given.vocab_size, given.output)
+        texts = _counted(sample_texts(config, given.characters), given.characters)
+        train_tokenizer(texts, given.kind, given.vocab_size, given.output, progress=sys.stderr.isatty())
     except ConfigError as error:
         print(f"train_tokenizer.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2

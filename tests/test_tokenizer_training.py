@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +25,7 @@ from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data import corpus
 from llm_local.data.encoding import encode, never_text
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
+from llm_local.data.tokenizer_training import KINDS, cut_runs, sample_texts, train_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tokenizer.py"
 SIZE = 700
@@ -102,6 +104,32 @@ def test_ids_with_holes_need_rows_up_to_the_highest(trainer: Trainer, trained: P
     with pytest.raises(ConfigError, match=r"vocabulary of 700 has no row .* highest id 899; set vocab_size=900 in"):
         preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=700")), 1)
     preflight(parse(trainer.flags("run", tokenizer_name=pruned, config_overrides="vocab_size=900")), 1)
+
+
+def test_a_class_that_reads_other_tokens_from_the_same_file_is_warned_of(trainer: Trainer, trained: Path, tmp_path):
+    config = parse(trainer.flags("run", tokenizer_name=trained, config_overrides="vocab_size=900"))
+    assert preflight(config, 1).warnings == ()
+    other = shutil.copytree(trained, tmp_path / "other")
+    settings = json.loads((other / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    warnings = preflight(replace(config, model=replace(config.model, tokenizer_name=str(other))), 1).warnings
+    (said,) = [line for line in warnings if "tokenizer.json says" in line]
+    assert said.startswith("Qwen2Tokenizer gets other tokens of ")
+    assert f"than {other / 'tokenizer.json'} says" in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_without_white_space_is_learned_from(kind: str, tmp_path):
+    """Its words are cut for that alone, so that this ends, whatever the length, and comes back exactly."""
+    draw = random.Random(0)
+    text = "".join(draw.choices(["alpha", "beta", "gamma", "delta", "ά漢", "0123"], k=40_000))
+    folder = train_tokenizer([text], kind, 320, tmp_path / kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text) / 2
+    assert "".join(cut_runs(text)) == text
+    assert max(map(len, cut_runs(text))) == 64
 
 
 # --- a .model file

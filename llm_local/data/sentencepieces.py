@@ -36,6 +36,8 @@ EXACT: dict[str, Any] = {
     "eos_piece": EOS,
 }
 CHUNK_CHARACTERS = 1000
+# Of a longer line so much, up to white space if there is some
+SHORT = re.compile(rf".{{1,{CHUNK_CHARACTERS}}}(?=\s|\Z)|.{{1,{CHUNK_CHARACTERS}}}", re.DOTALL)
 
 # What sentencepiece takes for a word: a run of spaces and what follows. Newlines and tabs are ordinary characters.
 WORD = Regex(" *[^ ]+| +")
@@ -54,13 +56,13 @@ PROBES = (
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Whole lines, about CHUNK_CHARACTERS together: sentencepiece skips what is longer than its limit."""
+    """Whole lines, about CHUNK_CHARACTERS together, and longer ones cut: sentencepiece skips what exceeds its limit."""
     chunk = ""
-    for line in text.splitlines(keepends=True):
-        if chunk and len(chunk) + len(line) > CHUNK_CHARACTERS:
+    for part in (part for line in text.splitlines(keepends=True) for part in SHORT.findall(line)):
+        if chunk and len(chunk) + len(part) > CHUNK_CHARACTERS:
             yield chunk
             chunk = ""
-        chunk += line
+        chunk += part
     yield chunk
 
 

@@ -8,6 +8,7 @@ unigram and bpe are sentencepiece's, with bytes for what has no piece; byte_bpe 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,13 +22,15 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from llm_local.config import ConfigError, RunConfig
+from llm_local.data.encoding import joined_text
 from llm_local.data.mixture import TOKENS, training_sources
-from llm_local.data.sentencepieces import BOS, EOS, EXACT, chunks, from_model, reason_of, train
+from llm_local.data.sentencepieces import BOS, EOS, EXACT, SPACE_MARK, chunks, from_model, reason_of, train
 from llm_local.data.sequences import shares
 from llm_local.data.sources import Documents, load_training
 
 KINDS = ("unigram", "bpe", "byte_bpe")
 SEED = 0
+LONG_RUN = re.compile(r"(?:\S{64}|\s{64})(?=.)", re.DOTALL)
 LEAST = 256 + 3  # bytes, and what stands for an unknown text, its begin and its end
 
 
@@ -56,12 +59,12 @@ def _texts(documents: Documents) -> Iterator[str]:
     for row in drawn:
         text = row[documents.column]
         if text:
-            yield "".join(text).replace("\0", "")  # a list of lines where the documents are blocks of a running text
+            yield joined_text(text)
 
 
-def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Path) -> Path:
+def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Path, progress: bool = False) -> Path:
     """Trains a tokenizer and writes the directory `target` for AutoTokenizer, whole or not at all; of sentencepiece's
-    kinds with tokenizer.model beside it.
+    kinds with tokenizer.model beside it. The time is linear in the text, of any kind. progress: shown on a terminal.
 
     Raises ConfigError for a kind that is none, a vocabulary that does not suit the texts, and a target that exists.
     """
@@ -75,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Pa
         raise ConfigError([f"output={target} exists; remove it, or choose another"])
     model = None
     if kind == "byte_bpe":
-        tokenizer = _byte_bpe(texts, vocab_size)
+        tokenizer = _byte_bpe(texts, vocab_size, progress)
     else:
         model = _sentencepiece(texts, kind, vocab_size)
         tokenizer = from_model(model)
@@ -94,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Pa
 
 
 def _sentencepiece(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
-    settings = {**EXACT, "model_type": kind, "vocab_size": vocab_size}
+    settings = {**EXACT, "model_type": kind, "vocab_size": vocab_size, "required_chars": SPACE_MARK}
     sample = (chunk for text in texts for chunk in chunks(text))
     try:
         return train(sample, settings)
@@ -103,15 +106,24 @@ def _sentencepiece(texts: Iterable[str], kind: str, vocab_size: int) -> bytes:
         raise ConfigError([f"vocab_size={vocab_size}: {reason_of(error)}; {repair}"]) from error
 
 
-def _byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def cut_runs(text: str) -> Iterator[str]:
+    """The text, cut within long runs without white space: what is learned of a word takes the square of its length."""
+    start = 0
+    for found in LONG_RUN.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _byte_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> PreTrainedTokenizerFast:
     tokenizer: Any = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=progress
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in cut_runs(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
