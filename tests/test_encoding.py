@@ -61,6 +61,10 @@ def sentencepiece(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     return load_tokenizer(from_flat({"tokenizer_name": str(model_file(folder, SOURCES, **settings))}))
 
 
+LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+LLAMA |= {"remove_extra_whitespaces": False}
+
+
 def in_threes() -> Any:
     digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # pyright: ignore[reportArgumentType]
@@ -72,14 +76,14 @@ def spaces_marked() -> Any:
 
 TOKENIZERS: dict[str, Callable[[Path], PreTrainedTokenizerBase]] = {
     "sentencepiece unigram": lambda folder: sentencepiece(folder),
-    "sentencepiece bpe": lambda folder: sentencepiece(folder, model_type="bpe", byte_fallback=True),
+    "sentencepiece bpe, as Llama": lambda folder: sentencepiece(folder, **LLAMA),
     "sentencepiece across spaces": lambda folder: sentencepiece(folder, split_by_whitespace=False),
     "byte level": lambda _: bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "byte level, prefix": lambda _: bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "byte level, no words": lambda _: bpe(pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)),
     "digits in threes": lambda _: bpe(in_threes()),
     "Metaspace": lambda _: unigram(pre_tokenizers.Metaspace()),
-    "Metaspace, first": lambda _: unigram(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "Metaspace, first": lambda _: unigram(pre_tokenizers.Metaspace(prepend_scheme="first")),
     "Prepend, as Llama 2": lambda _: bpe(None, spaces_marked()),
     "no fast one": lambda _: ByT5Tokenizer(),
 }
@@ -130,7 +134,7 @@ def test_a_text_is_cut_where_that_is_possible(tokenizer: PreTrainedTokenizerBase
 @pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_text_file_has_the_tokens_of_the_whole(settings, tmp_path, workers: int):
-    tokenizer = sentencepiece(tmp_path, model_type="bpe")
+    tokenizer = sentencepiece(tmp_path, **LLAMA)
     (tmp_path / "a.txt").write_text(text := TEXTS["sources"])
     expected = whole(tokenizer, text)
     flags = {"train_file": str(tmp_path / "a.txt"), "validation_file": str(tmp_path / "a.txt")}

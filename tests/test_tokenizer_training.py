@@ -234,7 +234,9 @@ def test_the_script_trains_on_any_source(script: ModuleType, tmp_path, sources, 
     output = tmp_path / "new" / "tokenizer"
     flags = ["--train_file", path, "--kind", "unigram", "--vocab_size", "500", "--output", str(output)]
     assert script.main(flags) == 0
-    assert "unigram of 500 pieces, trained in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"learning from {sum(map(len, sources)):,} characters" in said
+    assert "unigram of 500 pieces, trained in" in said
     assert len(AutoTokenizer.from_pretrained(output)) == 500
     assert [entry.name for entry in output.parent.iterdir()] == [output.name], "nothing unfinished is left"
 

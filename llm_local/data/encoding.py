@@ -2,7 +2,8 @@
 
 A text that is long or comes in blocks is tokenised in parts, and has the tokens of the whole: it is cut only where that
 does not show (find_cut), and what is behind a cut is tokenised with the text before it as context, whose tokens are
-dropped. Nothing is assumed of a tokenizer but that text further away than CONTEXT does not matter.
+dropped. Nothing is assumed of a tokenizer but that text further away than CONTEXT does not matter. (Where a unigram
+model knows no words, rounding over the whole text may yet decide between segmentations that are equally good.)
 """
 
 from __future__ import annotations
