@@ -144,5 +144,6 @@ def test_a_text_file_has_the_tokens_of_the_whole(settings, tmp_path, workers: in
     assert np.concatenate(stored.pieces).tolist() == expected
     assert stored.text_bytes == len(text.encode())
     stream = prepare_all(settings(**flags, streaming=True, seq_length=8), tokenizer).train
-    expected.append(tokenizer.eos_token_id)
+    eos: Any = tokenizer.eos_token_id
+    expected.append(eos)
     assert stream.batch(0, len(expected) // 8).flatten().tolist() == expected[: len(expected) // 8 * 8]

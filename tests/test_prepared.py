@@ -121,7 +121,7 @@ class _Fatal:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_token_id
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def __call__(self, texts: list[str], **options: Any) -> Any:
         if any("document 41" in text for text in texts):

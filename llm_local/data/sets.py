@@ -281,6 +281,11 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     assert isinstance(documents.rows, IterableDataset)
     eos, running = _eos(tokenizer), documents.running_text
     first, last = _around(running, tokenizer)
+
+    def encode_blocks(texts: list[Any] | None, kept: list[str]) -> tuple[list[list[int]], list[str]]:
+        tokens, _, kept = encode_running(texts, kept, tokenizer)
+        return tokens, kept
+
     return StreamedSequences(
         documents.rows,
         lambda texts: encode(texts, tokenizer, eos)[0],
@@ -292,5 +297,5 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
         last=last,
         packing=_packing(running, config),
         padding=mark_of(eos),
-        running=(lambda texts, kept: encode_running(texts, kept, tokenizer)[::2]) if running else None,
+        running=encode_blocks if running else None,
     )
