@@ -14,7 +14,7 @@ from llm_local.checkpoint.loader import load_shared_head, take_up
 from llm_local.checkpoint.saver import Saver
 from llm_local.checks.preflight import Plan, open_output, preflight
 from llm_local.config import RunConfig
-from llm_local.data.feed import SOURCES, Feed, trained_tokens
+from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
@@ -122,7 +122,7 @@ def build(
     if data is not None:
         tell(world, data.validation)
     feed = _make_feed(config, place, data, plan.documents, (first_step, first_row)) if place.is_first_stage else None
-    warnings_of_data = _go_on_reading(feed, catalog)
+    warnings_of_data = _go_on_reading(feed, catalog, data)
     engine, links = make_engine(config, plan, world, feed)
     tracer = begin_trace(config, world, engine, links)
     news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
@@ -178,14 +178,17 @@ def _make_feed(
     return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start, documents)
 
 
-def _go_on_reading(feed: Feed | None, catalog: Catalog | None) -> tuple[str, ...]:
-    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again."""
+def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:
+    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again, or where
+    it is not the same any more."""
     if feed is None or catalog is None:
         return ()
     state = read_data_state(catalog.path)
     goes_on = feed.restore(state)
     feed.tokens = trained_tokens(state, catalog.manifest.rows, catalog.manifest.layout.seq_length)
+    lines = changed_since(data.sources if data is not None else (), state, catalog.path)
     if goes_on:
-        return ()
+        return lines
     rows = f"{catalog.manifest.rows:,} sequences"
-    return (f"{catalog.path} has no place in this stream; it is read from its start, past {rows}, which may take long",)
+    again = f"it is read from its start, past {rows}, which may take long"
+    return (*lines, f"{catalog.path} has no place in this stream; {again}")

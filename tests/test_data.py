@@ -1,6 +1,7 @@
 """From text to sequences: nothing lost, nothing twice, the same order for everybody, and plain words when it fails."""
 
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_local.config import ConfigError
+from llm_local.data.feed import SOURCES, changed_since
 from llm_local.data.sets import prepare, prepare_all, tokenizer_key
 from llm_local.model.document_mask import DocumentMask
 
@@ -151,6 +153,29 @@ def test_progress_bars_are_left_as_they_were(settings, tokenizer, jsonl, tmp_pat
     prepare(settings(train_file=jsonl, cache_dir=str(tmp_path / "other")), tokenizer, progress=True)
     assert "tokenising" in capfd.readouterr().err
     assert are_progress_bars_disabled() == before
+
+
+# --- data that is not what it was
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_that_grew_is_named_with_both_figures(settings, tokenizer, tmp_path, texts, streaming: bool):
+    path, held = tmp_path / "a.jsonl", write_jsonl(tmp_path / "held.jsonl", texts)
+    config = settings(train_file=write_jsonl(path, texts), validation_file=held, streaming=streaming)
+    then, size = prepare_all(config, tokenizer).sources, path.stat().st_size
+    saved = {SOURCES: [asdict(source.facts()) for source in then]}
+    assert changed_since(prepare_all(config, tokenizer).sources, saved, tmp_path / "step-3") == ()
+    write_jsonl(path, [*texts, "one more"])
+    now = prepare_all(config, tokenizer).sources
+    (said,) = changed_since(now, saved, tmp_path / "step-3")
+    counts = (path.stat().st_size, size) if streaming else [f.tokens.tokens for f in (*now, *then) if f.tokens]
+    figures = (
+        ("{:,} bytes", "{:,} bytes") if streaming else ("61 documents of {:,} tokens", "60 documents of {:,} tokens")
+    )
+    has, had = (figure.format(count) for figure, count in zip(figures, counts, strict=True))
+    assert said.startswith(f"train_file={path} has {has}, and had {had} when {tmp_path}/step-3 was written: ")
+    del saved[SOURCES][0]["extent"]
+    assert changed_since(now, saved, tmp_path) == (), "an older checkpoint does not say"
 
 
 # --- streams

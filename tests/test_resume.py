@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -185,6 +186,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
 @pytest.mark.processes
 def test_a_disk_without_room_is_named_and_nothing_is_lost(trainer: Trainer):
     output = trainer.run("run", 1, max_steps=2, save_steps=2, eval_batches=0)
+    trainer.text.write_text(trainer.text.read_text() + "more = 1\n" * 9)
     flags = trainer.flags("run", max_steps=6, save_steps=2, resume_from_checkpoint="true")
     small_files = ["bash", "-c", 'ulimit -f 1000; exec "$0" "$@"', sys.executable]  # of 1 MB at most
     with job(small_files, flags, trainer.folder) as run:
@@ -192,6 +194,9 @@ def test_a_disk_without_room_is_named_and_nothing_is_lost(trainer: Trainer):
     path = output / "checkpoints/step-00000004/stage-00/replica-00.safetensors"
     assert f"{path} could not be written (" in run.text
     assert "the checkpoints before it are whole: make room, and resume" in run.text
+    tokens, since = r"1 documents of [\d,]+ tokens", f"{output}/checkpoints/step-00000002"
+    said = rf"warning: train_file={trainer.text} has {tokens}, and had {tokens} when {since} was"
+    assert len(re.findall(said, run.text)) == 1, run.text
     assert "Traceback" not in run.text
     assert not path.parent.exists(), "what was half written takes no room"
     assert Catalog(output / "checkpoints/step-00000002").manifest.step == 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm_local.data.packing import inputs_of
+from llm_local.data.packing import PackedSource, inputs_of
 from llm_local.data.sequences import Sequences
+from llm_local.data.sets import SourceData
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.heads import count_scored
@@ -34,6 +36,18 @@ class _Share:
     rows: torch.Tensor
     weights: list[float]
     tokens: int
+
+
+def changed_since(sources: Sequence[SourceData], state: Mapping[str, Any], checkpoint: Path) -> tuple[str, ...]:
+    """Lines on the sources that are not as large as they were when the checkpoint with this state was written."""
+    then = [PackedSource.of(source) for source in state.get(SOURCES, [])]
+    return tuple(
+        f"{now.name} has {now.extent}, and had {old.extent} when {checkpoint} was written: "
+        "its rows come in another order from here on, some again and others not at all"
+        for now, old in zip(sources, then, strict=False)
+        if now.facts().name == old.name and (now.packed is None) == (old.packed is None)
+        if now.extent and old.extent and now.extent != old.extent
+    )
 
 
 class Feed:

@@ -63,17 +63,20 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedSource:
-    """What packing made of a source of training data. weight: its part of the rows; packed: not known of a stream."""
+    """What packing made of a source of training data. weight: its part of the rows; packed: not known of a stream;
+    extent: how much there is of it, for a person, '' where that is not known."""
 
     name: str
     weight: float
     packed: Packed | None
+    extent: str = ""
 
     @staticmethod
     def of(values: dict[str, Any]) -> PackedSource:
         """The inverse of dataclasses.asdict."""
         packed = values["packed"]
-        return PackedSource(values["name"], values["weight"], Packed(**packed) if packed else None)
+        packed = Packed(**packed) if packed else None
+        return PackedSource(values["name"], values["weight"], packed, values.get("extent", ""))
 
 
 def pack(lengths: np.ndarray, room: int, packing: str) -> Pieces:

@@ -28,7 +28,7 @@ from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, va
 from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
 from llm_local.data.sequences import FittedTokens, MixedSequences, PackedTokens, Sequences, StoredSequences, shares
-from llm_local.data.source_problems import data_problems
+from llm_local.data.source_problems import data_problems, files_of
 from llm_local.data.sources import Documents, load_training, load_validation
 from llm_local.data.streams import StreamedSequences
 from llm_local.data.token_folder import REPAIR, require_tokenizer
@@ -61,7 +61,7 @@ class ValidationSet:
 @dataclass(frozen=True)
 class SourceData:
     """What a source gives to train on; tokens and how they are packed are not known of a stream. title: what it is
-    called away from this machine."""
+    called away from this machine; extent: see PackedSource."""
 
     name: str
     weight: float
@@ -69,6 +69,7 @@ class SourceData:
     tokens: Prepared | None = None
     packed: Packed | None = None
     title: str = ""
+    extent: str = ""
 
     def describe(self) -> str:
         """In a line for a person."""
@@ -77,7 +78,7 @@ class SourceData:
 
     def facts(self) -> PackedSource:
         """What can be kept of it."""
-        return PackedSource(self.title or self.name, self.weight, self.packed)
+        return PackedSource(self.title or self.name, self.weight, self.packed, self.extent)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress:
             train, validation = load_training(config, source, divide=not given)
             if validation is not None:
                 held_out.append(_validate_on(validation, tokenizer, config))
-            parts.append(replace(_train_on(train, source.weight, tokenizer, config), title=_title(source)))
+            part = _train_on(train, source.weight, tokenizer, config)
+            parts.append(replace(part, title=_title(source), extent=_extent(source, part)))
     weights, rows = [part.weight for part in parts], [part.sequences for part in parts]
     names = [*given] if given else [part.name for part in parts]
     named = [(part.name, part.tokens) for part in parts]
@@ -150,6 +152,13 @@ def _spelled(found: list[tuple[str, Prepared | None]], tokenizer: PreTrainedToke
         elif tokens is not None and tokens.spelled:
             lines.append(f"{name}: {why}, {tokens.spelled:,} times; change the text, or use another tokenizer")
     return tuple(lines)
+
+
+def _extent(source: Source, part: SourceData) -> str:
+    if part.tokens is not None and part.packed is not None:
+        return f"{part.packed.documents:,} documents of {part.tokens.tokens:,} tokens"
+    sizes = [file.stat().st_size for file in files_of(source.source)] if source.kind == "files" else []
+    return f"{sum(sizes):,} bytes" if sizes else ""
 
 
 def _title(source: Source) -> str:
