@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import socket
 from typing import Any
 
 import torch
+
+from llm_local.owner import machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +33,7 @@ def local_device(local_rank: int) -> torch.device:
 
 def device_identity(device: torch.device) -> str:
     """Names the device across hosts; equal for two ranks that share one."""
-    return f"{socket.gethostname()}/{device}"
+    return f"{machine()}/{device}"
 
 
 def collective_backend(device: torch.device) -> str:

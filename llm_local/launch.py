@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,51 @@ from llm_local.config import ConfigError
 LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
 )
+
+_PORT = 29500
+# rank, world size, local rank, local world size
+_SCHEDULERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
+)
+
+
+def of_scheduler(environ: Mapping[str, str]) -> dict[str, str]:
+    """The launchers' variables for a process of srun or mpirun, which have others; none where there are no such ranks.
+
+    An address that cannot be derived is left out.
+    """
+    for rank, size, local_rank, local_size in _SCHEDULERS:
+        alone = rank == "SLURM_PROCID" and "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ  # no srun
+        if "RANK" in environ or alone or rank not in environ or not environ.get(size, "").isdecimal():
+            continue
+        if environ[size] == "1":
+            return {}
+        found = {"RANK": environ[rank], "WORLD_SIZE": environ[size], "MASTER_PORT": str(_PORT)}
+        of_slurm = environ.get("SLURM_PROCID") == environ[rank]
+        local = environ.get(local_rank) or (environ.get("SLURM_LOCALID") if of_slurm else None)
+        if local:
+            found["LOCAL_RANK"] = local
+        here = re.match(r"\d+", environ.get(local_size, ""))  # of "2(x3),1" the first host's
+        if here:
+            found["LOCAL_WORLD_SIZE"] = here[0]
+        hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        if here and here[0] == environ[size]:
+            found["MASTER_ADDR"] = "127.0.0.1"
+        elif hosts and of_slurm:
+            found["MASTER_ADDR"] = first_host(hosts)
+        if of_slurm and environ.get("SLURM_JOB_ID", "").isdecimal():  # jobs share nodes
+            found["MASTER_PORT"] = str(20000 + int(environ["SLURM_JOB_ID"]) % 10000)
+        return {name: value for name, value in found.items() if name not in environ}
+    return {}
+
+
+def first_host(hosts: str) -> str:
+    """'node03' of SLURM's 'node[03-07,9],login'."""
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hosts)
+    return "".join(part or "" for part in found.groups()) if found else hosts
 
 
 @dataclass(frozen=True)
@@ -36,7 +82,8 @@ class Launch:
             return Launch(0, 1, 0, 1, 0)
         missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environ]
         if missing:
-            raise ConfigError([f"RANK is set but not {', '.join(missing)}; start with {LAUNCHERS}*.yaml"])
+            by_hand = " or set them, as mpirun -x MASTER_ADDR=HOST_OF_RANK_0 does"
+            raise ConfigError([f"RANK is set but not {', '.join(missing)}; start with {LAUNCHERS}*.yaml,{by_hand}"])
         world_size = int(environ["WORLD_SIZE"])
         local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world_size
         restart = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -24,7 +24,7 @@ from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import over_replicas
 from llm_local.export.model_folder import ExportError
 from llm_local.finish import finish
-from llm_local.launch import Launch
+from llm_local.launch import Launch, of_scheduler
 from llm_local.rendezvous import Refused, Rendezvous
 from llm_local.run import Run, build, check
 from llm_local.run_trace import end_trace
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         print("llm_local: this process has had its run; start another process for the next one", file=sys.stderr)
         return REFUSED
     quiet_libraries()
+    os.environ.update(of_scheduler(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     watchdog = Watchdog(rank)
     watchdog.start()

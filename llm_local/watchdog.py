@@ -5,7 +5,7 @@ return: signals reach it through a wake-up file descriptor, and it leaves with o
 store, whose calls never return once its process is stopped: another thread makes them.
 
 - The launcher: its death orphans the ranks (the `deepspeed` runner does not pass a SIGTERM on), so the rank ends too.
-- A peer on this host: its process is gone without having said that it was done.
+- A peer whose process this one can see: its process is gone without having said that it was done.
 - A peer that hangs: each rank beats in the store and follows the beats of its link peers and of the next rank.
 - A peer elsewhere: whoever misses it first writes an obituary into the store, and everybody reads it there.
 - SIGTERM and Ctrl-C: an obituary that explains the signal is awaited for a moment and printed.
@@ -17,7 +17,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from llm_local.owner import is_running
+from llm_local.owner import is_running, machine
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
@@ -57,7 +56,7 @@ class Peer:
     def me(rank: int, stage: int, replica: int, num_stages: int) -> Peer:
         links = [f"{k}→{k + 1}" for k in (stage - 1, stage) if 0 <= k < num_stages - 1]
         text = f"link {' and '.join(links)}" if links else "no link"
-        return Peer(rank, stage, replica, socket.gethostname(), os.getpid(), text)
+        return Peer(rank, stage, replica, machine(), os.getpid(), text)
 
     def __str__(self) -> str:
         return f"stage {self.stage}, replica {self.replica} (rank {self.rank}, pid {self.pid}, {self.links})"
@@ -300,7 +299,7 @@ class Watchdog:
 
     def _dead_neighbour(self) -> str | None:
         for peer in self._peers:
-            here = peer.rank != self.rank and peer.host == socket.gethostname()
+            here = peer.rank != self.rank and peer.host == machine()
             if here and not is_running(peer.pid) and not self._is_done(peer):
                 return f"lost {peer}: its process is gone"
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from launching import BIN, ROOT, SCRIPT, accelerate, by_hand, deepspeed, job, lo
 from ranks import free_port
 
 from llm_local.config import ConfigError
-from llm_local.launch import Launch
+from llm_local.launch import Launch, of_scheduler
 
 SECONDS = 120.0
 
@@ -31,7 +33,20 @@ def two_accelerates() -> list[list[str]]:
     return [[*shared, *node] for node in nodes]
 
 
+def two_tasks() -> list[list[str]]:
+    """As srun starts them, each in a container that has the host's name, where root may make one."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*container, "true"], capture_output=True).returncode:
+        container = []
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    tasks = [step | {"MASTER_PORT": str(free_port())}] * 2
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    variables = [[f"{name}={value}" for name, value in (a | b).items()] for a, b in zip(tasks, places, strict=True)]
+    return [[*container, "env", *each, sys.executable] for each in variables]
+
+
 LAUNCHERS = {
+    "srun, in containers": two_tasks,
     "deepspeed": lambda: [deepspeed(2)],
     "torchrun": lambda: [torchrun(2)],
     "accelerate": lambda: [accelerate("cpu.yaml")],
@@ -84,6 +99,53 @@ def test_the_environment_of_each_launcher():
     assert Launch.from_environment({**common, "LOCAL_SIZE": "2"}) == Launch(3, 4, 1, 2, 0)
     elastic = {**common, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
     assert Launch.from_environment(elastic) == Launch(3, 4, 1, 2, 1)
+
+
+SRUN = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def test_the_environment_of_srun_and_mpirun():
+    on_two_nodes = of_scheduler(SRUN)
+    assert Launch.from_environment(on_two_nodes) == Launch(3, 4, 1, 2, 0)
+    assert (on_two_nodes["MASTER_ADDR"], on_two_nodes["MASTER_PORT"]) == ("node03", "23456")
+    on_one = of_scheduler(OPEN_MPI)
+    assert Launch.from_environment(on_one) == Launch(1, 2, 1, 2, 0)
+    assert (on_one["MASTER_ADDR"], on_one["MASTER_PORT"]) == ("127.0.0.1", "29500")
+    hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    assert of_scheduler(hydra) == on_one
+    assert of_scheduler({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"}) == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "29500",
+    }
+
+
+def test_a_process_of_srun_or_mpirun_that_is_alone_or_has_another_launcher_is_as_without():
+    assert of_scheduler({**SRUN, "RANK": "0"}) == {}, "torchrun, started by srun"
+    assert of_scheduler({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+    batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    assert of_scheduler(batch) == {}, "the script of sbatch itself, which runs once"
+    assert of_scheduler({}) == {}
+
+
+def test_mpirun_on_several_hosts_is_told_what_to_add():
+    with pytest.raises(ConfigError, match=r"not MASTER_ADDR; .* or set them, as mpirun -x MASTER_ADDR=HOST_OF_RANK_0"):
+        Launch.from_environment(of_scheduler({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}))
 
 
 def test_an_environment_that_no_launcher_makes():
