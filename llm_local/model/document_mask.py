@@ -48,13 +48,8 @@ class DocumentMask:
         positions = self.positions(input_ids) if positions is None else positions
         # read for its shape, dtype and device alone
         embeddings = torch.empty(*input_ids.shape, 0, dtype=base.dtype, device=input_ids.device)
-        masks = create_masks_for_generate(
-            config=base.config,
-            inputs_embeds=embeddings,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=positions,
-        )
+        # without a mask and without a cache, whose argument has another name since transformers 5.24
+        masks = create_masks_for_generate(base.config, embeddings, None, None, position_ids=positions)
         told = {**given, "attention_mask": masks, "position_ids": positions}
         if "position_ids" not in inspect.signature(base.forward).parameters:
             del told["position_ids"]
