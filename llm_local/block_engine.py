@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed import comm
+from deepspeed import comm, set_optimizer_flags
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import MUON_OPTIMIZER, DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.mixed_precision_linkage import link_hp_params
@@ -131,6 +132,7 @@ def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
 def engine_arguments(config: RunConfig, module: torch.nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """What every DeepSpeed engine gets; an optimizer or scheduler in the JSON wins over the flags' own."""
     own_optimizer = "optimizer" not in settings
+    _tag_for_muon(settings, module)
     trained = [p for p in module.parameters() if p.requires_grad]
     parameters = parameter_groups(config, module) if own_optimizer else trained
     return {
@@ -142,6 +144,17 @@ def engine_arguments(config: RunConfig, module: torch.nn.Module, settings: dict[
         "config": settings,
         "dist_init_required": False,
     }
+
+
+def _tag_for_muon(settings: dict[str, Any], module: torch.nn.Module) -> None:
+    """What deepspeed.initialize does, and embeddings of whatever name: Muon's are the matrices, Adam's the others."""
+    optimizer = settings.get("optimizer", {})
+    name = optimizer.get("type", "").lower()
+    kind: Any = SimpleNamespace(optimizer_name=name, optimizer_params=optimizer.get("params"))
+    set_optimizer_flags(kind, module)
+    for part in module.modules():
+        if name == MUON_OPTIMIZER and isinstance(part, torch.nn.Embedding):
+            setattr(part.weight, "use_muon", False)  # noqa: B010 - not an attribute that tensors have
 
 
 def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.optim import lr_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llm_local.config import ConfigError, RunConfig, from_here
@@ -36,73 +35,13 @@ def load_json(config: RunConfig) -> Json:
     for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", *MONITORS):
         if not isinstance(loaded.get(name, {}), dict):
             raise ConfigError([f"deepspeed={path}: {name} is {loaded[name]!r}, not a section {{...}}"])
+    if "bfloat16" in loaded:  # DeepSpeed's older name
+        loaded.setdefault("bf16", loaded.pop("bfloat16"))
     return loaded
 
 
 def zero_stage(settings: Json) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
-def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
-    """What is wrong with the JSON itself and with its combination with the flags."""
-    try:
-        settings = resolve(config, num_replicas, model_config=SimpleNamespace(hidden_size=64), cpu=True)
-    except ConfigError as error:
-        return error.problems
-    problems = []
-    stage = zero_stage(settings)
-    if stage not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage={stage} in {config.train.deepspeed}; DeepSpeed has 0, 1, 2 and 3")
-    if config.is_pipelined and stage >= 2:
-        problems.append(f"ZeRO stage {stage} does not work with method=backprop (DeepSpeed's pipeline); use 0 or 1")
-    if config.local.method == "overlapping" and (stage == 3 or "offload_optimizer" in settings["zero_optimization"]):
-        what = "ZeRO stage 3" if stage == 3 else "offload_optimizer"
-        problems.append(
-            f"{what} does not work with method=overlapping, whose shared layers have two backward passes through one "
-            "graph; use ZeRO stage 0, 1 or 2 without offload"
-        )
-    if config.local.distillation_weight and stage == 3:
-        problems.append(
-            "ZeRO stage 3 does not work with distillation_weight, which reads a head outside its forward pass; "
-            "use 0, 1 or 2"
-        )
-    theirs = [name for name in ("optimizer", "scheduler") if name in settings]
-    if config.local.head_warmup_steps > 0 and theirs:
-        problems.append(
-            f"head_warmup_steps={config.local.head_warmup_steps} sets learning rates of its own; "
-            f"remove {' and '.join(theirs)} from {config.train.deepspeed}"
-        )
-    if "pipeline" in settings and not config.is_pipelined:
-        problems.append(f"the pipeline section of {config.train.deepspeed} is for method=backprop; remove it")
-    return problems or _deepspeeds_own_problems(config, settings)
-
-
-def _deepspeeds_own_problems(config: RunConfig, settings: Json) -> list[str]:
-    """What DeepSpeed itself would refuse when it makes an engine, for it would do so on every rank."""
-    from deepspeed.runtime import lr_schedules
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
-
-    for section in ("optimizer", "scheduler"):
-        if section in settings and not isinstance(settings[section].get("type"), str):
-            return [
-                f"{config.train.deepspeed}: {section} has no type; name one, or remove {section}: the flags have one"
-            ]
-    name = settings.get("optimizer", {}).get("type")
-    schedule = settings.get("scheduler", {}).get("type", lr_schedules.WARMUP_LR)
-    if schedule == "ReduceLROnPlateau" or not (hasattr(lr_schedules, schedule) or hasattr(lr_scheduler, schedule)):
-        why = "waits for a measure that no run gives it" if schedule == "ReduceLROnPlateau" else "is unknown"
-        known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
-        return [
-            f"{config.train.deepspeed}: scheduler.type={schedule!r} {why}; use {known}, or one of torch by its name"
-        ]
-    if name is not None and name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
-        return [f"{config.train.deepspeed}: optimizer.type={name!r} is unknown; DeepSpeed has {DEEPSPEED_OPTIMIZERS}"]
-    try:
-        # the batch of all replicas was compared with the flags; here DeepSpeed sees a world of one
-        DeepSpeedConfig(copy.deepcopy({k: v for k, v in settings.items() if k != "train_batch_size"}))
-    except Exception as error:  # pydantic's, asserts and errors of its own
-        return [f"{config.train.deepspeed}: DeepSpeed refuses it: {' '.join(str(error).split())}"]
-    return []
 
 
 def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, monitor: str | None = None) -> Json:
@@ -118,6 +57,7 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
     for precision in ("bf16", "fp16"):
         if getattr(train, precision) and precision not in settings:
             settings[precision] = {"enabled": True}
+    _leave_to_the_flags(config, settings)
     arguments = SimpleNamespace(
         **config.flat(),
         world_size=num_replicas,
@@ -140,6 +80,27 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
     return _own_settings(config, settings, cpu, monitor)
 
 
+def _leave_to_the_flags(config: RunConfig, settings: Json) -> None:
+    """What a named optimizer or scheduler leaves out is as if it had written "auto"."""
+    from deepspeed.runtime import lr_schedules
+
+    name, schedule = (settings.get(section, {}).get("type") for section in ("optimizer", "scheduler"))
+    names: dict[str, list[str]] = {"optimizer": [], "scheduler": []}
+    if isinstance(name, str):
+        adam = "adam" in name.lower() or name.lower() in ("lamb", "muon")  # others have other moments than Adam's
+        names["optimizer"] = ["lr", "weight_decay", *(["betas", "eps"] if adam else [])]
+        if hasattr(torch.optim, name):
+            taken = inspect.signature(getattr(torch.optim, name)).parameters
+            names["optimizer"] = [each for each in names["optimizer"] if each in taken]
+    if isinstance(schedule, str) and hasattr(lr_schedules, schedule):
+        taken = inspect.signature(getattr(lr_schedules, schedule)).parameters
+        some = ["warmup_max_lr", "total_num_steps", *(["warmup_num_steps"] if config.train.warmup_steps else [])]
+        names["scheduler"] = [each for each in some if each in taken]
+    for section, left in names.items():
+        if left:
+            settings[section]["params"] = dict.fromkeys(left, "auto") | (settings[section].get("params") or {})
+
+
 def _repair(line: str) -> str:
     flags = [f"--{name}" for name in ("bf16", "fp16") if f"ds {name}.enabled=True" in line]
     return "write 'auto' there" + "".join(f", or give the flag ({flag})" for flag in flags)
@@ -156,7 +117,7 @@ def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | N
     # torch's own AdamW: offloading would else compile DeepSpeed's, which also does not resume bit for bit
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     optimizer = settings.get("optimizer", {})
-    if cpu and optimizer.get("type", "").lower() in ("adam", "adamw"):
+    if cpu and optimizer.get("type", "").lower() in ("adam", "adamw", "muon"):
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     chosen = {"tensorboard": "tensorboard", "csv": "csv_monitor"}.get(config.train.report_to)
     if chosen:

@@ -158,3 +158,14 @@ def join_stage(world: World, one_world: bool) -> None:
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)
+
+
+def join_nobody() -> None:
+    """Makes this process a world of its own for DeepSpeed, for good."""
+    device = local_device(0)
+    prepare_cpu(device, 1)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    dist.init_process_group(collective_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+    import deepspeed
+
+    deepspeed.init_distributed(collective_backend(device), verbose=False)

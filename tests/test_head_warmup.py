@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.block_engine import WAITS, make_optimizer, make_scheduler, parameter_groups
 from llm_local.config import ModelArguments, from_flat
-from llm_local.ds_config import deepspeed_problems
+from llm_local.ds_problems import deepspeed_problems
 from llm_local.model.anatomy import probe
 from llm_local.model.head_start import SHARE, quieten
 from llm_local.model.slices import Slice, new_slice

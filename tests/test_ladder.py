@@ -20,12 +20,12 @@ model: router_loss document_mask
 model: shared_head distillation lowrank windows head_start stage refresh
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources sequences tokenizer_training streams prepared sets feed
-ds_config block_engine engine backprop
+ds_config ds_problems block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages model_card
 metrics progress
 timeline: measured chrome_trace replay picture
-checks: profile tiny trial exit_check class_problems tokenizer_check weight_problems preflight
+checks: profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
 examine assembly run_trace evaluation recorder run finish train offline_export
 coverage: model_type run report
 study: points comparison runs

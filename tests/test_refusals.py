@@ -169,8 +169,14 @@ def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag(problems, write, s
     ("settings", "said"),
     [
         ({"zero_optimization": 2}, "zero_optimization is 2, not a section {...}"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}}, "DeepSpeed refuses it: .*reduce_bucket_sise"),
-        ({"optimizer": {"type": "AdamWW", "params": {"lr": "auto"}}}, "optimizer.type='AdamWW' is unknown; DeepSpeed"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5}},
+            "reduce_bucket_sise is no setting of",
+        ),
+        (
+            {"optimizer": {"type": "AdamWW", "params": {"lr": "auto"}}},
+            "optimizer.type='AdamWW' is unknown; use Ad",
+        ),
         ({"scheduler": {"type": "WarmupRL"}}, "scheduler.type='WarmupRL' is unknown; use LRRangeTest, OneCycle, "),
         ({"scheduler": {"type": "ReduceLROnPlateau"}}, "waits for a measure that no run gives it; use LRRangeTest, "),
         ({"scheduler": {"params": {}}}, "scheduler has no type; name one, or remove scheduler: the flags have one"),

@@ -123,8 +123,8 @@ def _states(catalog: Catalog, source: str, shard: Shard, state: dict[str, Any]) 
     for name in catalog.states.get(source, ()):
         key = name.partition(STATE)[2]
         if key not in state:
-            state[key] = torch.zeros_like(shard.holder, requires_grad=False)
-        yield name, Stretch(shard.master.numel, shard.master.start, shard.part(state[key]))
+            state[key] = shard.new_state()
+        yield name, shard.kept(state[key])
 
 
 def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ from llm_local.checkpoint.catalog import (
     save_tensors,
 )
 from llm_local.checkpoint.line import FOLDER, committed
-from llm_local.checkpoint.shards import SCALAR, STATE, Shard, base_optimizer, check_masters, shards, tied_names
+from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
 from llm_local.model.stage import Block
 from llm_local.world import World
@@ -161,7 +161,7 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
             starts[shard.name] = shard.master.start
             state = {} if shard.holder is None else states.get(shard.holder, {})
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.numel() == _numel(shard) and value.dim():
+                if isinstance(value, torch.Tensor) and shard.fits(value):
                     tensors[f"{shard.name}{STATE}{key}"] = shard.part(value.detach()).to("cpu", copy=True)
                     starts[f"{shard.name}{STATE}{key}"] = shard.master.start
                 elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
@@ -173,10 +173,6 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
                         f"{kind} keeps {key} of {shard.name} in a shape that no checkpoint can hold"
                     )
     return tensors, starts
-
-
-def _numel(shard: Shard) -> int:
-    return 0 if shard.holder is None else shard.holder.numel()
 
 
 def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:

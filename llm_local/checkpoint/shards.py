@@ -48,7 +48,8 @@ class Shard:
     master: what the optimizer updates, or of what it does not, the tensor itself; None where that lies on other ranks.
     holder: the tensor that the optimizer's state belongs to, in which the master lies from `offset` on; None if there
     is no optimizer for it. is_replicated: every replica has the same. weights: what the model computes with, where
-    that is not the master.
+    that is not the master. momentum: Muon's under ZeRO 1 and 2 has the whole of each parameter that the rank owns a
+    part of, one after the other: where this one begins, and how many there are.
     """
 
     name: str
@@ -57,11 +58,31 @@ class Shard:
     offset: int
     is_replicated: bool
     weights: tuple[Stretch, ...] = ()
+    momentum: tuple[int, int] | None = None
+
+    def kept(self, state: torch.Tensor) -> Stretch:
+        """What a state has of the parameter."""
+        assert self.master is not None
+        if self.momentum is None:
+            values = state.view(-1).narrow(0, self.offset, len(self.master.values))
+            return Stretch(self.master.numel, self.master.start, values)
+        return Stretch(self.master.numel, 0, state.view(-1).narrow(0, self.momentum[0], self.master.numel))
 
     def part(self, state: torch.Tensor) -> torch.Tensor:
-        """The master's stretch of a state that is as long as the holder."""
+        """The master's stretch of a state."""
         assert self.master is not None
-        return state.view(-1).narrow(0, self.offset, len(self.master.values))
+        kept = self.kept(state)
+        return kept.values.narrow(0, self.master.start - kept.start, len(self.master.values))
+
+    def fits(self, state: torch.Tensor) -> bool:
+        """Whether a state has a number for each weight, and is none for the parameter as a whole."""
+        numel = 0 if self.holder is None else self.holder.numel()
+        return state.dim() > 0 and state.numel() == (self.momentum[1] if self.momentum else numel)
+
+    def new_state(self) -> torch.Tensor:
+        assert self.holder is not None
+        numel = self.momentum[1] if self.momentum else self.holder.numel()
+        return self.holder.new_zeros(numel).view(-1 if self.momentum else self.holder.shape)
 
 
 def head_prefix(module: Block) -> str:
@@ -81,7 +102,7 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         if module.temperature is not None:
             own[f"{prefix}temperature"] = module.temperature.scale
     else:
-        places = [("", part.model) for part in module.modules() if isinstance(part, PipeSlice)]
+        places = [("", part.model) for part in module.modules() if isinstance(part, PipeSlice)] or [("", module)]
         own = {}
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -176,7 +197,18 @@ def _of_flat_partition(optimizer: Any, name: str, parameter: Any) -> Shard:
     holder, there = groups[mapping.param_group_index], mapping.hp_fragment_address
     values = holder.detach().view(-1).narrow(0, there.start, there.numel)
     master = Stretch(parameter.numel(), mapping.lp_fragment_address.start, values)
-    return Shard(name, master, holder, there.start, False, weights)
+    return Shard(name, master, holder, there.start, False, weights, _momentum(optimizer, mapping, parameter))
+
+
+def _momentum(optimizer: Any, mapping: Any, parameter: Any) -> tuple[int, int] | None:
+    if not getattr(parameter, "use_muon", False) or getattr(optimizer, "cpu_offload", True):
+        return None
+    ours, offset = optimizer.params_in_partition[mapping.param_group_index], 0
+    for each in ours:
+        if each is parameter:
+            return offset, sum(one.numel() for one in ours)
+        offset += each.numel()
+    raise AssertionError("a parameter with a master is in the partition")
 
 
 def _whole_holder(optimizer: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -23,6 +23,7 @@ from llm_local.checkpoint.catalog import (
 )
 from llm_local.checkpoint.line import another_run, documents_begin, find_checkpoint, is_own, set_aside
 from llm_local.checks.class_problems import class_problems
+from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
 from llm_local.checks.tokenizer_check import tokenizer_warnings
@@ -33,7 +34,7 @@ from llm_local.data.sets import data_problems
 from llm_local.data.special_tokens import pretrained_generation, special_tokens, token_warnings
 from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
-from llm_local.ds_config import deepspeed_problems
+from llm_local.ds_problems import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.metrics import keep_until
@@ -102,7 +103,9 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
     config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // max(1, config.local.num_stages))
-    problems += deepspeed_problems(config, num_replicas) + data_problems(config) + _folder_problems(config)
+    problems += deepspeed_problems(config, num_replicas)
+    problems = problems or engine_problems(config, num_replicas)
+    problems += data_problems(config) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
     problems += cache_problems
     found = _Model()
