@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class Unwritten(RuntimeError):
+    """A file could not be written; the message says all there is to say of it."""
+
+
+@contextmanager
+def writing(path: Path, reads: bool = False) -> Iterator[None]:
+    """Raises Unwritten for an error of the system, which names the file where the error has none. reads: other files
+    are read meanwhile, so that only an error of a full disk is one of this kind."""
+    try:
+        yield
+    except OSError as error:
+        if reads and error.errno not in _FULL:
+            raise
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise Unwritten(
+            f"{error.filename or path} could not be written ({reason}); make room there or change its permissions, "
+            "and start again"
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

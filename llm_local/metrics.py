@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llm_local.files import write_whole
+from llm_local.files import write_whole, writing
 
 FOLDER = "metrics"
 
@@ -63,8 +63,9 @@ class MetricsFile:
 
     def __init__(self, output_dir: Path, stage: int, monitor: Any, resumed_step: int = 0, resumed_samples: int = 0):
         self.path = output_dir / FOLDER / f"stage-{stage:02d}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
         self._monitor = monitor
         self._old = {(r["split"], r["step"]) for r in read_records(self.path)}
         csv: Any = getattr(monitor, "csv_monitor", None)
@@ -80,13 +81,14 @@ class MetricsFile:
             _write_all(self.path, [r for r in read_records(self.path) if (r["split"], r["step"]) != key])
             for path in self._csv.glob(f"{record.split}_*.csv") if self._csv else ():
                 _keep_rows(path, lambda step: step != record.step)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:
             names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds", "perplexity", "bits_per_byte")
             values = [(name, getattr(record, name)) for name in names]
             events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
-            self._monitor.write_events(events)
+            with writing(self._csv or self.path.parent.with_name("tensorboard")):
+                self._monitor.write_events(events)
 
 
 def keep_until(output_dir: Path, step: int) -> None:

@@ -18,6 +18,7 @@ from typing import TextIO
 import psutil
 
 from llm_local.config import ConfigError
+from llm_local.files import writing
 
 LOCK = "run.lock"
 PATIENCE_SECONDS = 2.0  # a run that ends takes a moment
@@ -78,15 +79,16 @@ def folder_problems(folder: Path) -> list[str]:
 
 def claim_folder(folder: Path) -> TextIO:
     """Makes the folder this process's until the file is closed, or the process ends. Raises ConfigError if it is
-    another one's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+")
-    if not _locked(file, fcntl.LOCK_EX):
-        raise ConfigError([_in_use(folder, file)])
-    file.truncate(0)
-    file.write(Owner.me(folder).to_json() + "\n")
-    file.flush()
-    return file
+    another one's, Unwritten if the disk takes nothing."""
+    with writing(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+        if not _locked(file, fcntl.LOCK_EX):
+            raise ConfigError([_in_use(folder, file)])
+        file.truncate(0)
+        file.write(Owner.me(folder).to_json() + "\n")
+        file.flush()
+        return file
 
 
 def _locked(file: TextIO, kind: int) -> bool:

@@ -19,6 +19,7 @@ from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import EvalSet, learn, tell
+from llm_local.files import writing
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile
@@ -88,12 +89,15 @@ def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) 
     for all that is wrong with the run and its data.
     """
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
-    plan = preflight(config, launch.world_size)
-    with nullcontext() if meeting is None else meeting.kept_waiting():
-        config = plan.resolve(config)
-        data = prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
-    folder = claim_folder(config.output_dir)
-    return Start(plan, data, open_output(config, plan, launch.restart > 0), folder)
+    with writing(config.cache_dir, reads=True):
+        plan = preflight(config, launch.world_size)
+        with nullcontext() if meeting is None else meeting.kept_waiting():
+            config = plan.resolve(config)
+            data = prepare_all(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    with writing(config.output_dir / "run.yaml"):
+        folder = claim_folder(config.output_dir)
+        news = open_output(config, plan, launch.restart > 0)
+    return Start(plan, data, news, folder)
 
 
 def build(

@@ -23,6 +23,7 @@ from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import over_replicas
 from llm_local.export.model_folder import ExportError
+from llm_local.files import Unwritten
 from llm_local.finish import finish
 from llm_local.launch import Launch, of_scheduler
 from llm_local.rendezvous import Refused, Rendezvous
@@ -34,7 +35,7 @@ from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 REFUSED = 2
 # their message says all there is to say
 PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, MisplacedWeights, UnwrittenTrace)
-PLAIN += (ExportError, UnreadableText)
+PLAIN += (ExportError, UnreadableText, Unwritten)
 LAUNCHER_SECONDS = 10.0
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0
@@ -89,7 +90,10 @@ def _call_off(meeting: Rendezvous, error: Exception) -> int:
     if isinstance(error, ConfigError):
         status = _refuse(0, error)
     else:
-        traceback.print_exception(error)
+        if isinstance(error, PLAIN):
+            print(f"llm_local: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
         status = 1
     meeting.say_no(REFUSAL_SECONDS)
     return status

@@ -32,6 +32,7 @@ from llm_local.checkpoint.catalog import (
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
+from llm_local.files import writing
 from llm_local.model.stage import Block
 from llm_local.world import World
 
@@ -79,9 +80,10 @@ class Saver:
         place, root = self._world.place, self._folder / f"step-{step:08d}"
         folder = root / f"stage-{place.stage:02d}"
         if place.is_recorder:  # what a killed run left half written, or one that went on from before
-            (root / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            with writing(folder):
+                (root / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
         self._world.stage_barrier()
         tensors, starts = snapshot(engines, place.replica)
         files: dict[str, Any] = {}
