@@ -267,7 +267,8 @@ def generate(given: argparse.Namespace) -> int:
     try:
         tokenizer: Any = read_tokenizer(given.export, str(given.export), given.trust_remote_code)
     except ConfigError as error:
-        raise ValueError("; ".join(error.problems)) from error
+        said = "; ".join(error.problems)
+        raise ValueError(said.removesuffix(" true")) from error  # a flag without a value, here
     model = load(given.export, given, device)
     prompts = [encode(tokenizer, prompt, model, given.max_new_tokens) for prompt in given.prompt]
     assistant = None if given.assistant is None else load_assistant(given, model)
