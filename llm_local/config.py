@@ -196,10 +196,15 @@ class TrainArguments:
     eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.")
     eval_on_start: bool = _option(False, "Evaluate before the first step, too.")
     eval_batches: int = _option(8, "Micro-batches of one evaluation on each replica; 0: never evaluate.")
-    save_steps: int = _option(0, "Steps between checkpoints; 0: none.")
+    save_steps: int = _option(0, "Steps between checkpoints, and one after the last step; 0: none.")
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
     resume_from_checkpoint: str | None = _option(
         None, "Checkpoint or run folder; 'true': newest in output_dir; 'auto': that, or a new run if there is none."
+    )
+    signal_save_seconds: float = _option(
+        25.0,
+        "On SIGTERM or SIGUSR1 a run with save_steps saves and leaves within so many seconds (launchers kill 30 s "
+        "after SIGTERM); 0: leaves at once.",
     )
     report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
     ddp_timeout: int = _option(1800, "Longest wait for start-up, in seconds; rank 0 may prepare data for longer.")

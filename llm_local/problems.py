@@ -46,6 +46,7 @@ NOT_NEGATIVE = (
     "eval_steps",
     "eval_batches",
     "save_steps",
+    "signal_save_seconds",
     "head_layers",
     "final_backprop_steps",
     "head_warmup_steps",

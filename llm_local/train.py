@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.line import after_restart
@@ -30,7 +31,7 @@ from llm_local.rendezvous import Refused, Rendezvous
 from llm_local.run import Run, build, check
 from llm_local.run_trace import end_trace
 from llm_local.trace import REFRESH_WAIT, UnwrittenTrace, traced
-from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
+from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog, leave
 
 REFUSED = 2
 # their message says all there is to say
@@ -132,17 +133,24 @@ def _fail(watchdog: Watchdog, error: Exception) -> None:
 
 
 def train(run: Run) -> None:
-    """The steps from the first to the last. No stage waits for a later one, but by the packets in flight."""
+    """The steps from the first to the last. No stage waits for a later one, but by the packets in flight.
+
+    A run that is told to stop saves, and the process ends here.
+    """
     train = run.config.train
+    if train.save_steps:
+        run.world.watchdog.saves(train.signal_save_seconds)
     if train.eval_on_start and run.first_step == 0:
         _evaluate(run, 0)
     for step in range(run.first_step + 1, train.max_steps + 1):
+        if not run.world.watchdog.stop.begins(step):
+            _stop(run, step - 1)
         last = step == train.max_steps
         run.world.watchdog.step = step
         run.recorder.begin()
         with run.traced("train", step):
             result = _train_step(run, step)
-        saves = bool(train.save_steps) and step % train.save_steps == 0
+        saves = _saves(run, step)
         records = step == 1 or step % train.logging_steps == 0 or last
         if saves or records:  # the device is waited for in no other step
             run.engine.check_finite()
@@ -152,15 +160,41 @@ def train(run: Run) -> None:
         if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
             _evaluate(run, step)
         if saves:
-            shared_head = run.refresher.state() if run.refresher else None
-            with run.traced("save", step):
-                run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head, run.data_state())
+            _save(run, step)
         run.saver.check()
     if train.eval_batches:
         _evaluate(run, train.max_steps)
     run.saver.wait()
     end_trace(run.tracer, run.config, run.world)
     run.progress.close()
+
+
+def _saves(run: Run, step: int) -> bool:
+    train = run.config.train
+    return bool(train.save_steps) and (step % train.save_steps == 0 or step == train.max_steps)
+
+
+def _save(run: Run, step: int) -> None:
+    shared_head = run.refresher.state() if run.refresher else None
+    with run.traced("save", step):
+        run.saver.save(run.engine.engines, step, run.rows_after(step), shared_head, run.data_state())
+
+
+def _stop(run: Run, step: int) -> NoReturn:
+    """Saves after the step on which the ranks have agreed. None ends before all have: launchers then end the others."""
+    stop = run.world.watchdog.stop
+    if step > run.first_step and not _saves(run, step):
+        run.engine.check_finite()
+        _save(run, step)
+    run.saver.wait()
+    end_trace(run.tracer, run.config, run.world)
+    run.progress.close()
+    run.world.everybody("stopped", run.config.train.signal_save_seconds, "the others to save")
+    run.progress.say(
+        f"llm_local: {stop.reason}: stopped and saved at step {step}; --resume_from_checkpoint auto goes on"
+    )
+    run.world.say_goodbye()
+    leave(stop.status)
 
 
 def _train_step(run: Run, step: int) -> StepResult:

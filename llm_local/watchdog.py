@@ -8,7 +8,9 @@ store, whose calls never return once its process is stopped: another thread make
 - A peer whose process this one can see: its process is gone without having said that it was done.
 - A peer that hangs: each rank beats in the store and follows the beats of its link peers and of the next rank.
 - A peer elsewhere: whoever misses it first writes an obituary into the store, and everybody reads it there.
-- SIGTERM and Ctrl-C: an obituary that explains the signal is awaited for a moment and printed.
+- SIGTERM, SIGUSR1 and Ctrl-C: an obituary that explains the signal is awaited for a moment and printed. But a run that
+  saves stops at a step that its ranks agree on (stopping.py), and has `saves` seconds for that; Ctrl-C, or a second
+  signal, ends it at once.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 from llm_local.owner import is_running, machine
+from llm_local.stopping import REQUEST, SIGNALS, Stop
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
 LAST_WORDS_SECONDS = 1.5  # rank 0 may serve the store: one more poll of the others
 SIGTERM_SECONDS = 2.0  # launchers kill what does not end soon
+SAME_SIGNAL_SECONDS = 3.0  # a scheduler that signals all processes, and a launcher that passes its own on
 OBITUARY = "obituary"
 
 
@@ -99,7 +103,7 @@ def _is_init(process: psutil.Process) -> bool:
     return (process.pid == 1 or process.name() == "systemd") and "python" not in " ".join(process.cmdline())
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends this process and its children now, whatever the main thread waits for."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -148,6 +152,10 @@ class Watchdog:
     def __init__(self, rank: int):
         self.rank = rank
         self.step = 0
+        self.stop = Stop()
+        self._save_seconds = 0.0
+        self._signalled: float | None = None
+        self._stopping: float | None = None
         self._name = f"rank {rank}"
         self._launchers = launcher_pids()
         self._peers: list[Peer] = []
@@ -180,10 +188,14 @@ class Watchdog:
         linked = [p.rank for p in peers if p.replica == me.replica and abs(p.stage - me.stage) == 1]
         followed = {*linked, (me.rank + 1) % len(peers)} - {me.rank}
         self._pulses = {rank: _Pulse(b"", self._answered) for rank in followed}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*SIGNALS, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the work is done by the thread, through the descriptor
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._line = StoreLine(store)
+
+    def saves(self, seconds: float) -> None:
+        """From here on a run that is told to stop does so by itself, in so many seconds; 0: it is ended."""
+        self._save_seconds = seconds
 
     def done(self) -> None:
         """This rank has finished; its end is no longer news."""
@@ -217,22 +229,53 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            number = self._signal_within(POLL_SECONDS)
+            number = self._signal_within(0.1 if self.stop.reason else POLL_SECONDS)
             if self._stopped.is_set():
                 return
             gone = [pid for pid in self._launchers if pid is None or not is_running(pid)]
-            if gone:
-                self._end("the launcher is gone" + (f" (pid {gone[0]})" if gone[0] else ""), 1)
+            reason = "the launcher is gone" + (f" (pid {gone[0]})" if gone and gone[0] else "")
+            if (number or gone) and self._lets_it_save(number, reason):
+                number = None
+            elif gone:
+                self._end(reason, 1)
             cause = None if number else self._cause()
             if number or cause:
                 self._conclude(number, cause)
+            self._bound_the_stop()
+
+    def _lets_it_save(self, number: int | None, reason: str) -> bool:
+        """Whether the run stops by itself, which it is asked for here; ended at once by Ctrl-C or a second signal."""
+        if not self._save_seconds or self._line is None or number == signal.SIGINT:
+            return False
+        if number is not None:
+            reason, now = signal.Signals(number).name, time.monotonic()
+            self._signalled = self._signalled or now
+            if now - self._signalled > SAME_SIGNAL_SECONDS:
+                return False
+        try:
+            if not self.stop.reason:
+                self._line.ask(lambda store: store.compare_set(REQUEST, "", reason), POLL_SECONDS)
+        except (RuntimeError, Empty):  # the store is lost: the ranks cannot agree
+            return False
+        return True
+
+    def _bound_the_stop(self) -> None:
+        if not self.stop.reason:
+            return
+        self._stopping = self._stopping or time.monotonic()
+        if time.monotonic() - self._stopping > self._save_seconds:
+            seconds = f"{self._save_seconds:g} s (--signal_save_seconds {self._save_seconds:g})"
+            said = f"{self.stop.reason} at step {self.step}" + (
+                f"; not done in {seconds}" if self._save_seconds else ""
+            )
+            self._end(self.report(said), self.stop.status)
 
     def _conclude(self, number: int | None, cause: str | None) -> None:
         if number != signal.SIGINT:  # Ctrl-C reaches all ranks, but not at once, and launchers add a SIGTERM
             number = self._signal_within(0.2) or number
         if number is None:
             assert cause is not None
-            self._end(self.report(cause), 1)
+            self._end(self.report(cause), self.stop.status)
             return
         reason = f"{signal.Signals(number).name} at step {self.step}"
         if number == signal.SIGINT:
@@ -243,7 +286,7 @@ class Watchdog:
     def _signal_within(self, seconds: float) -> int | None:
         if select.select([self._wake_read], [], [], seconds)[0]:
             numbers = os.read(self._wake_read, 64)
-            return next((n for n in (signal.SIGINT, signal.SIGTERM) if n in numbers), None)
+            return next((n for n in (signal.SIGINT, *SIGNALS) if n in numbers), None)
         return None
 
     def _end(self, cause: str, code: int) -> None:
@@ -280,6 +323,7 @@ class Watchdog:
     def _beat(self, store: Any) -> None:
         self._beats += 1
         store.set(f"beat/{self.rank}", str(self._beats))
+        self.stop.exchange(store, self.rank, len(self._peers))
         if store.check([OBITUARY]):
             self._obituary = bytes(store.get(OBITUARY)).decode()
         for rank, pulse in self._pulses.items():

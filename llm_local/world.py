@@ -108,12 +108,16 @@ class World:
             dist.barrier(group=self.replicas)
 
     def finish(self) -> None:
-        """Says goodbye; rank 0, which may serve the store, leaves last."""
+        """Says goodbye, and leaves the process groups."""
+        self.say_goodbye()
+        dist.destroy_process_group()
+
+    def say_goodbye(self) -> None:
+        """From here on this rank may end; rank 0, which may serve the store, does so last."""
         if self.place.rank == 0:
             for peer in self.peers[1:]:
                 self.fetch(f"done/{peer.rank}", self.timeout_seconds, f"{peer} to finish")
         self.watchdog.done()
-        dist.destroy_process_group()
 
 
 def connect(

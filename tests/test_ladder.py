@@ -13,7 +13,7 @@ import llm_local
 LADDER = """
 files in_flight config partition costs head_plan head_problems problems schedule
 simulator: peer_schedules channel clock simulate
-owner device launch trace watchdog rendezvous world
+owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained heads
 model: router_loss document_mask

@@ -75,6 +75,7 @@ MUST_MATCH = {
 # flags that say nothing of what is trained
 _OF_NO_WEIGHT = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "cache_dir"),
+    "signal_save_seconds",
     *("max_steps", "logging_steps", "eval_steps", "eval_batches", "eval_on_start", "report_to", "sample_prompt"),
     *("ddp_timeout", "link_timeout_seconds", "preprocessing_num_workers", "export_dtype", "model"),
 }
