@@ -33,12 +33,26 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RANK", raising=False)
 
 
-def broken_tokenizer(trainer: Trainer) -> Path:
-    """A folder that makes `tokenizers` raise a plain Exception, which nobody expects."""
+CODE = """from transformers import PreTrainedTokenizerFast
+
+
+class OddTokenizer(PreTrainedTokenizerFast):
+    def __call__(self, text=None, *args, **kwargs):
+        if isinstance(text, list):
+            raise RuntimeError("of many texts at once")
+        return super().__call__(text, *args, **kwargs)
+"""
+
+
+def defect(trainer: Trainer) -> dict[str, Any]:
+    """Flags of a tokenizer whose own code raises what nobody expects, once documents are read."""
     folder = trainer.folder / "tokenizer"
     AutoTokenizer.from_pretrained(builtin_tokenizer_dir(trainer.cache)).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
-    return folder
+    path = folder / "tokenizer_config.json"
+    code = {"tokenizer_class": "OddTokenizer", "auto_map": {"AutoTokenizer": [None, "odd.OddTokenizer"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    (folder / "odd.py").write_text(CODE)
+    return {"tokenizer_name": folder, "trust_remote_code": True}
 
 
 def without_eos(trainer: Trainer) -> Path:
@@ -86,14 +100,14 @@ class TestDataThatIsRefused:
 
 
 def test_a_defect_of_the_start_shows_its_traceback(trainer: Trainer, capsys: pytest.CaptureFixture[str]):
-    assert main(trainer.flags("run", tokenizer_name=broken_tokenizer(trainer))) == 1
+    assert main(trainer.flags("run", **defect(trainer))) == 1
     assert "Traceback" in capsys.readouterr().err
     assert not (trainer.folder / "run").exists()
 
 
 @pytest.mark.processes
 def test_a_defect_of_the_start_ends_the_ranks_that_wait(trainer: Trainer, tmp_path: Path):
-    flags = trainer.flags("run", num_stages=2, tokenizer_name=broken_tokenizer(trainer), ddp_timeout=600)
+    flags = trainer.flags("run", num_stages=2, ddp_timeout=600, **defect(trainer))
     with by_hand(2, flags, tmp_path) as ranks:
         assert [rank.wait(60) for rank in ranks] == [1, REFUSED], [rank.text for rank in ranks]
         assert "Traceback" in ranks[0].text
