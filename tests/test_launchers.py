@@ -42,7 +42,15 @@ def two_tasks() -> list[list[str]]:
     tasks = [step | {"MASTER_PORT": str(free_port())}] * 2
     places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
     variables = [[f"{name}={value}" for name, value in (a | b).items()] for a, b in zip(tasks, places, strict=True)]
-    return [[*container, "env", *each, sys.executable] for each in variables]
+    behind = [
+        "sh",
+        "-c",
+        'for n in 1 2 3 4 5 6 7 8 9; do true & done; wait; "$@"; exit $?',
+        "sh",
+    ]  # a number of its own
+    return [
+        [*container, *extra, "env", *each, sys.executable] for extra, each in zip(([], behind), variables, strict=True)
+    ]
 
 
 LAUNCHERS = {
