@@ -106,6 +106,11 @@ def test_a_trial_that_fails_is_a_refusal():
         probe(tiny_config("gpt2"), ModelArguments(), trial)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_class_that_converts_its_parameters_itself_is_watched():
+    """Inkling makes its convolutions float32 since transformers 5.24; they are already."""
+    assert probe(tiny_config("inkling_text"), ModelArguments()).num_layers == NUM_LAYERS
+
+
 def test_tied_is_what_the_class_does():
     for model_type, tied in (("llama", True), ("moshi", False)):
         config: PretrainedConfig = tiny_config(model_type)

@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -184,7 +185,7 @@ def _watched(
     from transformers.initialization import no_init_weights
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), _unchanged_parameters_stay():
         with no_init_weights():
             fake = AutoModelForCausalLM.from_config(
                 _without_dynamic_rope(copy.deepcopy(config)),
@@ -202,6 +203,17 @@ def _watched(
         if trial is not None:
             trial(fake, anatomy)
         return anatomy
+
+
+@contextmanager
+def _unchanged_parameters_stay() -> Iterator[None]:
+    """Lets a model class convert fake parameters to the dtype that they have: torch would swap them, and cannot."""
+    swap = torch.utils.swap_tensors
+    torch.utils.swap_tensors = lambda old, new: None if old.dtype == new.dtype else swap(old, new)
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap
 
 
 def _without_dynamic_rope(config: PretrainedConfig) -> PretrainedConfig:
