@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from llm_local.config import ConfigError
+from llm_local.data.encoding import prompt_ids
 from llm_local.data.tokenizer import read_tokenizer
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,9 +145,7 @@ def encode(tokenizer: Any, prompt: str, model: Any, max_new_tokens: int) -> torc
 
     Raises ValueError if the text to write has no place.
     """
-    plain, whole = (tokenizer(prompt, add_special_tokens=special)["input_ids"] for special in (False, True))
-    first = whole[:1] if whole[:1] == [tokenizer.bos_token_id] != plain[:1] else []
-    ids = torch.tensor([[*first, *plain]], device=model.device)
+    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     wanted = ids.shape[1] + max_new_tokens
     if positions is not None and wanted > positions:
