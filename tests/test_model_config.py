@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,19 @@ def test_a_relative_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     assert refusal(model_name_or_path="no/such/model").startswith(
         f"no model config in no/such/model (relative to {tmp_path}): "
     )
+
+
+def test_a_config_file_by_a_relative_path_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is asked of the network, where 'configs/tiny.json' would be a repository's name."""
+    asked: list[object] = []
+
+    def look_up(*place: object, **_: object) -> None:
+        asked.append(place)
+        raise OSError("no network")
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.json").write_text(json.dumps(TINY))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert load_model_config(ModelArguments(config_name="configs/tiny.json")).num_hidden_layers == 4
+    assert not asked

@@ -101,8 +101,10 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     if model.gguf_file is not None:
         config = read_gguf_config(gguf_path(model))
         return _changed(config, config.to_diff_dict(), model)
-    if model.model_name_or_path or not (path / "config.json").exists():
-        _refuse_adapter(named, str(path.parent) if path.name == ADAPTER_CONFIG_NAME else source)
+    if path.name == ADAPTER_CONFIG_NAME:
+        _refuse_adapter(named, str(path.parent))
+    elif not path.is_file() and (model.model_name_or_path or not (path / "config.json").exists()):
+        _refuse_adapter(named, source)
     if path.name == "config.json":
         source = str(path.parent)  # where its code is
     try:
