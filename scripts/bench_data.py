@@ -100,7 +100,7 @@ def tokenising(folder: Path, repeats: int, workers: int) -> dict[str, list[float
             print(f"round {number + 1} of {repeats}: {name}", file=sys.stderr)
             start = time.perf_counter()
             if name == "ours":
-                job = Job.of(rows, "text", tokenizer, tokenizer.eos_token_id, folder / f"ours-{number}")
+                job = Job(rows, "text", tokenizer, tokenizer.eos_token_id, folder / f"ours-{number}")
                 count = prepare_tokens(job, "bench", workers).tokens - rows.num_rows
             else:
                 count = _map_alone(rows, tokenizer, workers, folder / f"theirs-{number}.arrow")
