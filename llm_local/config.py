@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses filled from a YAML file and flags, with transformers' and run_clm's names.
+"""What a run is: the flags' sections (flags.py), filled from a YAML file and the command line.
 
     python scripts/pretrain.py configs/quickstart.yaml --max_steps 20 --num_stages 2
 
@@ -8,6 +8,7 @@ needs the model or the data is checked in preflight.py.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
@@ -16,16 +17,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
-METHODS = ("backprop", "greedy", "chunked", "overlapping")
-HEADS = ("linear", "decoder", "shared")
-PARTITIONS = ("flops", "profile")
-PACKINGS = ("concat", "best_fit", "none")
-EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
-WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-REPORTERS = ("none", "tensorboard", "csv")
+from llm_local.flags import FLAGS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
 
 
 class ConfigError(ValueError):
@@ -65,158 +58,6 @@ INSTEAD = {
 def _unknown(kind: str, name: Any) -> str:
     plain = str(name).lstrip("-").partition("=")[0]
     return f"unknown {kind} {name!r}; {INSTEAD.get(plain, 'see pretrain.py --help')}"
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class ModelArguments:
-    model_name_or_path: str | None = _option(None, "Pretrained model to go on from: directory or hub name.")
-    gguf_file: str | None = _option(None, "GGUF file in that directory; its weights are dequantised to train them.")
-    config_name: str | None = _option(None, "JSON file (or directory) with the config of a new model.")
-    model_type: str | None = _option(None, "Type of a new model with the type's default config, as 'llama'.")
-    config_overrides: str | None = _option(
-        None,
-        "Changes to that config, as 'num_hidden_layers=8,hidden_size=256'; lists and dictionaries as JSON, as "
-        "'layer_types=[\"full_attention\"]'.",
-    )
-    tokenizer_name: str | None = _option(
-        None,
-        "Tokenizer: directory, hub name or sentencepiece .model; default: the model's, else one trained on the "
-        "built-in corpus.",
-    )
-    attn_implementation: str | None = _option(None, "Attention: sdpa, eager or flash_attention_2; else the config's.")
-    trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
-
-
-@dataclass(frozen=True)
-class DataArguments:
-    dataset_name: str | None = _option(
-        None, "Hub name, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running Python's library)."
-    )
-    dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
-    dataset_split: str | None = _option(None, "Split of the dataset to train on; default: train.")
-    dataset_revision: str | None = _option(None, "Branch, tag or commit of the hub dataset.")
-    data_mixture: str | None = _option(None, "YAML file with several weighted sources, or one as in configs/data.")
-    train_file: str | None = _option(
-        None,
-        "Training text: .txt, .jsonl or .csv (also .gz, .zst), .parquet or .arrow; a file, a directory or a glob. "
-        "One .txt is one running text; of several, each is a document.",
-    )
-    validation_file: str | None = _option(None, "Validation text, as train_file.")
-    validation_files: str | None = _option(
-        None, "Validation texts by name, as 'wiki=a.jsonl,code=b.txt'; each is evaluated and reported by itself."
-    )
-    validation_split_percentage: int = _option(5, "Percent of the training documents held out for validation.")
-    text_column_name: str = _option("text", "Column that holds the text.")
-    streaming: bool = _option(False, "Read the dataset as a stream.")
-    seq_length: int = _option(512, "Tokens of a training sequence.")
-    packing: str = _option(
-        "concat",
-        "How documents fill sequences: concat (end to end), best_fit (few are cut, little padding), or none (each in "
-        "sequences of its own, padded). Losses are means over the tokens of a step that are no padding.",
-    )
-    add_bos: bool | None = _option(
-        None,
-        "Begin each document with BOS; default: if the tokenizer itself begins a text so. The export's does the same.",
-    )
-    document_mask: bool = _option(
-        False,
-        "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
-        "is then read and not predicted; losses are means over the other tokens of a step.",
-    )
-    preprocessing_num_workers: int = _option(1, "Processes that read text files and tokenise.")
-    cache_dir: str | None = _option(None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.")
-
-
-@dataclass(frozen=True)
-class LocalArguments:
-    num_stages: int = _option(1, "Pipeline stages; ranks / num_stages is the data-parallel degree.")
-    method: str = _option("chunked", "backprop, greedy (each layer a block), chunked or overlapping.")
-    layers_per_block: int | None = _option(
-        None, "Layers of a block (chunked; default: one block a stage), or of a window (overlapping)."
-    )
-    block_stride: int | None = _option(None, "Layers from the start of a window to that of the next (overlapping).")
-    final_backprop_steps: int = _option(0, "Last steps of the run that train by backpropagation through all stages.")
-    partition: str = _option(
-        "flops",
-        "How stages are balanced: by counted flops, or by profile, for which layers and head are timed first.",
-    )
-    stage_layers: str | None = _option(None, "Layers of each stage, as '4,4'; default: as partition finds.")
-    head: str = _option("linear", "What turns a block's output into a loss: linear, decoder or shared.")
-    head_layers: int = _option(0, "Private layers of a head (decoder, shared).")
-    head_layers_schedule: str | None = _option(
-        None, "Private layers of each block's head, as '2,1,1'; the last number holds for the blocks behind."
-    )
-    head_rank: int | None = _option(None, "Rank of the private layers' matrices; default: full.")
-    head_token_fraction: float = _option(1.0, "Share of the positions that heads but the last one's see in training.")
-    head_refresh_steps: int = _option(20, "Steps between refreshes of the shared head's matrix.")
-    head_warmup_steps: int = _option(
-        0, "First steps in which all heads but the last block's train alone, and the layers below them do not."
-    )
-    head_features: bool = _option(False, "Heads in training also see what entered their block.")
-    block_loss_weights: str | None = _option(
-        None, "Weight of each block's loss, as '0.5,1'; the last number holds for the blocks behind."
-    )
-    distillation_weight: float = _option(0.0, "Weight of the next exit's predictions as soft targets; 0: none.")
-    distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.")
-    wire_dtype: str = _option(
-        "auto", "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token; auto: that of the model."
-    )
-    max_packets_in_flight: int = _option(
-        4, "Micro-batches a stage may be ahead of the next one; raise it for a link of long latency."
-    )
-    link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.")
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    output_dir: str = _option("runs/pretrain", "Folder of the run.")
-    overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
-    max_steps: int = _option(1000, "Optimizer steps.")
-    per_device_train_batch_size: int = _option(8, "Sequences of a micro-batch on each replica.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches of a step.")
-    learning_rate: float = _option(5e-4, "Peak learning rate.")
-    weight_decay: float = _option(0.0, "AdamW weight decay; biases and norms are spared.")
-    adam_beta1: float = _option(0.9, "AdamW beta1.")
-    adam_beta2: float = _option(0.999, "AdamW beta2.")
-    adam_epsilon: float = _option(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = _option(1.0, "Clip the gradient norm of each block; 0 turns it off.")
-    warmup_steps: int = _option(0, "Steps of linear warm-up.")
-    lr_scheduler_type: str = _option("linear", f"One of {', '.join(SCHEDULERS)}.")
-    seed: int = _option(42, "Seed of weights, data order and dropout.")
-    bf16: bool = _option(False, "Train in bfloat16.")
-    fp16: bool = _option(False, "Train in float16, where the accelerator can.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass (non-reentrant).")
-    torch_compile: bool = _option(False, "Compile the layers with torch.compile, each by itself.")
-    deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.")
-    logging_steps: int = _option(10, "Steps between metric records.")
-    eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.")
-    eval_on_start: bool = _option(False, "Evaluate before the first step, too.")
-    eval_batches: int = _option(8, "Micro-batches of one evaluation on each replica; 0: never evaluate.")
-    save_steps: int = _option(0, "Steps between checkpoints, and one after the last step; 0: none.")
-    save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.")
-    resume_from_checkpoint: str | None = _option(
-        None, "Checkpoint or run folder; 'true': newest in output_dir; 'auto': that, or a new run if there is none."
-    )
-    signal_save_seconds: float = _option(
-        25.0,
-        "On SIGTERM or SIGUSR1 a run with save_steps saves and leaves within so many seconds (launchers kill 30 s "
-        "after SIGTERM); 0: leaves at once.",
-    )
-    report_to: str = _option("none", "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.")
-    ddp_timeout: int = _option(1800, "Longest wait for start-up, in seconds; rank 0 may prepare data for longer.")
-    export_dtype: str = _option(
-        "auto", "Weights of exported models: fp32 (the optimizer's own), bf16, fp16; auto: as the run computes."
-    )
-    trace: bool = _option(
-        False,
-        "Record each instruction of each stage in OUTPUT/trace. On a GPU every instruction then waits for the device, "
-        "which costs speed.",
-    )
-    sample_prompt: str | None = _option(None, "Print what the exported model writes after this text.")
 
 
 @dataclass(frozen=True)
@@ -291,28 +132,50 @@ class RunConfig:
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(home) / "llm_local"
 
 
-SECTIONS: tuple[Any, ...] = (ModelArguments, DataArguments, LocalArguments, TrainArguments)
-
-
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # argparse would print usage for ninety flags and exit from every rank
         raise ConfigError([f"{message}; see pretrain.py --help"])
 
 
-def parse(arguments: Sequence[str]) -> RunConfig:
-    """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
-    parser = _Parser(
-        SECTIONS, allow_abbrev=False, prog="pretrain.py", usage="%(prog)s [CONFIG.yaml] [--name value ...]"
-    )
+def _parser() -> _Parser:
+    """Takes every flag, with hyphens as well; of those that are not given the namespace has nothing."""
+    usage = "%(prog)s [CONFIG.yaml] [--name value ...]"
+    parser = _Parser(allow_abbrev=False, prog="pretrain.py", usage=usage, argument_default=argparse.SUPPRESS)
+    for section in SECTIONS:
+        group, hints = parser.add_argument_group(section.__doc__.rstrip(".")), get_type_hints(section)
+        for each in dataclasses.fields(section):
+            flag, kinds = FLAGS[each.name], get_args(hints[each.name]) or (hints[each.name],)
+            known: dict[str, Any] = {
+                "help": flag.help + ("" if each.default is None else f" (default: {each.default})")
+            }
+            if bool in kinds:
+                known |= {"type": _truth, "nargs": "?", "const": True, "metavar": "{true,false}"}
+            else:
+                known |= {"type": kinds[0], "metavar": f"{{{','.join(flag.choices)}}}" if flag.choices else None}
+            group.add_argument(*dict.fromkeys((f"--{each.name}", f"--{each.name.replace('_', '-')}")), **known)
     # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
     parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher; not used.")
+    return parser
+
+
+def _truth(text: str) -> bool:
+    known = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+    known |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"true or false expected, got {text}")
+    return known[text.lower()]
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
     flags = [a for a in arguments if not a.startswith("--local_rank=")]
-    if flags and not flags[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(flags.pop(0))))
-    sections: Any = parser.parse_args_into_dataclasses(flags, look_for_args_file=False, return_remaining_strings=True)
-    if sections[-1]:
-        raise ConfigError([_unknown("argument", text) for text in _without_values(sections[-1])])
-    return RunConfig(*sections[: len(SECTIONS)])
+    values = _read_yaml(Path(flags.pop(0))) if flags and not flags[0].startswith("-") else {}
+    given, unknown = _parser().parse_known_args(flags)
+    if unknown:
+        raise ConfigError([_unknown("argument", text) for text in _without_values(unknown)])
+    values |= vars(given)
+    values.pop("local_rank", None)
+    return from_flat(values)
 
 
 def _without_values(unknown: Sequence[str]) -> list[str]:

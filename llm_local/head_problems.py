@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from llm_local.config import RunConfig
+from llm_local.flags import FLAGS
 from llm_local.head_plan import parse_weights
 from llm_local.partition import Partition
-
-# what says nothing of a single head
-ONE_HEAD = (
-    "head_rank",
-    "head_token_fraction",
-    "head_warmup_steps",
-    "head_features",
-    "block_loss_weights",
-    "distillation_weight",
-)
 
 
 def head_problems(config: RunConfig) -> list[str]:
     """What the flags of the heads show without the model."""
     local = config.local
     problems = _schedule_problems(config)
-    if not 0 < local.head_token_fraction <= 1:
-        problems.append(f"head_token_fraction={local.head_token_fraction} must lie in (0, 1]")
     if local.method == "backprop":
         defaults = type(local)()
-        given = [name for name in ONE_HEAD if getattr(local, name) != getattr(defaults, name)]
+        many = [name for name, flag in FLAGS.items() if flag.of_local_heads]
+        given = [name for name in many if getattr(local, name) != getattr(defaults, name)]
         if given:
             problems.append(f"method=backprop has one head, the model's own; leave out {', '.join(given)}")
         return problems

@@ -3,59 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from llm_local.config import (
-    EXPORT_DTYPES,
-    HEADS,
-    METHODS,
-    PACKINGS,
-    PARTITIONS,
-    REPORTERS,
-    SCHEDULERS,
-    WIRE_DTYPES,
-    RunConfig,
-)
+from llm_local.config import RunConfig
+from llm_local.flags import FLAGS
 from llm_local.head_problems import head_problems
-
-POSITIVE = (
-    "num_stages",
-    "layers_per_block",
-    "seq_length",
-    "preprocessing_num_workers",
-    "max_packets_in_flight",
-    "link_timeout_seconds",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "logging_steps",
-    "ddp_timeout",
-    "save_total_limit",
-    "head_refresh_steps",
-    "adam_epsilon",
-    "block_stride",
-    "head_rank",
-    "distillation_top_k",
-)
-NOT_NEGATIVE = (
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "seed",
-    "eval_steps",
-    "eval_batches",
-    "save_steps",
-    "signal_save_seconds",
-    "head_layers",
-    "final_backprop_steps",
-    "head_warmup_steps",
-    "distillation_weight",
-)
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> list[str]:
-    return [] if value in allowed else [f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}"]
 
 
 def parse_stage_layers(text: str) -> list[int] | None:
@@ -73,8 +24,9 @@ def parse_named_files(text: str) -> list[tuple[str, str]]:
 def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:
     """Every problem that the values show without looking at the model, the data or the disk."""
     return (
-        _choice_problems(config)
-        + _number_problems(config)
+        value_problems(config)
+        + _source_problems(config)
+        + _model_problems(config)
         + _layout_problems(config, world_size)
         + _method_problems(config)
         + head_problems(config)
@@ -82,15 +34,24 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
     )
 
 
-def _choice_problems(config: RunConfig) -> list[str]:
-    local, train = config.local, config.train
-    problems = _one_of("method", local.method, METHODS) + _one_of("head", local.head, HEADS)
-    problems += _one_of("partition", local.partition, PARTITIONS)
-    problems += _one_of("wire_dtype", local.wire_dtype, WIRE_DTYPES)
-    problems += _one_of("export_dtype", train.export_dtype, EXPORT_DTYPES)
-    problems += _one_of("lr_scheduler_type", train.lr_scheduler_type, SCHEDULERS)
-    problems += _one_of("report_to", train.report_to, REPORTERS)
-    problems += _data_problems(config)
+def value_problems(config: RunConfig) -> list[str]:
+    """What the flags' own choices and ranges refuse (flags.py)."""
+    values = config.flat()
+    given = [(name, values[name], flag) for name, flag in FLAGS.items() if values[name] is not None]
+    problems = [
+        f"{name}={value!r} is unknown; choose one of {', '.join(flag.choices)}"
+        for name, value, flag in given
+        if flag.choices and value not in flag.choices
+    ]
+    problems += [f"{n}={value} {f.range.says}" for n, value, f in given if f.range and not f.range.holds(value)]
+    if values["seq_length"] == 1:
+        problems.append("seq_length=1 leaves nothing to predict; use 2 or more")
+    return problems
+
+
+def _model_problems(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = []
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(config.model, n)]
     if len(models) > 1:
         problems.append(f"both {' and '.join(models)} are given; keep one")
@@ -107,13 +68,13 @@ def _choice_problems(config: RunConfig) -> list[str]:
 
 def data_flag_problems(config: RunConfig) -> list[str]:
     """What is wrong with the flags of the data alone, for what reads data and trains no model."""
-    return _data_problems(config) + _number_problems(config)
+    return value_problems(config) + _source_problems(config)
 
 
-def _data_problems(config: RunConfig) -> list[str]:
+def _source_problems(config: RunConfig) -> list[str]:
     data = config.data
     sources = [n for n in ("dataset_name", "train_file", "data_mixture") if getattr(data, n)]
-    problems = _one_of("packing", data.packing, PACKINGS)
+    problems = []
     if len(sources) > 1:
         problems.append(f"{'both ' if len(sources) == 2 else ''}{' and '.join(sources)} are given; keep one")
     if data.validation_file and not (data.train_file or data.data_mixture):
@@ -131,19 +92,6 @@ def _data_problems(config: RunConfig) -> list[str]:
     for name in sorted(set(names)):
         if names.count(name) > 1 or (name == "validation" and data.validation_file):
             problems.append(f"validation_files={data.validation_files!r} gives the name {name!r} again; choose another")
-    return problems
-
-
-def _number_problems(config: RunConfig) -> list[str]:
-    flat = config.flat()
-    problems = [f"{n}={flat[n]} must be greater than 0" for n in POSITIVE if flat[n] is not None and not flat[n] > 0]
-    problems += [f"{n}={flat[n]} must not be negative" for n in NOT_NEGATIVE if not flat[n] >= 0]
-    problems += [f"{n}={flat[n]} must lie in [0, 1)" for n in ("adam_beta1", "adam_beta2") if not 0 <= flat[n] < 1]
-    if config.data.seq_length == 1:
-        problems.append("seq_length=1 leaves nothing to predict; use 2 or more")
-    percentage = config.data.validation_split_percentage
-    if not 0 < percentage < 100:
-        problems.append(f"validation_split_percentage={percentage} must lie between 1 and 99")
     return problems
 
 
@@ -197,7 +145,7 @@ def _method_problems(config: RunConfig) -> list[str]:
 def _window_problems(layers: int, stride: int) -> list[str]:
     given = f"layers_per_block={layers} with block_stride={stride}"
     if layers < 1 or stride < 1:
-        return []  # said by _number_problems
+        return []  # said by value_problems
     if layers == 1:
         return [f"{given}: windows of one layer cannot overlap; use layers_per_block=2 or more, or method=greedy"]
     if stride > layers:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.config import HEADS, ConfigError, RunConfig, parse
+from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.flags import HEADS
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
 from llm_local.plan.model import read_model

@@ -2,13 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
-from llm_local.config import SECTIONS, ConfigError, RunConfig, from_flat, parse
-from llm_local.problems import NOT_NEGATIVE, POSITIVE, parse_stage_layers, static_problems
+from llm_local.config import ConfigError, RunConfig, from_flat, parse
+from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE
+from llm_local.problems import parse_stage_layers, static_problems
 
 
 @pytest.fixture
@@ -406,21 +407,30 @@ class TestStaticProblems:
     def test_each(self, changes, line):
         assert problems_of(**changes) == [line]
 
-    def test_every_number_has_a_bound(self):
+    def test_every_number_has_a_range_and_nothing_else_has(self):
         hints = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
         numbers = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
-        ranges = ("adam_beta1", "adam_beta2", "validation_split_percentage", "head_token_fraction")
-        assert sorted(numbers) == sorted([*POSITIVE, *NOT_NEGATIVE, *ranges])
+        assert sorted(numbers) == sorted(name for name, flag in FLAGS.items() if flag.range)
 
-    @pytest.mark.parametrize("name", POSITIVE)
-    def test_positive(self, name):
-        for value in (0, -1):
-            assert f"{name}={value} must be greater than 0" in problems_of(**{name: value})
+    @pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.range])
+    def test_the_ends_of_a_range(self, name):
+        wrong: dict[Any, tuple[list[float], str]] = {
+            POSITIVE: ([0, -1], "must be greater than 0"),
+            NOT_NEGATIVE: ([-1], "must not be negative"),
+            RATE: ([1, -0.1], "must lie in [0, 1)"),
+            SHARE: ([0, 1.1], "must lie in (0, 1]"),
+        }
+        values, says = wrong.get(FLAGS[name].range, ([0, 100], "must lie between 1 and 99"))
+        for value in values:
+            assert f"{name}={value} {says}" in problems_of(**{name: value})
+        if FLAGS[name].range is NOT_NEGATIVE:
+            assert problems_of(**{name: 0}) == []
 
-    @pytest.mark.parametrize("name", NOT_NEGATIVE)
-    def test_not_negative(self, name):
-        assert problems_of(**{name: -1}) == [f"{name}=-1 must not be negative"]
-        assert problems_of(**{name: 0}) == []
+    def test_a_default_is_one_of_the_choices_and_in_the_range(self):
+        defaults = RunConfig().flat()
+        assert all(defaults[name] in flag.choices for name, flag in FLAGS.items() if flag.choices)
+        given = {name: defaults[name] for name, flag in FLAGS.items() if flag.range and defaults[name] is not None}
+        assert all(FLAGS[name].range.holds(value) for name, value in given.items())
 
     def test_not_a_number_is_no_rate(self):
         assert problems_of(learning_rate=float("nan")) == ["learning_rate=nan must be greater than 0"]

@@ -12,10 +12,11 @@ from transformers import AutoConfig, PretrainedConfig
 import llm_local
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import NUM_LAYERS, tiny_config
-from llm_local.config import ModelArguments, RunConfig
+from llm_local.config import RunConfig
 from llm_local.coverage.model_type import EXACT, REFUSED, UNTRIED, WRONG, Finding, compare, examine, one_line
 from llm_local.coverage.report import all_types, chosen_types, counts, page, table
 from llm_local.coverage.run import examine_all
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.slices import try_slices
 

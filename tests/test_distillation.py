@@ -11,8 +11,9 @@ from documents import write_jsonl
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from llm_local.config import ModelArguments, parse
+from llm_local.config import parse
 from llm_local.data.tokenizer import load_tokenizer
+from llm_local.flags import ModelArguments
 from llm_local.model import heads
 from llm_local.model.anatomy import probe
 from llm_local.model.distillation import distillation_loss, soft_targets

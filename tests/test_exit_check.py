@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from llm_local.checks.exit_check import difference_at, exit_depths, exit_warnings, refused_exits
 from llm_local.checks.preflight import Plan, preflight
-from llm_local.config import ModelArguments, RunConfig, parse
+from llm_local.config import RunConfig, parse
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.partition import Partition, Span
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.block_engine import WAITS, make_optimizer, make_scheduler, parameter_groups
-from llm_local.config import ModelArguments, from_flat
+from llm_local.config import from_flat
 from llm_local.ds_problems import deepspeed_problems
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import probe
 from llm_local.model.head_start import SHARE, quieten
 from llm_local.model.slices import Slice, new_slice

@@ -10,7 +10,7 @@ from conftest import TINY
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from llm_local.config import ModelArguments
+from llm_local.flags import ModelArguments
 from llm_local.model import heads
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.heads import LossLinear, fit_head, head_logits, head_loss

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from llm_local.config import ConfigError, ModelArguments
+from llm_local.config import ConfigError
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, load_model_config, probe
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}

@@ -19,7 +19,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llm_local.config import ConfigError, ModelArguments, RunConfig
+from llm_local.config import ConfigError, RunConfig
+from llm_local.flags import ModelArguments
 from llm_local.partition import Costs, make_partition
 from llm_local.plan.memory import (
     Memory,

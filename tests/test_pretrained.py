@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llm_local.checks.weight_problems import weight_problems
-from llm_local.config import ConfigError, ModelArguments, from_flat
+from llm_local.config import ConfigError, from_flat
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.export.stages import collect
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import load_model_config, probe
 from llm_local.model.pretrained import load_slice, tensor_files
 from llm_local.model.stage import Block, build_block

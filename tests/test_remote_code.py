@@ -15,9 +15,10 @@ from conftest import TINY, Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from llm_local.checks.preflight import preflight
-from llm_local.config import ConfigError, ModelArguments, from_flat, parse
+from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.export.model_folder import write_model
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import load_model_config
 
 ROOT = Path(__file__).parent.parent

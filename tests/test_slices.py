@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import tiny_config
-from llm_local.config import ConfigError, ModelArguments, RunConfig
+from llm_local.config import ConfigError, RunConfig
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.model.pretrained import load_slice
 from llm_local.model.slices import Slice, new_slice

@@ -33,6 +33,7 @@ from transformers import PretrainedConfig
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
 from llm_local.config import ConfigError, RunConfig
 from llm_local.ds_config import load_json, zero_stage
+from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
 
@@ -71,14 +72,9 @@ MUST_MATCH = {
     "seq_length": "rows of another length are other rows",
     "seed": "another seed puts the data in another order",
 }
+# what says nothing of what is trained; "model" is the layout's
+_OF_NO_WEIGHT = {*deciding(START, MACHINE, WATCH), "max_steps", "model"}
 # of a model's config, what says nothing of its weights or of how they are used
-# flags that say nothing of what is trained
-_OF_NO_WEIGHT = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "cache_dir"),
-    "signal_save_seconds",
-    *("max_steps", "logging_steps", "eval_steps", "eval_batches", "eval_on_start", "report_to", "sample_prompt"),
-    *("ddp_timeout", "link_timeout_seconds", "preprocessing_num_workers", "export_dtype", "model"),
-}
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 _INCIDENTAL += TOKEN_IDS
 

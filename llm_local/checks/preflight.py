@@ -36,6 +36,7 @@ from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
+from llm_local.flags import FLAGS
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
@@ -53,8 +54,6 @@ from llm_local.trace import FOLDER as TRACE
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
 OURS += ("tensorboard", "csv", TRACE)
-READ = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
-READ += ("data_mixture",)
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,8 @@ def _unwritable(name: str, folder: Path) -> list[str]:
 
 def _lost_inputs(config: RunConfig) -> list[str]:
     """What the run reads and overwrite_output_dir would remove first."""
-    given = {n: Path(value) for n in (*READ, "deepspeed") if (value := config.flat()[n]) and Path(value).exists()}
+    read = [name for name, flag in FLAGS.items() if flag.is_read]
+    given = {n: Path(value) for n in read if (value := config.flat()[n]) and Path(value).exists()}
     given["cache_dir"] = config.cache_dir
     removed = [config.output_dir / name for name in OURS]
     return [

@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.tiny import tiny_config
-from llm_local.config import ModelArguments, RunConfig
+from llm_local.config import RunConfig
 from llm_local.export.model_folder import model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
 from llm_local.model.heads import head_loss
 from llm_local.model.slices import new_slice, try_slices

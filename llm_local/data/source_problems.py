@@ -13,7 +13,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from datasets import Dataset, Features, Value, load_from_disk
 
-from llm_local.config import ConfigError, DataArguments, RunConfig, from_here
+from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.data import corpus
 from llm_local.data.mixture import BUILTIN, SAVED, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.text_files import (
@@ -28,6 +28,7 @@ from llm_local.data.text_files import (
     pieces_of,
 )
 from llm_local.data.token_folder import folder_problems, is_token_folder, read_card
+from llm_local.flags import DataArguments
 
 CHECKED_BYTES = 64 << 20  # of a source before training: a second; a line further on is named when it is read
 PROBLEMS_A_FILE = 3

@@ -23,11 +23,10 @@ from llm_local.config import RunConfig
 from llm_local.data.packing import PackedSource
 from llm_local.data.source_problems import uses_builtin
 from llm_local.ds_config import Json, zero_stage
+from llm_local.flags import MACHINE, START, deciding
 from llm_local.partition import Partition
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
-# of a machine or of one start, and nothing that the weights depend on
-INCIDENTAL = ("output_dir", "overwrite_output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "ddp_timeout")
 DATA = "built-in corpus: the sources of Python's own library"
 
 
@@ -269,7 +268,8 @@ def _losses(training: Training, stage: int | None) -> str:
 
 def _reproduce(training: Training) -> str:
     default = RunConfig().flat()
-    given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in INCIDENTAL}
+    incidental = deciding(START, MACHINE)
+    given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in incidental}
     ranks = training.partition.num_stages * training.num_replicas
     text = (
         f"With `run.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}```\n\n"

@@ -24,7 +24,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from llm_local.config import ConfigError, ModelArguments, from_here, some_of
+from llm_local.config import ConfigError, from_here, some_of
+from llm_local.flags import ModelArguments
 from llm_local.model.gguf_cache import gguf_path, read_gguf_config
 from llm_local.model.observation import (
     ROWS,

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import is_gguf_available
 from transformers.utils.hub import cached_file
 
-from llm_local.config import ConfigError, ModelArguments, RunConfig, from_here
+from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.flags import ModelArguments
 from llm_local.model.gguf_header import complete_config, named
 
 REVISION = 2  # counts changes of this file that change the result

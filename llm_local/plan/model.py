@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llm_local.config import ConfigError, ModelArguments
+from llm_local.config import ConfigError
 from llm_local.export.stages import trim_config
+from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import (
     Anatomy,
     SliceError,

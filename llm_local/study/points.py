@@ -29,9 +29,10 @@ from typing import Any
 import yaml
 
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import HEADS, METHODS, ConfigError, DataArguments, ModelArguments, RunConfig, parse
+from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.device import supports
+from llm_local.flags import AMOUNT, HEADS, LAYOUT, METHODS, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.problems import static_problems
@@ -39,9 +40,8 @@ from llm_local.problems import static_problems
 KEYS = ("base", "seeds", "grid", "points", "builtin_vocab_size")
 GRID_KEYS = ("method", "head", "blocks", "head_layers")
 # what the study sets itself, and what all points share so that their losses can be compared
-OWN = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "num_stages", "stage_layers")
-TOKENS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-SHARED = (*(f.name for f in fields(DataArguments)), "tokenizer_name", *TOKENS, "eval_steps", "eval_batches")
+OWN = (*deciding(START, LAYOUT), "seed")
+SHARED = (*(f.name for f in fields(DataArguments)), *deciding(AMOUNT), "tokenizer_name", "eval_steps", "eval_batches")
 
 Flags = dict[str, Any]
 

@@ -31,6 +31,7 @@ from llm_local.config import ConfigError, RunConfig
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.files import write_json, write_whole
+from llm_local.flags import MACHINE, START, deciding
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import load_model_config
 from llm_local.study.comparison import Result, summarise
@@ -46,7 +47,6 @@ PRELOAD = [
     "llm_local.train",
     "llm_local.study.runs",
 ]
-PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "tokenizer_name")
 POLL_SECONDS = 1.0
 BAR = "{n:.1f}/{total} runs |{bar:20}| {elapsed}<{remaining}{postfix}"
 
@@ -95,7 +95,8 @@ def runs_of(study: Study, output: Path) -> list[Run]:
 def _identity(config: RunConfig, builtin_vocab_size: int | None) -> dict[str, Any]:
     """Flags, tokenizer and model of a run, without the places where they lie."""
     model = json.dumps(load_model_config(config.model).to_diff_dict(), sort_keys=True, default=str)
-    flags = {name: value for name, value in config.flat().items() if name not in PLACES}
+    places = (*deciding(START, MACHINE), "tokenizer_name")
+    flags = {name: value for name, value in config.flat().items() if name not in places}
     tokenizer = builtin_vocab_size or config.model.tokenizer_name
     return flags | {"tokenizer": tokenizer, "model": hashlib.sha256(model.encode()).hexdigest()[:8]}
 
