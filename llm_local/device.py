@@ -33,7 +33,14 @@ def local_device(local_rank: int) -> torch.device:
 
 def device_identity(device: torch.device) -> str:
     """Names the device across hosts; equal for two ranks that share one."""
-    return f"{machine()}/{device}"
+    properties = None if device.type == "cpu" else torch.get_device_module(device).get_device_properties(device)
+    return identity(device, properties, machine())
+
+
+def identity(device: torch.device, properties: Any, machine: str) -> str:
+    """By the number that its driver gives it, if any: an index counts what a process, or its container, sees."""
+    uuid = getattr(properties, "uuid", None)
+    return f"{device.type} {uuid}" if uuid else f"{machine}/{device}"
 
 
 def collective_backend(device: torch.device) -> str:

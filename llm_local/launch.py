@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from zlib import crc32
 
 from llm_local.config import ConfigError
 
@@ -12,44 +13,60 @@ LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
 )
 
-_PORT = 29500
+_PORT, _FIRST_PORT, _NUM_PORTS = 29500, 20000, 10000
 # rank, world size, local rank, local world size
-_SCHEDULERS = (
+_MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_SLURM = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
 )
 
 
-def of_scheduler(environ: Mapping[str, str]) -> dict[str, str]:
+def of_scheduler(environ: Mapping[str, str], at_terminal: bool = False) -> dict[str, str]:
     """The launchers' variables for a process of srun or mpirun, which have others; none where there are no such ranks.
 
-    An address that cannot be derived is left out.
+    An address that cannot be derived is left out. at_terminal: a person may have started the process in a shell, which
+    srun --pty has started.
     """
-    for rank, size, local_rank, local_size in _SCHEDULERS:
-        alone = rank == "SLURM_PROCID" and "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ  # no srun
-        if "RANK" in environ or alone or rank not in environ or not environ.get(size, "").isdecimal():
+    if "RANK" in environ:
+        return {}
+    for rank, size, local_rank, local_size in (*_MPI, *_SLURM):
+        if rank not in environ or not environ.get(size, "").isdecimal():
             continue
-        if environ[size] == "1":
+        if rank == "PMI_RANK" and local_rank not in environ and "SLURM_LOCALID" in environ:
+            continue  # of srun --mpi=pmi2
+        by_slurm = rank == "SLURM_PROCID"
+        # the script of sbatch runs once and has these variables, too
+        in_script = by_slurm and "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ
+        in_shell = by_slurm and "SLURM_PTY_PORT" in environ and at_terminal
+        if environ[size] == "1" or in_script or in_shell:
             return {}
-        found = {"RANK": environ[rank], "WORLD_SIZE": environ[size], "MASTER_PORT": str(_PORT)}
-        of_slurm = environ.get("SLURM_PROCID") == environ[rank]
-        local = environ.get(local_rank) or (environ.get("SLURM_LOCALID") if of_slurm else None)
-        if local:
-            found["LOCAL_RANK"] = local
+        found = {"RANK": environ[rank], "WORLD_SIZE": environ[size], "MASTER_PORT": str(_port(environ, by_slurm))}
+        if local_rank in environ:
+            found["LOCAL_RANK"] = environ[local_rank]
         here = re.match(r"\d+", environ.get(local_size, ""))  # of "2(x3),1" the first host's
         if here:
             found["LOCAL_WORLD_SIZE"] = here[0]
         hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if here and here[0] == environ[size]:
             found["MASTER_ADDR"] = "127.0.0.1"
-        elif hosts and of_slurm:
+        elif hosts and by_slurm:
             found["MASTER_ADDR"] = first_host(hosts)
-        if of_slurm and environ.get("SLURM_JOB_ID", "").isdecimal():  # jobs share nodes
-            found["MASTER_PORT"] = str(20000 + int(environ["SLURM_JOB_ID"]) % 10000)
         return {name: value for name, value in found.items() if name not in environ}
     return {}
+
+
+def _port(environ: Mapping[str, str], by_slurm: bool) -> int:
+    """The same for all ranks, and another one for each step of Slurm and each mpirun of Open MPI: they share hosts."""
+    job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "0")
+    if by_slurm and job.isdecimal() and step.isdecimal():
+        return _FIRST_PORT + (int(job) + 101 * int(step)) % _NUM_PORTS
+    if "OMPI_COMM_WORLD_RANK" in environ and "PMIX_NAMESPACE" in environ and not by_slurm:
+        return _FIRST_PORT + crc32(environ["PMIX_NAMESPACE"].encode()) % _NUM_PORTS
+    return _PORT
 
 
 def first_host(hosts: str) -> str:

@@ -17,6 +17,7 @@ from typing import TextIO
 
 import psutil
 
+from llm_local.ancestors import is_running
 from llm_local.config import ConfigError
 from llm_local.files import writing
 
@@ -32,13 +33,6 @@ def machine() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass(frozen=True)

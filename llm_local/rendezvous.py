@@ -17,10 +17,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from llm_local.ancestors import launcher_pids
 from llm_local.config import ConfigError
 from llm_local.launch import Launch
 from llm_local.owner import Owner
-from llm_local.watchdog import LostPeer, StoreLine, deepspeed_launcher
+from llm_local.watchdog import LostPeer, StoreLine
 
 PLAN = "plan"
 SIGN_SECONDS = 1.0
@@ -47,7 +48,7 @@ class Claim:
     @staticmethod
     def of(launch: Launch, output_dir: str) -> Claim:
         on_first_node = launch.rank == launch.local_rank
-        launcher = deepspeed_launcher() if on_first_node else None
+        launcher = next(iter(launcher_pids()), None) if on_first_node else None
         return Claim(Owner.me(output_dir), output_dir, launch.world_size, launcher)
 
     def may_follow(self, first: Claim) -> bool:
@@ -112,7 +113,10 @@ def _places(restart: int) -> str:
 
 def _taken(what: str, by: Claim | None) -> ConfigError:
     who = f"by another run, or by this one started twice ({by.owner})" if by else "perhaps by another run"
-    repair = "give this run another: --master_port N of the launcher (accelerate: --main_process_port N)"
+    flags = (
+        "--master_port N of the launcher (accelerate: --main_process_port N; srun, mpirun: the variable MASTER_PORT)"
+    )
+    repair = f"give this run another: {flags}"
     return ConfigError([f"{what} is in use, {who}; {repair}"])
 
 

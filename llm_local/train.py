@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         print("llm_local: this process has had its run; start another process for the next one", file=sys.stderr)
         return REFUSED
     quiet_libraries()
-    os.environ.update(of_scheduler(os.environ))
+    os.environ.update(of_scheduler(os.environ, at_terminal=os.isatty(0)))
     rank = int(os.environ.get("RANK", "0"))
     watchdog = Watchdog(rank)
     watchdog.start()

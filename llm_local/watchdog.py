@@ -23,14 +23,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
 import psutil
 
-from llm_local.owner import is_running, machine
+from llm_local.ancestors import gone, is_running, launcher_pids, watch_over
+from llm_local.owner import machine
 from llm_local.stopping import REQUEST, SIGNALS, Stop
 
 POLL_SECONDS = 1.0
@@ -72,35 +72,6 @@ def encode(peer: Peer) -> str:
 
 def decode(text: str | bytes) -> Peer:
     return Peer(**json.loads(text))
-
-
-def deepspeed_launcher() -> int | None:
-    """The process that has started this one and all other ranks of its node, if it is deepspeed's."""
-    with suppress(psutil.Error):
-        parent = psutil.Process().parent()
-        if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
-            return parent.pid
-    return None
-
-
-def launcher_pids() -> list[int | None]:
-    """The processes whose death ends the run: torchrun's or deepspeed's per-node launcher, and the latter's runner.
-
-    None stands for one that was gone before this rank looked. Ranks that were started by hand have no launcher: they
-    may outlive the shell that they came from.
-    """
-    try:
-        parents = psutil.Process().parents()[:2]
-        if deepspeed_launcher() is None:
-            parents = parents[:1] if "TORCHELASTIC_RUN_ID" in os.environ else []
-        return [None if _is_init(parent) else parent.pid for parent in parents]
-    except psutil.Error:
-        return []
-
-
-def _is_init(process: psutil.Process) -> bool:
-    """Whether this is what adopts orphans; in a container a launcher itself may be process 1."""
-    return (process.pid == 1 or process.name() == "systemd") and "python" not in " ".join(process.cmdline())
 
 
 def leave(code: int) -> NoReturn:
@@ -175,6 +146,7 @@ class Watchdog:
         """Watches the launcher. Signals end the process silently for now: rank 0 says what is wrong at the start."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        watch_over()
 
     def watch(self, me: Peer, peers: list[Peer], store: Any, seconds: float) -> None:
         """From here on peers are watched, and signals are explained; call it from the main thread.
@@ -232,11 +204,11 @@ class Watchdog:
             number = self._signal_within(0.1 if self.stop.reason else POLL_SECONDS)
             if self._stopped.is_set():
                 return
-            gone = [pid for pid in self._launchers if pid is None or not is_running(pid)]
-            reason = "the launcher is gone" + (f" (pid {gone[0]})" if gone and gone[0] else "")
-            if (number or gone) and self._lets_it_save(number, reason):
+            lost = gone(self._launchers)
+            reason = "the launcher is gone" + (f" (pid {lost[0]})" if lost and lost[0] else "")
+            if (number or lost) and self._lets_it_save(number, reason):
                 number = None
-            elif gone:
+            elif lost:
                 self._end(reason, 1)
             cause = None if number else self._cause()
             if number or cause:

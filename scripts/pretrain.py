@@ -8,6 +8,10 @@ import signal
 import sys
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds, and Ctrl-C ends them without a traceback
+
+from llm_local.ancestors import end_with_launcher  # noqa: E402
+
+end_with_launcher()
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store prints 40 lines of C++ frames a call
 
 import torch  # noqa: E402

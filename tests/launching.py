@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import records
 from ranks import PRELOAD, free_port
 
@@ -37,6 +39,22 @@ def torchrun(num_ranks: int) -> list[str]:
 def accelerate(config: str) -> list[str]:
     port = ["--main_process_port", str(free_port())]
     return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "configs/accelerate" / config), *port]
+
+
+def mpirun(num_ranks: int) -> list[str]:
+    """Open MPI's; skips the test where there is none."""
+    if not shutil.which("mpirun"):
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    port = ["-x", f"MASTER_PORT={free_port()}"]
+    return ["mpirun", "-n", str(num_ranks), "--oversubscribe", *root, *port, sys.executable]
+
+
+def srun(num_tasks: int) -> list[str]:
+    """Skips the test where no Slurm answers."""
+    if not shutil.which("srun") or subprocess.run(["srun", "--immediate=10", "true"], capture_output=True).returncode:
+        pytest.skip("no Slurm that starts tasks here (Debian: slurm-wlm)")
+    return ["srun", "-n", str(num_tasks), "--overcommit", sys.executable]
 
 
 @dataclass

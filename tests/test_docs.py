@@ -31,7 +31,7 @@ OURS = {f"--{name}" for name in RunConfig().flat()}
 LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
     --max_restarts --signals_to_handle --num_processes --main_process_port --help --jobs --export --prompt --assistant
-    --exit --dtype --model --model_args --tasks
+    --signal --pty --exit --dtype --model --model_args --tasks
     --steps --output --peak_tflops --devices --memory --link --picture --json
     --kind --vocab_size --rows --megabytes""".split()  # noqa: SIM905
 )

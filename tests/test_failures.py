@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import launching
+import psutil
 import pytest
 from conftest import Trainer
-from launching import Rank, by_hand, deepspeed, job, losses, torchrun, until, until_step
+from launching import Rank, accelerate, by_hand, deepspeed, job, losses, mpirun, torchrun, until, until_step
 
 pytestmark = pytest.mark.processes
 ENDLESS = 1_000_000
@@ -133,3 +135,66 @@ def test_a_launcher_that_dies_while_its_ranks_start_takes_them_with_it(trainer: 
         assert run.wait(15) != 0
         until(lambda: not run.processes(), 15, lambda: f"{run.processes()}\n{run.text}")
         assert f'File "{launching.SCRIPT}"' not in run.text, "a rank printed a traceback"
+
+
+# for which Python itself looks into PYTHONPATH
+STALL = """
+import ctypes, os, sys, time
+
+class Stall:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            open(os.path.join({folder!r}, f"at-{{os.getpid()}}"), "w").close()
+            {sleep}(600)
+
+if next((each for each in sys.orig_argv[1:] if not each.startswith("-")), "") == {script!r}:
+    sys.meta_path.insert(0, Stall())
+"""
+IN_PYTHON, IN_A_LIBRARY = "time.sleep", "ctypes.PyDLL(None).sleep"  # the latter lets no other thread run
+
+
+@pytest.fixture
+def stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Has every rank stop where it imports torch, and leave a file when it comes there."""
+
+    def of(sleep: str) -> Path:
+        folder = tmp_path / "imports"
+        folder.mkdir()
+        text = STALL.format(folder=str(folder), sleep=sleep, script=launching.SCRIPT)
+        (folder / "sitecustomize.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(launching.ROOT)]))
+        return folder
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sleep"),
+    [
+        (deepspeed, IN_PYTHON),  # its runner is no parent of the ranks: the kernel does not tell them
+        (torchrun, IN_A_LIBRARY),
+        (lambda _: accelerate("cpu.yaml"), IN_A_LIBRARY),
+        (mpirun, IN_A_LIBRARY),
+    ],
+    ids=["deepspeed", "torchrun", "accelerate", "mpirun"],
+)
+def test_a_launcher_killed_while_its_ranks_import_takes_them_with_it(trainer, tmp_path: Path, stall, launcher, sleep):
+    folder = stall(sleep)
+    with job(launcher(2), endless(trainer, num_stages=2), tmp_path) as run:
+        until(lambda: len(list(folder.glob("at-*"))) == 2, launching.START_SECONDS, lambda: run.text)
+        run.process.kill()
+        run.wait(15)
+        until(lambda: not run.processes(), 15, lambda: f"{run.processes()}\n{run.text}")
+
+
+@pytest.mark.parametrize("mark", ["TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_a_rank_whose_launcher_is_gone_before_its_first_line_ends_there(trainer, tmp_path: Path, stall, mark: str):
+    if "python" in " ".join(psutil.Process(1).cmdline()):
+        pytest.skip("process 1, which adopts orphans here, may itself be a launcher")
+    folder = stall(IN_PYTHON)
+    place = ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=1", f"{mark}=0"]
+    orphan = ["env", *place, "sh", "-c", '(sleep 1; exec "$@") &', "sh", sys.executable]
+    with job(orphan, endless(trainer), tmp_path) as run:
+        assert run.wait(15) == 0
+        until(lambda: not run.processes(), 60, lambda: run.text)
+    assert not list(folder.glob("at-*")), run.text

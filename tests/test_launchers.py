@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Trainer
-from launching import BIN, ROOT, SCRIPT, accelerate, by_hand, deepspeed, job, losses, torchrun
+from launching import BIN, ROOT, SCRIPT, accelerate, by_hand, deepspeed, job, losses, mpirun, srun, torchrun
 from ranks import free_port
 
 from llm_local.config import ConfigError
@@ -58,6 +58,8 @@ LAUNCHERS = {
     "deepspeed": lambda: [deepspeed(2)],
     "torchrun": lambda: [torchrun(2)],
     "accelerate": lambda: [accelerate("cpu.yaml")],
+    "mpirun": lambda: [mpirun(2)],
+    "srun": lambda: [srun(2)],
     "two nodes of torchrun": two_torchruns,
     "two nodes of accelerate": two_accelerates,
 }
@@ -135,6 +137,8 @@ def test_the_environment_of_srun_and_mpirun():
     assert (on_one["MASTER_ADDR"], on_one["MASTER_PORT"]) == ("127.0.0.1", "29500")
     hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
     assert of_scheduler(hydra) == on_one
+    pmi2 = SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_JOBID": "123456.0"}
+    assert of_scheduler(pmi2) == on_two_nodes, "srun --mpi=pmi2"
     assert of_scheduler({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"}) == {
         "RANK": "1",
         "WORLD_SIZE": "2",
@@ -149,6 +153,23 @@ def test_a_process_of_srun_or_mpirun_that_is_alone_or_has_another_launcher_is_as
     batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
     assert of_scheduler(batch) == {}, "the script of sbatch itself, which runs once"
     assert of_scheduler({}) == {}
+    shell = SRUN | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "40495"}
+    assert of_scheduler(shell, at_terminal=True) == {}, "srun --pty bash, with several tasks"
+    assert of_scheduler(shell)["WORLD_SIZE"] == "4", "srun without --pty in that shell"
+
+
+def test_runs_that_share_a_host_have_ports_of_their_own():
+    def ports(*changes: dict[str, str]) -> list[str]:
+        return [of_scheduler(each)["MASTER_PORT"] for each in changes]
+
+    steps = ports(SRUN, SRUN | {"SLURM_STEP_ID": "1"}, SRUN | {"SLURM_JOB_ID": "123457"})
+    assert len({*steps}) == 3
+    # mpirun in a script of sbatch, where every rank has the script's number: as seen with Slurm 22.05, Open MPI 4.1
+    batch = OPEN_MPI | {"SLURM_JOB_ID": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+    first, second = ({**batch, "PMIX_NAMESPACE": name} for name in ("751894529", "1392902145"))
+    assert len({*ports(first, second)}) == 2
+    assert len({*ports(first, {**first, "OMPI_COMM_WORLD_RANK": "0"})}) == 1
+    assert of_scheduler(first)["RANK"] == "1"
 
 
 def test_mpirun_on_several_hosts_is_told_what_to_add():

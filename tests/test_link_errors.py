@@ -12,12 +12,13 @@ import pytest
 import torch
 from ranks import free_port, run_ranks
 
+from llm_local.ancestors import launcher_pids
 from llm_local.launch import Launch
 from llm_local.links.ends import LinkError, Receiver, Sender
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.links.transports import Nccl
 from llm_local.rendezvous import open_store
-from llm_local.watchdog import LostPeer, Watchdog, launcher_pids
+from llm_local.watchdog import LostPeer, Watchdog
 from llm_local.world import Place, World, connect
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)

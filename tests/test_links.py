@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 
+from llm_local.device import device_identity, identity
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.launch import Launch
 from llm_local.links.ends import Receiver, Sender
@@ -163,3 +165,31 @@ def test_the_packets_in_flight_are_those_of_both_sides(max_in_flight: int):
 )
 def test_hidden_states_take_nccl_between_two_gpus_and_gloo_elsewhere(device: str, mine: str, theirs: str, wanted: str):
     assert transport(torch.device(device), mine, theirs) == wanted
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "wanted"),
+    [
+        # host and pid namespace, index, what the driver says
+        (("a", 0, "GPU-1"), ("a", 0, "GPU-2"), "nccl"),  # each rank has CUDA_VISIBLE_DEVICES of its own
+        (("a", 0, "GPU-1"), ("b", 0, "GPU-1"), "gloo"),  # two containers that were given one GPU
+        (("a", 0, "GPU-1"), ("b", 0, "GPU-2"), "nccl"),
+        (("a", 0, "GPU-1"), ("a", 1, "GPU-1"), "gloo"),
+        (("a", 0, None), ("a", 1, None), "nccl"),
+        (("a", 0, None), ("b", 0, None), "nccl"),
+        (("a", 0, None), ("a", 0, None), "gloo"),
+    ],
+)
+def test_a_gpu_is_known_by_its_own_number_wherever_it_is_seen(mine: tuple, theirs: tuple, wanted: str):
+    def name(machine: str, index: int, uuid: str | None) -> str:
+        properties = SimpleNamespace(name="GPU", **({} if uuid is None else {"uuid": uuid}))
+        return identity(torch.device("cuda", index), properties, machine)
+
+    assert transport(torch.device("cuda:0"), name(*mine), name(*theirs)) == wanted
+    assert identity(torch.device("cpu"), None, "a") == "a/cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_driver_gives_a_gpu_a_number():
+    assert str(torch.cuda.get_device_properties(0).uuid) in device_identity(torch.device("cuda", 0))
