@@ -114,7 +114,7 @@ def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
 
     def make(optimizer: torch.optim.Optimizer) -> Any:
         scheduler: Any = get_scheduler(
-            train.lr_scheduler_type, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.max_steps
+            train.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=train.max_steps
         )
         if not any(group.get(WAITS) for group in optimizer.param_groups):
             return scheduler

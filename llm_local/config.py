@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from llm_local.flags import FLAGS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
+from llm_local.flags import FLAGS, SAVE_STEPS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
+from llm_local.trainer_flags import NOT_TAKEN, is_passed_over
 
 
 class ConfigError(ValueError):
@@ -41,23 +43,9 @@ def from_here(path: Path | str) -> str:
     return "" if Path(path).is_absolute() else f" (relative to {Path.cwd()})"
 
 
-# Flags of run_clm and TrainingArguments that a person may bring along, and what says the same here
-INSTEAD = {
-    "block_size": "use --seq_length",
-    "num_train_epochs": "use --max_steps",
-    "warmup_ratio": "use --warmup_steps",
-    "max_eval_samples": "use --eval_batches",
-    "eval_strategy": "use --eval_steps",
-    "save_strategy": "use --save_steps",
-    "torch_dtype": "use --bf16 or --fp16",
-    "do_train": "leave it out: a run trains",
-    "do_eval": "leave it out: a run evaluates, unless --eval_batches is 0",
-}
-
-
 def _unknown(kind: str, name: Any) -> str:
     plain = str(name).lstrip("-").partition("=")[0]
-    return f"unknown {kind} {name!r}; {INSTEAD.get(plain, 'see pretrain.py --help')}"
+    return f"unknown {kind} {name!r}; {NOT_TAKEN[plain].instead if plain in NOT_TAKEN else 'see pretrain.py --help'}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +110,35 @@ class RunConfig:
             return None
         return self.local.block_stride or ((self.block_layers or 2) + 1) // 2
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self._steps(self.train.warmup_steps or self.train.warmup_ratio)
+
+    @property
+    def logging_interval(self) -> int:
+        """Steps between two records of the metrics; 0: the last step alone is recorded."""
+        return self._interval(self.train.logging_strategy, self.train.logging_steps, 0)
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between two evaluations before the one at the end; 0: there are none."""
+        return self._interval(self.train.eval_strategy, self.train.eval_steps, self.train.logging_steps)
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between two checkpoints; 0: none are written."""
+        return self._interval(self.train.save_strategy, self.train.save_steps, SAVE_STEPS)
+
+    def _interval(self, strategy: str | None, steps: float, otherwise: float) -> int:
+        if strategy == "no":
+            return 0
+        return self._steps(steps or (otherwise if strategy == "steps" else 0))
+
+    def _steps(self, steps: float) -> int:
+        """A number of steps, which below 1 is a share of all, rounded up as transformers' Trainer does it."""
+        return math.ceil(self.train.max_steps * steps) if 0 < steps < 1 else int(steps)
+
     def is_global(self, step: int) -> bool:
         """Whether the step trains by backpropagation through all blocks."""
         return step > self.train.max_steps - self.local.final_backprop_steps
@@ -151,11 +168,27 @@ def _parser() -> _Parser:
             if bool in kinds:
                 known |= {"type": _truth, "nargs": "?", "const": True, "metavar": "{true,false}"}
             else:
-                known |= {"type": kinds[0], "metavar": f"{{{','.join(flag.choices)}}}" if flag.choices else None}
-            group.add_argument(*dict.fromkeys((f"--{each.name}", f"--{each.name.replace('_', '-')}")), **known)
+                known |= {
+                    "type": number if {int, float} <= {*kinds} else kinds[0],
+                    "metavar": f"{{{','.join(flag.choices)}}}" if flag.choices else None,
+                }
+            group.add_argument(*_options(each.name), **known)
+    group = parser.add_argument_group("Of transformers' Trainer and run_clm.py, and not taken (docs/flags.md)")
+    for name, refusal in NOT_TAKEN.items():
+        group.add_argument(*_options(name), nargs="*", metavar="", help=refusal.instead.replace("%", "%%"))
     # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
     parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher; not used.")
     return parser
+
+
+def _options(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def number(value: Any) -> float:
+    """A whole number as such; argparse's messages bear this name. Raises ValueError and TypeError."""
+    found = float(value)
+    return int(found) if found.is_integer() else found
 
 
 def _truth(text: str) -> bool:
@@ -170,12 +203,13 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
     flags = [a for a in arguments if not a.startswith("--local_rank=")]
     values = _read_yaml(Path(flags.pop(0))) if flags and not flags[0].startswith("-") else {}
-    given, unknown = _parser().parse_known_args(flags)
-    if unknown:
-        raise ConfigError([_unknown("argument", text) for text in _without_values(unknown)])
-    values |= vars(given)
-    values.pop("local_rank", None)
-    return from_flat(values)
+    found, unknown = _parser().parse_known_args(flags)
+    given = {name: value for name, value in vars(found).items() if name != "local_rank"}
+    others = {name: " ".join(given.pop(name)) or "true" for name in list(given) if name in NOT_TAKEN}
+    refused = [f"--{name}" for name, value in others.items() if not is_passed_over(name, value)]
+    if refused or unknown:
+        raise ConfigError([_unknown("argument", text) for text in (*refused, *_without_values(unknown))])
+    return from_flat(values | given)
 
 
 def _without_values(unknown: Sequence[str]) -> list[str]:
@@ -206,6 +240,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     types = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
     problems, typed = [], {}
     for name, value in values.items():
+        if name not in types and is_passed_over(name, str(value)):
+            continue
         if name not in types:
             problems.append(f"{path}: {_unknown('setting', name)}")
             continue
@@ -226,12 +262,13 @@ def _typed(value: Any, hint: Any) -> tuple[Any, str]:
         return _text(value)
     if bool in kinds:
         return value, "" if isinstance(value, bool) else "true or false"
-    wanted, name = (int, "a whole number") if int in kinds else (float, "a number")
+    wanted = number if {int, float} <= {*kinds} else int if int in kinds else float
     try:  # YAML reads 5e-4 as text
-        number = None if isinstance(value, bool) else wanted(value)
+        found = None if isinstance(value, bool) else wanted(value)
     except (TypeError, ValueError, OverflowError):  # int(inf) overflows
-        number = None
-    return number, "" if number is not None and float(number) == float(value) else name
+        found = None
+    is_it = found is not None and float(found) == float(value)
+    return found, "" if is_it else "a whole number" if wanted is int else "a number"
 
 
 def _text(value: Any) -> tuple[Any, str]:

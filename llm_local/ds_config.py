@@ -64,7 +64,7 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
         save_on_each_node=False,
         fp16_full_eval=False,
         bf16_full_eval=False,
-        get_warmup_steps=lambda _total: train.warmup_steps,
+        get_warmup_steps=lambda _total: config.warmup_steps,
     )
     filled = HfTrainerDeepSpeedConfig(settings)
     try:
@@ -94,7 +94,7 @@ def _leave_to_the_flags(config: RunConfig, settings: Json) -> None:
             names["optimizer"] = [each for each in names["optimizer"] if each in taken]
     if isinstance(schedule, str) and hasattr(lr_schedules, schedule):
         taken = inspect.signature(getattr(lr_schedules, schedule)).parameters
-        some = ["warmup_max_lr", "total_num_steps", *(["warmup_num_steps"] if config.train.warmup_steps else [])]
+        some = ["warmup_max_lr", "total_num_steps", *(["warmup_num_steps"] if config.warmup_steps else [])]
         names["scheduler"] = [each for each in some if each in taken]
     for section, left in names.items():
         if left:

@@ -18,6 +18,8 @@ PACKINGS = ("concat", "best_fit", "none")
 EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
 WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+SAVE_STEPS = 500  # of TrainingArguments
+STRATEGIES = ("no", "steps")
 REPORTERS = ("none", "tensorboard", "csv")
 
 # what a flag decides: what is trained; on how much; where the layers run; where this start reads and writes; what is of
@@ -37,6 +39,8 @@ POSITIVE = Range("must be greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
 RATE = Range("must lie in [0, 1)", lambda value: 0 <= value < 1)
 SHARE = Range("must lie in (0, 1]", lambda value: 0 < value <= 1)
+STEPS = Range("must be a whole number of steps, or a share of them below 1", lambda v: v >= 0 and (v < 1 or v % 1 == 0))
+SOME_STEPS = Range(f"{STEPS.says}, and more than 0", lambda value: value > 0 and STEPS.holds(value))
 PERCENTAGE = Range("must lie between 1 and 99", lambda value: 0 < value < 100)
 
 
@@ -115,6 +119,7 @@ class DataArguments:
     )
     text_column_name: str = _option("text", "Column that holds the text.")
     streaming: bool = _option(False, "Read the dataset as a stream.")
+    max_train_samples: int | None = _option(None, "Train on so many sequences, the first of the data.", POSITIVE)
     seq_length: int = _option(512, "Tokens of a training sequence.", POSITIVE)
     packing: str = _option(
         "concat",
@@ -219,7 +224,8 @@ class TrainArguments:
     adam_beta2: float = _option(0.999, "AdamW beta2.", RATE)
     adam_epsilon: float = _option(1e-8, "AdamW epsilon.", POSITIVE)
     max_grad_norm: float = _option(1.0, "Clip the gradient norm of each block; 0 turns it off.", NOT_NEGATIVE)
-    warmup_steps: int = _option(0, "Steps of linear warm-up.", NOT_NEGATIVE)
+    warmup_steps: int | float = _option(0, "Steps of linear warm-up; below 1 their share of all steps.", STEPS)
+    warmup_ratio: float = _option(0.0, "Share of all steps that warm up; warmup_steps wins.", RATE)
     lr_scheduler_type: str = _option("linear", "Schedule of the learning rate.", choices=SCHEDULERS)
     seed: int = _option(42, "Seed of weights, data order and dropout.", NOT_NEGATIVE)
     bf16: bool = _option(False, "Train in bfloat16.")
@@ -227,14 +233,38 @@ class TrainArguments:
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass (non-reentrant).")
     torch_compile: bool = _option(False, "Compile the layers with torch.compile, each by itself.")
     deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.", is_read=True)
-    logging_steps: int = _option(10, "Steps between metric records.", POSITIVE, decides=WATCH)
-    eval_steps: int = _option(0, "Steps between evaluations; 0: only at the end.", NOT_NEGATIVE, decides=WATCH)
+    logging_strategy: str | None = _option(
+        None, "When metrics are recorded; default: every logging_steps.", choices=STRATEGIES, decides=WATCH
+    )
+    logging_steps: int | float = _option(
+        10, "Steps between metric records; below 1 their share of all steps.", SOME_STEPS, decides=WATCH
+    )
+    logging_first_step: bool = _option(True, "Record the first step, too.", decides=WATCH)
+    eval_strategy: str | None = _option(
+        None,
+        "When the exits are evaluated before the end; default: every eval_steps; steps: with eval_steps=0 every "
+        "logging_steps.",
+        choices=STRATEGIES,
+        decides=WATCH,
+    )
+    eval_steps: int | float = _option(
+        0, "Steps between evaluations; below 1 their share of all steps; 0: only at the end.", STEPS, decides=WATCH
+    )
     eval_on_start: bool = _option(False, "Evaluate before the first step, too.", decides=WATCH)
     eval_batches: int = _option(
         8, "Micro-batches of one evaluation on each replica; 0: never evaluate.", NOT_NEGATIVE, decides=WATCH
     )
-    save_steps: int = _option(
-        0, "Steps between checkpoints, and one after the last step; 0: none.", NOT_NEGATIVE, decides=WATCH
+    save_strategy: str | None = _option(
+        None,
+        f"When checkpoints are written; default: every save_steps; steps: with save_steps=0 every {SAVE_STEPS}.",
+        choices=STRATEGIES,
+        decides=WATCH,
+    )
+    save_steps: int | float = _option(
+        0,
+        "Steps between checkpoints, and one after the last step; below 1 their share of all steps; 0: none.",
+        STEPS,
+        decides=WATCH,
     )
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.", POSITIVE, decides=WATCH)
     resume_from_checkpoint: str | None = _option(

@@ -83,6 +83,9 @@ def _source_problems(config: RunConfig) -> list[str]:
         if getattr(data, name) and not data.dataset_name:
             where = "; say it in the mixture file" if data.data_mixture else ""
             problems.append(f"{name}={getattr(data, name)} needs dataset_name{where}")
+    if data.max_train_samples is not None and (data.streaming or data.data_mixture):
+        what = "streaming" if data.streaming else "data_mixture"
+        problems.append(f"max_train_samples={data.max_train_samples} does not work with {what}; use max_steps")
     pairs = parse_named_files(data.validation_files or "")
     names = [name for name, _ in pairs]
     for name, file in pairs:

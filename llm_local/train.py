@@ -137,8 +137,8 @@ def train(run: Run) -> None:
 
     A run that is told to stop saves, and the process ends here.
     """
-    train = run.config.train
-    if train.save_steps:
+    config, train = run.config, run.config.train
+    if config.save_interval:
         run.world.watchdog.saves(train.signal_save_seconds)
     if train.eval_on_start and run.first_step == 0:
         _evaluate(run, 0)
@@ -151,13 +151,13 @@ def train(run: Run) -> None:
         with run.traced("train", step):
             result = _train_step(run, step)
         saves = _saves(run, step)
-        records = step == 1 or step % train.logging_steps == 0 or last
+        records = _is_due(step, config.logging_interval) or (step == 1 and train.logging_first_step) or last
         if saves or records:  # the device is waited for in no other step
             run.engine.check_finite()
         if records:
             run.recorder.record(step, result)
         run.recorder.end(run.feed.step_tokens if run.feed else 0)
-        if train.eval_batches and train.eval_steps and step % train.eval_steps == 0 and not last:
+        if train.eval_batches and _is_due(step, config.eval_interval) and not last:
             _evaluate(run, step)
         if saves:
             _save(run, step)
@@ -170,8 +170,12 @@ def train(run: Run) -> None:
 
 
 def _saves(run: Run, step: int) -> bool:
-    train = run.config.train
-    return bool(train.save_steps) and (step % train.save_steps == 0 or step == train.max_steps)
+    interval = run.config.save_interval
+    return _is_due(step, interval) or (interval > 0 and step == run.config.train.max_steps)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def _save(run: Run, step: int) -> None:

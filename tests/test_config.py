@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from llm_local.config import ConfigError, RunConfig, from_flat, parse
-from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE
+from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE, SOME_STEPS, STEPS
 from llm_local.problems import parse_stage_layers, static_problems
 
 
@@ -76,6 +76,9 @@ class TestParse:
             ("max_steps: 12.0", 12),
             ("max_steps: '12'", 12),
             ("max_steps: 1_000", 1000),
+            ("save_steps: 20", 20),
+            ("save_steps: '0.25'", 0.25),
+            ("warmup_steps: 3.0", 3),
             ("streaming: yes", True),
             ("streaming: false", False),
             ("stage_layers: 4", "4"),
@@ -103,6 +106,7 @@ class TestParse:
             ("learning_rate: fast", "'fast' is not a number"),
             ("learning_rate: .nan", "nan is not a number"),
             ("learning_rate: false", "False is not a number"),
+            ("save_steps: often", "'often' is not a number"),
             ("bf16: 1", "1 is not true or false"),
             ("bf16: null", "None is not a value"),
         ],
@@ -147,7 +151,7 @@ class TestParse:
         ]
 
     def test_a_flag_of_another_program_is_answered_with_ours(self):
-        assert refusal(["--num_train_epochs", "3"]) == ["unknown argument '--num_train_epochs'; use --max_steps"]
+        assert refusal(["--block_size", "3"]) == ["unknown argument '--block_size'; use --seq_length"]
 
     @pytest.mark.parametrize(
         ("arguments", "what"),
@@ -197,6 +201,36 @@ class TestRunConfig:
             "unknown setting 'max_step'; see pretrain.py --help",
             "unknown setting 'sead'; see pretrain.py --help",
         ]
+
+    @pytest.mark.parametrize(
+        ("arguments", "steps"),
+        [
+            ("", 0),
+            ("--warmup_steps 7", 7),
+            ("--warmup_steps 0.25", 11),
+            ("--warmup_ratio 0.25", 11),
+            ("--warmup_ratio 0.25 --warmup_steps 7", 7),
+        ],
+    )
+    def test_steps_of_warm_up(self, arguments, steps):
+        config = parse(["--max_steps", "42", *arguments.split()])
+        assert config.warmup_steps == steps
+        assert type(config.warmup_steps) is int
+
+    @pytest.mark.parametrize(
+        ("arguments", "logging", "evaluation", "saves"),
+        [
+            ("", 10, 0, 0),
+            ("--logging_steps 3 --eval_steps 5 --save_steps 7", 3, 5, 7),
+            ("--logging_steps 0.1 --eval_steps 0.25 --save_steps 0.5", 5, 11, 21),
+            ("--logging_strategy no --eval_strategy no --save_strategy no --eval_steps 5 --save_steps 7", 0, 0, 0),
+            ("--logging_strategy steps --eval_strategy steps --save_strategy steps --logging_steps 3", 3, 3, 500),
+            ("--eval_strategy steps --save_strategy steps --eval_steps 5 --save_steps 7", 10, 5, 7),
+        ],
+    )
+    def test_when_a_run_records_evaluates_and_saves(self, arguments, logging, evaluation, saves):
+        config = parse(["--max_steps", "42", *arguments.split()])
+        assert (config.logging_interval, config.eval_interval, config.save_interval) == (logging, evaluation, saves)
 
     @pytest.mark.parametrize("flag", ["bf16", "fp16", "neither"])
     def test_the_wire_has_the_models_precision_unless_told(self, flag):
@@ -339,6 +373,18 @@ class TestStaticProblems:
             ),
             ({"dataset_name": "d", "train_file": "t"}, "both dataset_name and train_file are given; keep one"),
             ({"validation_file": "v"}, "validation_file needs train_file"),
+            (
+                {"max_train_samples": 5, "streaming": True},
+                "max_train_samples=5 does not work with streaming; use max_steps",
+            ),
+            (
+                {"max_train_samples": 5, "data_mixture": "m"},
+                "max_train_samples=5 does not work with data_mixture; use max_steps",
+            ),
+            (
+                {"eval_strategy": "epochs"},
+                "eval_strategy='epochs' is unknown; choose one of no, steps",
+            ),
             ({"model_name_or_path": "m"}, "both model_name_or_path and config_name are given; keep one"),
             ({"model_type": "llama"}, "both config_name and model_type are given; keep one"),
             (
@@ -418,6 +464,8 @@ class TestStaticProblems:
             POSITIVE: ([0, -1], "must be greater than 0"),
             NOT_NEGATIVE: ([-1], "must not be negative"),
             RATE: ([1, -0.1], "must lie in [0, 1)"),
+            STEPS: ([-1, 1.5], "must be a whole number of steps, or a share of them below 1"),
+            SOME_STEPS: ([0, -1, 2.5], "must be a whole number of steps, or a share of them below 1, and more than 0"),
             SHARE: ([0, 1.1], "must lie in (0, 1]"),
         }
         values, says = wrong.get(FLAGS[name].range, ([0, 100], "must lie between 1 and 99"))
@@ -428,7 +476,8 @@ class TestStaticProblems:
 
     def test_a_default_is_one_of_the_choices_and_in_the_range(self):
         defaults = RunConfig().flat()
-        assert all(defaults[name] in flag.choices for name, flag in FLAGS.items() if flag.choices)
+        chosen = {name: defaults[name] for name, flag in FLAGS.items() if flag.choices and defaults[name] is not None}
+        assert all(value in FLAGS[name].choices for name, value in chosen.items())
         given = {name: defaults[name] for name, flag in FLAGS.items() if flag.range and defaults[name] is not None}
         assert all(FLAGS[name].range.holds(value) for name, value in given.items())
 

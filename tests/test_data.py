@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_local.config import ConfigError
 from llm_local.data.feed import SOURCES, changed_since
+from llm_local.data.sequences import PackedTokens
 from llm_local.data.sets import prepare, prepare_all, tokenizer_key
 from llm_local.model.document_mask import DocumentMask
 
@@ -54,6 +55,28 @@ def test_a_txt_file_is_one_text_with_its_newlines(settings, tokenizer, tmp_path)
     assert held_out.startswith(decoded(validation, tokenizer, held_out)), "the last lines are the validation"
     kept = "".join(lines[:810])
     assert all(tokenizer.decode(row.tolist()).removesuffix(tokenizer.eos_token) in kept for row in rows)
+
+
+@pytest.mark.parametrize("most", [5, 10_000])
+def test_so_many_sequences_are_the_first_of_the_data_and_come_again(settings, tokenizer, jsonl, most: int):
+    flags = {"train_file": jsonl, "validation_split_percentage": 10}
+    every = prepare(settings(**flags), tokenizer)[0]
+    some, validation = prepare(settings(**flags, max_train_samples=most), tokenizer)
+    count = min(most, every.num_sequences)
+    assert some.num_sequences == count
+    in_order = load_training_rows(settings(**flags), tokenizer)
+    for epoch in range(2):
+        rows = {tuple(some.batch(epoch * count + n, 1)[0].tolist()) for n in range(count)}
+        assert rows == set(in_order[:count])
+    assert torch.equal(validation.batch(0, 2), prepare(settings(**flags), tokenizer)[1].batch(0, 2))
+
+
+def load_training_rows(config, tokenizer):
+    """The training rows in the data's own order."""
+    tokens = prepare_all(config, tokenizer).sources[0].tokens
+    assert tokens is not None
+    packed = PackedTokens(tokens.pieces, config.data.seq_length)
+    return [tuple(packed.row(n).tolist()) for n in range(packed.num_rows)]
 
 
 def test_training_follows_the_seed_of_the_run(settings, tokenizer, jsonl):

@@ -123,7 +123,7 @@ def _try(config: RunConfig, num_replicas: int) -> str:
         engine = BlockEngine(config_class=DeepSpeedConfig(settings), **arguments)
         engine.backward(engine(torch.arange(WIDTH, device=engine.device)))
         engine.step()
-        if config.train.save_steps:
+        if config.save_interval:
             snapshot([engine], 0)
         _step_at(engine.lr_scheduler, config.train.max_steps - 1)
     except Exception as error:  # of whatever library, and asserts

@@ -105,17 +105,18 @@ class FittedTokens:
 
 
 class StoredSequences:
-    """Sequences on disk, in an order that is a pure function of (seed, epoch)."""
+    """Sequences on disk, in an order that is a pure function of (seed, epoch); of `most` the first so many."""
 
-    def __init__(self, tokens: Rows, seed: int):
+    def __init__(self, tokens: Rows, seed: int, most: int | None = None):
         self._tokens = tokens
         self._seed = seed
         self._epoch = -1
-        self._permutation = np.arange(tokens.num_rows)
+        self._num_sequences = tokens.num_rows if most is None else min(most, tokens.num_rows)
+        self._permutation = np.arange(self._num_sequences)
 
     @property
     def num_sequences(self) -> int:
-        return self._tokens.num_rows
+        return self._num_sequences
 
     @property
     def num_tokens(self) -> int:

@@ -221,7 +221,7 @@ def _predicted(found: _Stored, config: RunConfig) -> int:
 def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> SourceData:
     if isinstance(documents.rows, IterableDataset):
         return SourceData(documents.source, weight, _stream(documents, tokenizer, config))
-    found = _store(documents, tokenizer, config, seed=config.train.seed)
+    found = _store(documents, tokenizer, config, seed=config.train.seed, most=config.data.max_train_samples)
     _require_a_sequence(found.sequences, documents.source, config)
     return SourceData(documents.source, weight, found.sequences, found.tokens, found.packed)
 
@@ -248,8 +248,10 @@ class _Stored:
     pieces: Pieces | None
 
 
-def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int) -> _Stored:
-    """The documents' sequences on disk, made the first time."""
+def _store(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int, most: int | None = None
+) -> _Stored:
+    """The documents' sequences on disk, made the first time; of `most` the first so many."""
     prepared, eos = _tokens(documents, tokenizer, config), _eos(tokenizer)
     running = prepared.end is None
     first, last = (np.array(some, dtype=np.int32) for some in _around(running, tokenizer))
@@ -259,7 +261,7 @@ def _store(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Run
     fitted = tokens if pieces is None else FittedTokens(tokens, pieces, mark_of(eos))
     if running:  # its parts are no documents
         packed = replace(packed, documents=1, cut=int(packed.rows > 1))
-    return _Stored(StoredSequences(fitted, seed), prepared, packed, pieces)
+    return _Stored(StoredSequences(fitted, seed, most), prepared, packed, pieces)
 
 
 def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prepared:

@@ -183,7 +183,7 @@ def _facts(training: Training) -> dict[str, str]:
     config = training.config
     local, train = config.local, config.train
     sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps * training.num_replicas
-    warmup = f", {train.warmup_steps} steps of warm-up" if train.warmup_steps else ""
+    warmup = f", {config.warmup_steps} steps of warm-up" if config.warmup_steps else ""
     facts = {
         "method": local.method,
         "blocks": training.partition.describe(),
