@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -50,16 +51,21 @@ def _unknown(kind: str, name: Any) -> str:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole configuration; sections keep the flag names, which are unique across them."""
+    """The whole configuration; sections keep the flag names, which are unique across them.
+
+    epoch: rows of the training data, and of a step, once they are known (checks/epochs.py).
+    """
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
     local: LocalArguments = field(default_factory=LocalArguments)
     train: TrainArguments = field(default_factory=TrainArguments)
+    epoch: tuple[int, int] | None = None
 
     def flat(self) -> dict[str, Any]:
         """All flags by name, in order: what run.yaml holds and what a YAML file may set."""
-        return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}
+        sections = (self.model, self.data, self.local, self.train)
+        return {name: value for section in sections for name, value in dataclasses.asdict(section).items()}
 
     @property
     def output_dir(self) -> Path:
@@ -116,24 +122,36 @@ class RunConfig:
         return self._steps(self.train.warmup_steps or self.train.warmup_ratio)
 
     @property
-    def logging_interval(self) -> int:
+    def logging_interval(self) -> Fraction:
         """Steps between two records of the metrics; 0: the last step alone is recorded."""
         return self._interval(self.train.logging_strategy, self.train.logging_steps, 0)
 
     @property
-    def eval_interval(self) -> int:
+    def eval_interval(self) -> Fraction:
         """Steps between two evaluations before the one at the end; 0: there are none."""
         return self._interval(self.train.eval_strategy, self.train.eval_steps, self.train.logging_steps)
 
     @property
-    def save_interval(self) -> int:
+    def save_interval(self) -> Fraction:
         """Steps between two checkpoints; 0: none are written."""
         return self._interval(self.train.save_strategy, self.train.save_steps, SAVE_STEPS)
 
-    def _interval(self, strategy: str | None, steps: float, otherwise: float) -> int:
+    def _interval(self, strategy: str | None, steps: float, otherwise: float) -> Fraction:
         if strategy == "no":
-            return 0
-        return self._steps(steps or (otherwise if strategy == "steps" else 0))
+            return Fraction(0)
+        if strategy == "epoch":
+            rows, of_step = self.epoch or (1, 1)
+            return Fraction(rows, of_step)
+        return Fraction(self._steps(steps or (otherwise if strategy == "steps" else 0)))
+
+    @property
+    def epoch_flag(self) -> str | None:
+        """A flag that needs the length of an epoch, if there is one."""
+        train = self.train
+        if train.num_train_epochs is not None and train.max_steps < 0:
+            return "num_train_epochs"
+        strategies = ("logging_strategy", "eval_strategy", "save_strategy")
+        return next((name for name in strategies if getattr(train, name) == "epoch"), None)
 
     def _steps(self, steps: float) -> int:
         """A number of steps, which below 1 is a share of all, rounded up as transformers' Trainer does it."""
@@ -147,6 +165,11 @@ class RunConfig:
     def cache_dir(self) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(home) / "llm_local"
+
+
+def is_due(step: int, interval: Fraction) -> bool:
+    """Whether an interval ends in this step."""
+    return interval > 0 and step // interval > (step - 1) // interval
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,6 +232,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     refused = [f"--{name}" for name, value in others.items() if not is_passed_over(name, value)]
     if refused or unknown:
         raise ConfigError([_unknown("argument", text) for text in (*refused, *_without_values(unknown))])
+    if "num_train_epochs" in given:  # and not the file's
+        values.pop("max_steps", None)
     return from_flat(values | given)
 
 
@@ -221,6 +246,8 @@ def _without_values(unknown: Sequence[str]) -> list[str]:
 
 def from_flat(values: dict[str, Any]) -> RunConfig:
     """The inverse of RunConfig.flat. Raises ConfigError for unknown names."""
+    if values.get("num_train_epochs") is not None:
+        values = {"max_steps": -1} | values  # until the data is counted
     names = [{f.name for f in dataclasses.fields(section)} for section in SECTIONS]
     unknown = sorted(set(values).difference(*names))
     if unknown:

@@ -19,7 +19,7 @@ EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
 WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 SAVE_STEPS = 500  # of TrainingArguments
-STRATEGIES = ("no", "steps")
+STRATEGIES = ("no", "steps", "epoch")
 REPORTERS = ("none", "tensorboard", "csv")
 
 # what a flag decides: what is trained; on how much; where the layers run; where this start reads and writes; what is of
@@ -214,6 +214,9 @@ class TrainArguments:
     output_dir: str = _option("runs/pretrain", "Folder of the run.", decides=START)
     overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.", decides=START)
     max_steps: int = _option(1000, "Optimizer steps.", POSITIVE, decides=AMOUNT)
+    num_train_epochs: float | None = _option(
+        None, "Passes over the training data, in place of max_steps, which wins.", POSITIVE, decides=AMOUNT
+    )
     per_device_train_batch_size: int = _option(
         8, "Sequences of a micro-batch on each replica.", POSITIVE, decides=AMOUNT
     )

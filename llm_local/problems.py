@@ -37,6 +37,8 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
 def value_problems(config: RunConfig) -> list[str]:
     """What the flags' own choices and ranges refuse (flags.py)."""
     values = config.flat()
+    if config.epoch_flag == "num_train_epochs":
+        values["max_steps"] = None  # is not known yet
     given = [(name, values[name], flag) for name, flag in FLAGS.items() if values[name] is not None]
     problems = [
         f"{name}={value!r} is unknown; choose one of {', '.join(flag.choices)}"
@@ -52,6 +54,8 @@ def value_problems(config: RunConfig) -> list[str]:
 def _model_problems(config: RunConfig) -> list[str]:
     train = config.train
     problems = []
+    if config.epoch_flag == "num_train_epochs":
+        problems.append(f"num_train_epochs={train.num_train_epochs} is counted by a run alone; use max_steps")
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(config.model, n)]
     if len(models) > 1:
         problems.append(f"both {' and '.join(models)} are given; keep one")
@@ -140,7 +144,7 @@ def _method_problems(config: RunConfig) -> list[str]:
             f"head_warmup_steps={warmup} leaves no step of max_steps={config.train.max_steps} for the layers{after}; "
             "lower it"
         )
-    if steps > config.train.max_steps:
+    if steps > max(0, config.train.max_steps):
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
     return problems
 

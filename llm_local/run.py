@@ -12,6 +12,7 @@ from llm_local.assembly import Engine, make_engine
 from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
 from llm_local.checkpoint.loader import load_shared_head, take_up
 from llm_local.checkpoint.saver import Saver
+from llm_local.checks.epochs import with_epochs
 from llm_local.checks.preflight import Plan, open_output, preflight
 from llm_local.config import RunConfig
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
@@ -90,6 +91,8 @@ def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) 
     """
     print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
     with writing(config.cache_dir, reads=True):
+        with nullcontext() if meeting is None else meeting.kept_waiting():
+            config = with_epochs(config, launch.world_size)
         plan = preflight(config, launch.world_size)
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = plan.resolve(config)

@@ -19,7 +19,7 @@ from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.line import after_restart
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
-from llm_local.config import ConfigError, parse
+from llm_local.config import ConfigError, is_due, parse
 from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import over_replicas
@@ -151,13 +151,13 @@ def train(run: Run) -> None:
         with run.traced("train", step):
             result = _train_step(run, step)
         saves = _saves(run, step)
-        records = _is_due(step, config.logging_interval) or (step == 1 and train.logging_first_step) or last
+        records = is_due(step, config.logging_interval) or (step == 1 and train.logging_first_step) or last
         if saves or records:  # the device is waited for in no other step
             run.engine.check_finite()
         if records:
             run.recorder.record(step, result)
         run.recorder.end(run.feed.step_tokens if run.feed else 0)
-        if train.eval_batches and _is_due(step, config.eval_interval) and not last:
+        if train.eval_batches and is_due(step, config.eval_interval) and not last:
             _evaluate(run, step)
         if saves:
             _save(run, step)
@@ -171,11 +171,7 @@ def train(run: Run) -> None:
 
 def _saves(run: Run, step: int) -> bool:
     interval = run.config.save_interval
-    return _is_due(step, interval) or (interval > 0 and step == run.config.train.max_steps)
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+    return is_due(step, interval) or (interval > 0 and step == run.config.train.max_steps)
 
 
 def _save(run: Run, step: int) -> None:

@@ -63,7 +63,8 @@ THEIRS = {
 # of flags that are taken: how they are not what they are there
 DIFFERS = {
     "per_device_train_batch_size": "on each replica; there are ranks / --num_stages of them",
-    "max_steps": "1000 unless it is said",
+    "num_train_epochs": "of data on disk from one source; the next pass goes on in the middle of a batch",
+    "max_steps": "1000 unless it, or --num_train_epochs, is said",
     "learning_rate": "5e-4 unless it is said",
     "lr_scheduler_type": f"one of {', '.join(FLAGS['lr_scheduler_type'].choices)}",
     "max_grad_norm": "of each block by itself",
@@ -205,7 +206,6 @@ NOT_TAKEN: dict[str, Refusal] = {
     "fsdp_config": _FSDP,
     "debug": _no("a loss that is not finite is named with its block, and --trace shows what ran when", *_OFF),
     "skip_memory_metrics": _no("metrics have peak_memory_bytes in any case; leave it out", "true"),
-    "num_train_epochs": _no("use --max_steps"),
     "do_train": _no("leave it out: a run trains", "true"),
     "do_eval": _no("leave it out: a run evaluates, unless --eval_batches is 0", "true"),
     "do_predict": _no("use scripts/generate.py on the export", "false"),

@@ -1,13 +1,14 @@
 """Flags, YAML and defaults become one RunConfig; all that is wrong with it is said at once, with the repair."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
-from llm_local.config import ConfigError, RunConfig, from_flat, parse
+from llm_local.config import ConfigError, RunConfig, from_flat, is_due, parse
 from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE, SOME_STEPS, STEPS
 from llm_local.problems import parse_stage_layers, static_problems
 
@@ -232,6 +233,23 @@ class TestRunConfig:
         config = parse(["--max_steps", "42", *arguments.split()])
         assert (config.logging_interval, config.eval_interval, config.save_interval) == (logging, evaluation, saves)
 
+    def test_steps_that_are_said_win_over_epochs_and_both_over_the_file(self, write):
+        path = write("max_steps: 20\n")
+        both = ["--num_train_epochs", "3", "--max_steps", "7"]
+        assert parse(["--num_train_epochs", "3"]).epoch_flag == "num_train_epochs"
+        assert parse([path, "--num_train_epochs", "3"]).epoch_flag == "num_train_epochs"
+        assert parse([write("num_train_epochs: 3\n")]).epoch_flag == "num_train_epochs"
+        for arguments in (both, [path, *both], [write("num_train_epochs: 3\nmax_steps: 7\n")]):
+            config = parse(arguments)
+            assert (config.epoch_flag, config.train.max_steps) == (None, 7)
+
+    @pytest.mark.parametrize("name", ["logging", "eval", "save"])
+    def test_an_epoch_ends_in_the_step_that_reads_its_last_row(self, name):
+        config = parse(["--max_steps", "42", f"--{name}_strategy", "epoch"])
+        assert config.epoch_flag == f"{name}_strategy"
+        interval = getattr(replace(config, epoch=(52, 5)), f"{name}_interval")
+        assert [step for step in range(1, 55) if is_due(step, interval)] == [11, 21, 32, 42, 52]
+
     @pytest.mark.parametrize("flag", ["bf16", "fp16", "neither"])
     def test_the_wire_has_the_models_precision_unless_told(self, flag):
         config = from_flat({flag: True} if flag != "neither" else {})
@@ -381,9 +399,10 @@ class TestStaticProblems:
                 {"max_train_samples": 5, "data_mixture": "m"},
                 "max_train_samples=5 does not work with data_mixture; use max_steps",
             ),
+            ({"num_train_epochs": 3}, "num_train_epochs=3 is counted by a run alone; use max_steps"),
             (
                 {"eval_strategy": "epochs"},
-                "eval_strategy='epochs' is unknown; choose one of no, steps",
+                "eval_strategy='epochs' is unknown; choose one of no, steps, epoch",
             ),
             ({"model_name_or_path": "m"}, "both model_name_or_path and config_name are given; keep one"),
             ({"model_type": "llama"}, "both config_name and model_type are given; keep one"),

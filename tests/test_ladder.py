@@ -25,7 +25,7 @@ checkpoint: shards catalog line saver loader
 export: masters model_folder stages model_card
 metrics progress
 timeline: measured chrome_trace replay picture
-checks: profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
+checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
 examine assembly run_trace evaluation recorder run finish train offline_export
 coverage: model_type run report
 study: points comparison runs

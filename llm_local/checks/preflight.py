@@ -68,6 +68,8 @@ class Plan:
     refused_exits: dict[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
     special_tokens: dict[str, Any] = field(default_factory=dict)
+    max_steps: int = 0
+    epoch: tuple[int, int] | None = None
 
     def model_config(self, config: RunConfig) -> PretrainedConfig:
         """The config of the run's model, as rank 0 found it; the others need no tokenizer for it."""
@@ -75,7 +77,9 @@ class Plan:
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """The flags with what was measured, or is a checkpoint's, written down: a reader of them finds the same."""
-        config = replace(config, data=replace(config.data, add_bos=self.add_bos))
+        train = replace(config.train, max_steps=self.max_steps)
+        epoch = self.epoch and (self.epoch[0], self.epoch[1])
+        config = replace(config, data=replace(config.data, add_bos=self.add_bos), train=train, epoch=epoch)
         if config.local.partition == "flops":
             return config
         layers = [len(self.partition.layers_of(stage)) for stage in range(self.partition.num_stages)]
@@ -126,8 +130,9 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
             refused = refused_exits(config, found.config, found.anatomy, partition)
             warnings += exit_warnings(found.config.model_type, refused)
             documents, add_bos = document_mask(config), config.data.add_bos
+            special, steps, epoch = special_tokens(config), config.train.max_steps, config.epoch
             return Plan(
-                found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos, special_tokens(config)
+                found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos, special, steps, epoch
             )
     raise ConfigError(problems)
 

@@ -1,0 +1,45 @@
+"""The length of an epoch in steps, by which num_train_epochs and the strategies 'epoch' count."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from fractions import Fraction
+
+from llm_local.checkpoint.line import documents_begin
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data.mixture import training_sources
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.problems import data_flag_problems
+
+
+def with_epochs(config: RunConfig, world_size: int) -> RunConfig:
+    """The config with the rows of an epoch and of a step, and the steps of num_train_epochs; as it is, where no flag
+    speaks of epochs.
+
+    Prepares the data. Raises ConfigError for what is wrong with it, and where its rows cannot be counted.
+    """
+    flag = config.epoch_flag
+    if flag is None:
+        return config
+    train = config.train
+    if problems := data_flag_problems(config):
+        raise ConfigError(problems)
+    sources = training_sources(config)
+    if len(sources) > 1 or sources[0].streaming:
+        instead = "max_steps" if flag == "num_train_epochs" else flag.replace("strategy", "steps")
+        what = "a stream" if len(sources) == 1 else "a mixture"
+        given = f"{flag}={getattr(train, flag)}"
+        raise ConfigError([f"{given} counts the rows of the data, which {what} does not tell; use {instead}"])
+    config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
+    rows, _ = prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    assert rows.num_sequences is not None
+    replicas = max(1, world_size // config.local.num_stages)
+    of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
+    steps = train.max_steps
+    if train.num_train_epochs is not None and steps < 0:
+        epochs = Fraction(train.num_train_epochs).limit_denominator(10**6)
+        steps = math.ceil(epochs * Fraction(rows.num_sequences, of_step))
+    return replace(config, epoch=(rows.num_sequences, of_step), train=replace(train, max_steps=steps))
