@@ -33,6 +33,8 @@ def launcher_pids() -> list[int | None]:
     """
     try:
         parents = psutil.Process().parents()[:2]
+        if not parents:  # it is process 1 of a container
+            return []
         parent = parents[0]
         if parent.name() in _TASK_STARTERS:  # in a container it may be process 1
             return [parent.pid]
