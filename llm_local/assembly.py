@@ -10,8 +10,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from llm_local.backprop import make_backprop_engine
 from llm_local.block_engine import make_block_engine
-from llm_local.checks.preflight import Plan
-from llm_local.config import RunConfig
 from llm_local.data.feed import Feed
 from llm_local.ds_config import resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
@@ -21,6 +19,7 @@ from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
 from llm_local.model.stage import build_blocks
 from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
+from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.world import World
 
@@ -42,18 +41,18 @@ class Engine(Protocol):
     def check_logits(self) -> torch.Tensor | None: ...
 
 
-def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) -> tuple[Engine, Links]:
+def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, Links]:
     """This rank's part of the run, ready to train. Every rank must call; feed is that of stage 0."""
-    place, startup = world.place, float(config.train.ddp_timeout)
-    model_config = plan.model_config(config)
+    config, place = setup.config, world.place
+    startup, model_config = float(config.train.ddp_timeout), setup.model_config()
     text, cpu = text_config(model_config), world.device.type == "cpu"
     name = f"stage-{place.stage:02d}"
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
-        model = (model_config, plan.anatomy, plan.partition)
-        return make_backprop_engine(config, *model, settings, feed, plan.documents), Links()
-    blocks = build_blocks(config, model_config, plan.anatomy, plan.partition, place.stage, plan.documents)
+        model = (model_config, setup.anatomy, setup.partition)
+        return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
+    blocks = build_blocks(config, model_config, setup.anatomy, setup.partition, place.stage, setup.documents)
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 else None
@@ -90,7 +89,7 @@ def make_engine(config: RunConfig, plan: Plan, world: World, feed: Feed | None) 
         schedule_of,
         feed,
         links,
-        HeadPlan.of(config, plan.partition, place.stage, place.replica, place.num_replicas),
+        HeadPlan.of(config, setup.partition, place.stage, place.replica, place.num_replicas),
         Distillation(local.distillation_weight, local.distillation_top_k),
     )
     return engine, links

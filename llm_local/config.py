@@ -54,6 +54,7 @@ class RunConfig:
     """The whole configuration; sections keep the flag names, which are unique across them.
 
     epoch: rows of the training data, and of a step, once they are known (checks/epochs.py).
+    deepspeed_json: what the file of --deepspeed holds, once it is read (ds_config.load_json).
     """
 
     model: ModelArguments = field(default_factory=ModelArguments)
@@ -61,6 +62,7 @@ class RunConfig:
     local: LocalArguments = field(default_factory=LocalArguments)
     train: TrainArguments = field(default_factory=TrainArguments)
     epoch: tuple[int, int] | None = None
+    deepspeed_json: dict[str, Any] | None = None
 
     def flat(self) -> dict[str, Any]:
         """All flags by name, in order: what run.yaml holds and what a YAML file may set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "
 
 
 def load_json(config: RunConfig) -> Json:
-    """The file of --deepspeed, {} without one. Raises ConfigError naming the file and the line."""
+    """What the file of --deepspeed holds, {} without one; read, unless the config has it. Raises ConfigError naming the
+    file and the line."""
+    if config.deepspeed_json is not None:
+        return copy.deepcopy(config.deepspeed_json)
     if config.train.deepspeed is None:
         return {}
     path = Path(config.train.deepspeed)

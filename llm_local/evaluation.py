@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from llm_local.config import RunConfig
 from llm_local.data.sets import ValidationSet
 from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
@@ -20,8 +18,6 @@ from llm_local.partition import Partition
 from llm_local.world import World
 
 DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
-
-_KEY = "validation_sets"
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,6 @@ def split_of(number: int, name: str) -> str:
     return f"eval_{name}" if number else "eval"
 
 
-def tell(world: World, sets: Sequence[ValidationSet]) -> None:
-    """Rank 0, which reads the data, tells the others of them."""
-    told = [EvalSet(each.name, split_of(n, each.name), each.bytes_per_token) for n, each in enumerate(sets)]
-    world.publish(_KEY, json.dumps([asdict(each) for each in told]))
-
-
-def learn(world: World, config: RunConfig) -> tuple[EvalSet, ...]:
-    """The validation sets, as rank 0 has told of them."""
-    text = world.fetch(_KEY, float(config.train.ddp_timeout), "rank 0's validation sets")
-    return tuple(EvalSet(**each) for each in json.loads(text))
+def eval_sets(sets: Sequence[ValidationSet]) -> tuple[EvalSet, ...]:
+    """The validation sets without their text, as all ranks know them."""
+    return tuple(EvalSet(each.name, split_of(n, each.name), each.bytes_per_token) for n, each in enumerate(sets))

@@ -22,7 +22,7 @@ from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
 from llm_local.checks.preflight import document_mask, plan_partition
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import RunConfig
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
@@ -66,7 +66,7 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
         raise ValueError(f"{run} has no run.yaml; name the --output_dir of a run")
     folder = find_committed(run, checkpoint)
     manifest = read_manifest(folder)
-    config = from_flat(manifest.flags)
+    config = manifest.config()
     if manifest.layout.method == "backprop":
         raise ValueError(f"{folder} was trained with method=backprop: one loss for all layers, no local gradient")
     catalog = Catalog(folder)

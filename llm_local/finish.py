@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm_local.assembly import Engine
 from llm_local.backprop import BackpropEngine
 from llm_local.checkpoint.line import committed
-from llm_local.checks.preflight import Plan
 from llm_local.config import RunConfig
 from llm_local.data.encoding import prompt_ids
-from llm_local.data.feed import Feed
-from llm_local.data.packing import PackedSource
-from llm_local.data.special_tokens import generation_values
-from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json, zero_stage
-from llm_local.evaluation import EvalSet, better_exit, learn
+from llm_local.evaluation import EvalSet, better_exit
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, model_card
 from llm_local.export.model_folder import (
     CARD,
+    Description,
     UnwrittenExport,
     WrongExport,
     check_export,
@@ -38,42 +33,31 @@ from llm_local.export.model_folder import (
 )
 from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
 from llm_local.links.packet import CHECK
-from llm_local.model.anatomy import load_model_config
 from llm_local.model.shared_head import folded
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block
-from llm_local.progress import Progress
+from llm_local.run import Run, Start
+from llm_local.setup import Setup
 from llm_local.world import Place, World
 
 SAMPLE_TOKENS = 80
 CHECK_FILE = "check.safetensors"
 
 
-def finish(
-    config: RunConfig,
-    plan: Plan,
-    world: World,
-    engine: Engine,
-    feed: Feed | None,
-    progress: Progress,
-    rows: int,
-    sources: tuple[PackedSource, ...] = (),
-) -> None:
+def finish(run: Run) -> None:
     """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports.
 
-    rows: sequences of the training data that were used up, which is of `sources`. Raises UnwrittenExport where the disk
-    takes no more, and WrongExport where the whole model is not the pipeline's; what was exported before is there in
-    both cases.
+    Raises UnwrittenExport where the disk takes no more, and WrongExport where the whole model is not the pipeline's;
+    what was exported before is there in both cases.
     """
-    export = config.output_dir / "export"
+    export = run.config.output_dir / "export"
     try:
-        _export(config, plan, world, engine, feed, draft_of(export))
-        if world.place.rank == 0:
-            assert feed is not None, "rank 0 reads the data"
-            _report(config, plan, world, progress, Trained(rows, feed.tokens, sources), export)
+        _export(run, draft_of(export))
+        if run.start is not None:
+            _report(run, run.start, export)
     except UnwrittenExport as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
-        raise UnwrittenExport(f"{error}{_again(config)}") from error
+        raise UnwrittenExport(f"{error}{_again(run.config)}") from error
 
 
 def _again(config: RunConfig) -> str:
@@ -84,8 +68,8 @@ def _again(config: RunConfig) -> str:
     return f", from the checkpoint {found[-1]} (--resume_from_checkpoint true)"
 
 
-def _export(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: Feed | None, export: Path) -> None:
-    place = world.place
+def _export(run: Run, export: Path) -> None:
+    config, world, engine, place = run.config, run.world, run.engine, run.world.place
     has_head = _has_exits(config) or place.is_last_stage
     logits = engine.check_logits()
     bodies, head = _slices(engine)
@@ -102,31 +86,29 @@ def _export(config: RunConfig, plan: Plan, world: World, engine: Engine, feed: F
     if place.is_recorder:
         write_stage(export, place.stage, place.num_stages, tensors, has_head)
         world.publish(f"export/{place.stage}", "written")
-    if place.rank == 0:
+    if run.start is not None:
         for stage in range(place.num_stages):
             world.fetch(f"export/{stage}", seconds, f"stage {stage} to write its shard")
-        assert feed is not None, "rank 0 reads the data"
+        assert run.feed is not None, "rank 0 reads the data"
         with writing(export / CHECK_FILE):
-            save_file(feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
-        _compose(config, plan, type(bodies[0].model).__name__, export)
+            save_file(run.feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
+        _compose(run.setup, run.start, type(bodies[0].model).__name__, export)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
         world.fetch("export/all", seconds, "rank 0 to compose the export")
         assert logits is not None
-        world.publish(f"checked/{place.stage}", check_stage(config, plan, place, export, logits))
+        world.publish(f"checked/{place.stage}", check_stage(run.setup, place, export, logits))
 
 
 def _has_exits(config: RunConfig) -> bool:
     return not config.is_pipelined and not config.local.head_features
 
 
-def _compose(config: RunConfig, plan: Plan, class_name: str, export: Path) -> None:
-    model_config = plan.model_config(config)
+def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
+    config, model_config = setup.config, setup.model_config()
     model_config.dtype = DTYPES[config.export_dtype]
-    tokenizer = load_tokenizer(config)
-    generation = generation_values(config, model_config, tokenizer)
-    heads, exits = config.head_layers_schedule, _has_exits(config)
-    compose(export, plan.partition, heads, model_config, class_name, tokenizer, exits, generation)
+    model = Description(model_config, class_name, start.tokenizer, setup.generation, setup.code)
+    compose(export, setup.partition, config.head_layers_schedule, model, _has_exits(config))
 
 
 def _slices(engine: Engine) -> tuple[list[Slice], Slice | None]:
@@ -143,16 +125,16 @@ def _folded(engine: Engine) -> dict[str, torch.Tensor]:
     return folded(last.head, last.temperature) if isinstance(last, Block) else {}
 
 
-def check_stage(config: RunConfig, plan: Plan, place: Place, export: Path, logits: torch.Tensor) -> str:
+def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) -> str:
     """Compares this stage's exit, as transformers loads it, with the pipeline's logits on the same row of text.
 
     Returns a line for a person. An exit that is no model of its own is removed; the whole model must be one.
     """
-    final = config.output_dir / "export"
+    config, final = setup.config, setup.config.output_dir / "export"
     if place.is_last_stage:
         return f"{final}: {_compare(config, export, export, logits)}"
     folder = exit_folder(export, place.stage)
-    reason = plan.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
+    reason = setup.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
     if reason is None:
         try:
             return f"{exit_folder(final, place.stage)}: {_compare(config, export, folder, logits)}"
@@ -169,27 +151,19 @@ def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor
     return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What was trained on: rows, tokens in them without padding, and where they are from."""
-
-    rows: int
-    tokens: int
-    sources: tuple[PackedSource, ...]
-
-
-def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, trained: Trained, export: Path) -> None:
+def _report(run: Run, start: Start, export: Path) -> None:
     """Puts the checked exports in their place, and says what a person sees at the end: the exports, every stage's
     validation loss, and some text."""
+    config, world, progress = run.config, run.world, run.progress
     seconds, draft, stages = float(config.train.ddp_timeout), draft_of(export), range(world.place.num_stages)
     for stage in stages if _has_exits(config) else stages[-1:]:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
-    sets = learn(world, config) if config.train.eval_batches else ()
+    sets = run.setup.eval_sets if config.train.eval_batches else ()
     found = [[_last_losses(config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-    _write_cards(_training(config, plan, world.place, trained, tuple(losses), exits), draft)
+    _write_cards(_training(run, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
@@ -199,10 +173,10 @@ def _report(config: RunConfig, plan: Plan, world: World, progress: Progress, tra
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     if sets and _has_exits(config):
-        better = better_exit([scores[0] for scores in found], plan.partition, exits)
+        better = better_exit([scores[0] for scores in found], run.setup.partition, exits)
         progress.say(f"llm_local: warning: {better}") if better else None
     if config.train.sample_prompt:
-        progress.say(f"{export} writes:\n{_sample(config, config.train.sample_prompt)}")
+        progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
 
 
 def _last_losses(config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:
@@ -211,27 +185,22 @@ def _last_losses(config: RunConfig, world: World, each: EvalSet, stage: int) -> 
     return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
 
 
-def _training(
-    config: RunConfig,
-    plan: Plan,
-    place: Place,
-    trained: Trained,
-    losses: tuple[float | None, ...],
-    exits: tuple[int, ...],
-) -> Training:
+def _training(run: Run, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:
+    config, steps = run.config, run.config.train.max_steps
+    assert run.feed is not None, "rank 0 reads the data"
     return Training(
         config=config,
-        partition=plan.partition,
-        num_replicas=place.num_replicas,
-        model_type=load_model_config(config.model).model_type,
-        steps=config.train.max_steps,
-        tokens=trained.tokens,
+        partition=run.setup.partition,
+        num_replicas=run.world.place.num_replicas,
+        model_type=run.setup.model["model_type"],
+        steps=steps,
+        tokens=run.feed.tokens,
         losses=losses,
         exits=exits,
         deepspeed=load_json(config),
         versions=installed_versions(),
-        places=trained.rows * config.data.seq_length,
-        sources=trained.sources,
+        places=run.rows_after(steps) * config.data.seq_length,
+        sources=run.sources,
     )
 
 
@@ -241,12 +210,11 @@ def _write_cards(training: Training, export: Path) -> None:
         write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
 
 
-def _sample(config: RunConfig, prompt: str) -> str:
+def _sample(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt and what the exported model writes after it, by seeded sampling."""
     export = config.output_dir / "export"
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(export, trust_remote_code=config.model.trust_remote_code).float()
-    tokenizer = load_tokenizer(config)
     ids = torch.tensor([prompt_ids(prompt, tokenizer)])
     torch.manual_seed(config.train.seed)
     eos = tokenizer.eos_token_id

@@ -6,7 +6,6 @@ is that of about one stage.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from llm_local.checkpoint.loader import fill, fill_block
 from llm_local.checkpoint.shards import EXITS
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import RunConfig
 from llm_local.data.feed import SOURCES, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.special_tokens import generation_values, run_model_config
@@ -28,16 +27,17 @@ from llm_local.ds_config import load_json
 from llm_local.export.model_card import Training, installed_versions, model_card
 from llm_local.export.model_folder import (
     CARD,
+    Description,
     complete,
-    draft_of,
-    put_in_place,
+    replaced,
     shard_name,
     tied_names,
     write_shard,
     write_text,
 )
-from llm_local.export.stages import collect, exit_name, trim_config
+from llm_local.export.stages import collect, exit_name, trimmed
 from llm_local.model.anatomy import Anatomy, probe
+from llm_local.model.remote_code import read_code
 from llm_local.model.shared_head import folded
 from llm_local.model.stage import build_block, build_slice
 from llm_local.partition import Partition
@@ -56,7 +56,7 @@ def export_checkpoint(
     which name a file, and NoSuchExit.
     """
     catalog = Catalog(checkpoint)
-    config = from_flat(catalog.manifest.flags)
+    config = catalog.manifest.config()
     # no layer runs here, and the kernel of the training may be on another machine
     config = replace(config, model=replace(config.model, attn_implementation="eager"))
     model_config = run_model_config(config)
@@ -66,12 +66,11 @@ def export_checkpoint(
     reason = refused_exits(config, model_config, anatomy, partition).get(exit or "")
     if reason:
         raise NoSuchExit(f"{exit} of {checkpoint} is no model of its own: {reason}")
-    tied, draft = tied_names(model_config), draft_of(out)
+    tied = tied_names(model_config)
     model_config.dtype = DTYPES[config.precision if dtype == "auto" else dtype]
-    shutil.rmtree(draft, ignore_errors=True)
-    shards = [draft / shard_name(index, last + 2) for index in range(last + 2)]
     class_name = ""
-    try:
+    with replaced(out) as draft:
+        shards = [draft / shard_name(index, last + 2) for index in range(last + 2)]
         for stage in range(last + 1):
             say(f"stage {stage}: {partition.describe().split(' | ')[stage].partition(': ')[2]}")
             class_name = _write_stage(
@@ -80,13 +79,10 @@ def export_checkpoint(
         depth = partition.private_layers(partition.stages[last].stop - 1, config.head_layers_schedule).stop
         tokenizer = load_tokenizer(config)
         generation = generation_values(config, model_config, tokenizer)
-        complete(draft, shards, trim_config(model_config, depth), class_name, tokenizer, tied, generation)
-        training = _training(catalog, from_flat(catalog.manifest.flags), partition, model_config.model_type)
+        model = Description(model_config, class_name, tokenizer, generation, read_code(model_config))
+        complete(draft, shards, trimmed(model, depth), tied)
+        training = _training(catalog, catalog.manifest.config(), partition, model_config.model_type)
         write_text(draft / CARD, model_card(training, None if exit is None else last))
-        put_in_place(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:

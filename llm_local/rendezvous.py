@@ -1,4 +1,4 @@
-"""How the ranks of a run meet: a store, in which each claims its place and waits for rank 0's plan."""
+"""How the ranks of a run meet: a store, in which each claims its place and waits for rank 0's setup."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llm_local.launch import Launch
 from llm_local.owner import Owner
 from llm_local.watchdog import LostPeer, StoreLine
 
-PLAN = "plan"
+SETUP = "setup"
 SIGN_SECONDS = 1.0
 _TOLD, _SIGNS = "told", "signs"
 _OPENED = "llm_local/opened"
@@ -154,7 +154,7 @@ class Rendezvous:
 
     @contextmanager
     def kept_waiting(self) -> Iterator[None]:
-        """Rank 0 gives a sign of life every second, so that the others may wait for its plan without a time limit."""
+        """Rank 0 gives a sign of life every second, so that the others may wait for its setup without a time limit."""
         if self._launch.world_size == 1:
             yield
             return
@@ -171,10 +171,10 @@ class Rendezvous:
         finally:
             ended.set()
 
-    def publish(self, plan: str) -> None:
-        """Rank 0 tells the others the plan, and later lives of the run that its output folder is open."""
+    def publish(self, setup: str) -> None:
+        """Rank 0 tells the others the setup, and later lives of the run that its output folder is open."""
         _below(self.store()).set(_OPENED, "1")
-        self.store().set(PLAN, plan)
+        self.store().set(SETUP, setup)
 
     def is_known(self) -> bool:
         """Whether an earlier life of this run, before a restart by torchrun, has opened the output folder."""
@@ -187,7 +187,7 @@ class Rendezvous:
         end = time.monotonic() + seconds
         with suppress(RuntimeError, ConfigError):  # a launcher may have ended the others
             store = self.store(seconds)
-            store.set(PLAN, "")
+            store.set(SETUP, "")
             while store.add(_TOLD, 0) < self._launch.world_size - 1 and time.monotonic() < end:
                 time.sleep(0.05)
 
@@ -199,8 +199,8 @@ def _below(store: Any) -> Any:
     return store
 
 
-def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None) -> str:
-    """What rank 0 has published as the PLAN. It has `seconds` for that; from its first sign of life on as long as it
+def fetch_setup(store: Any, seconds: float, silence_seconds: float | None = None) -> str:
+    """What rank 0 has published as the SETUP. It has `seconds` for that; from its first sign of life on as long as it
     wants, if it gives more of them.
 
     Raises Refused where it has said no, LostPeer where it is gone, or silent for silence_seconds.
@@ -209,9 +209,9 @@ def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None)
     seen = start
     while True:
         try:
-            text, found = line.ask(_plan_and_signs, limit)
+            text, found = line.ask(_setup_and_signs, limit)
         except RuntimeError as error:
-            raise LostPeer("lost rank 0, or what serves its store, while waiting for rank 0's plan") from error
+            raise LostPeer("lost rank 0, or what serves its store, while waiting for rank 0's setup") from error
         except Empty:
             text, found = None, signs
         if text is not None:
@@ -221,7 +221,7 @@ def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None)
             signs, seen, limit = found, now, seconds if silence_seconds is None else silence_seconds
         if now - seen >= limit:
             silent = f"; no sign of life for {limit:g} s (--link_timeout_seconds {limit:g})" if signs else ""
-            raise LostPeer(f"waited {now - start:.0f} s for rank 0's plan{silent}")
+            raise LostPeer(f"waited {now - start:.0f} s for rank 0's setup{silent}")
         time.sleep(min(_POLL_SECONDS, limit))
     if not text:
         store.add(_TOLD, 1)
@@ -229,9 +229,9 @@ def fetch_plan(store: Any, seconds: float, silence_seconds: float | None = None)
     return text
 
 
-def _plan_and_signs(store: Any) -> tuple[str | None, int]:
+def _setup_and_signs(store: Any) -> tuple[str | None, int]:
     signs = store.add(_SIGNS, 0)
-    return (bytes(store.get(PLAN)).decode() if store.check([PLAN]) else None), signs
+    return (bytes(store.get(SETUP)).decode() if store.check([SETUP]) else None), signs
 
 
 def fetch(store: Any, key: str, seconds: float, what: str) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint
-from llm_local.checkpoint.line import after_restart
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import ConfigError, is_due, parse
@@ -59,8 +58,6 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(rank, error)
     meeting = Rendezvous(launch, config.train.output_dir, float(config.train.ddp_timeout))
     try:
-        if rank == 0 and meeting.is_known():
-            config = after_restart(config)
         start = check(config, launch, meeting) if rank == 0 else None
     except Exception as error:
         return _call_off(meeting, error)
@@ -68,11 +65,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = build(config, launch, watchdog, start, meeting)
         train(run)
-        rows = run.rows_after(config.train.max_steps)
-        finish(run.config, run.plan, run.world, run.engine, run.feed, run.progress, rows, run.sources)
-        run.links.close(config.train.max_steps)
+        finish(run)
+        last = run.config.train.max_steps
+        run.links.close(last)
         if run.refresher is not None:
-            run.refresher.close(config.train.max_steps)
+            run.refresher.close(last)
         run.world.finish()
     except Refused:
         return REFUSED
@@ -211,7 +208,7 @@ def _evaluate(run: Run, step: int) -> None:
     """Every stage measures its own exit with the weights of this step; nobody waits for a later stage."""
     batches, place = run.config.train.eval_batches, run.world.place
     rows = batches * run.config.train.per_device_train_batch_size * place.num_replicas
-    for number, each in enumerate(run.eval_sets):
+    for number, each in enumerate(run.setup.eval_sets):
         if run.feed is not None:
             run.feed.validate_on(number)
         with run.traced(each.split, step):

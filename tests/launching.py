@@ -123,9 +123,12 @@ def job(launcher: list[str], flags: list[str], folder: Path, name: str = "log") 
 
 
 class Rank:
-    """A rank that no launcher looks after: a process of its own with RANK and the rest in its environment."""
+    """A rank that no launcher looks after: a process of its own, in a folder of its own, with RANK and the rest, and
+    `more`, in its environment."""
 
-    def __init__(self, rank: int, world_size: int, port: int, flags: list[str], log: Path):
+    def __init__(
+        self, rank: int, world_size: int, port: int, flags: list[str], log: Path, folder: Path = ROOT, **more: str
+    ):
         environ = {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -133,11 +136,12 @@ class Rank:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            **more,
         }
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.log = log
-        self.process = context.Process(target=_main, args=(environ, flags, str(log)), daemon=True)
+        self.process = context.Process(target=_main, args=(environ, flags, str(log), folder), daemon=True)
         self.process.start()
         self.pid: int = self.process.pid
 
@@ -154,8 +158,9 @@ class Rank:
         return self.log.read_text(errors="replace")
 
 
-def _main(environ: dict[str, str], flags: list[str], log: str) -> None:
+def _main(environ: dict[str, str], flags: list[str], log: str, folder: Path) -> None:
     os.environ.update(environ)
+    os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -12,11 +12,12 @@ from test_export import MINICPM3
 from transformers import AutoConfig
 
 from llm_local.checks.exit_check import difference_at, exit_depths, exit_warnings, refused_exits
-from llm_local.checks.preflight import Plan, preflight
+from llm_local.checks.preflight import preflight
 from llm_local.config import RunConfig, parse
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.partition import Partition, Span
+from llm_local.setup import Setup
 
 TWO_STAGES = Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
 JAPANESE = TINY | {"model_type": "gpt_neox_japanese"}
@@ -77,11 +78,11 @@ def test_a_person_is_told_once():
     )
 
 
-def test_the_plan_has_the_warning_and_the_exits(tmp_path: Path, cache: Path):
+def test_the_setup_has_the_warning_and_the_exits(tmp_path: Path, cache: Path):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(MINICPM3))
     flags = ["--config_name", str(path), "--num_stages", "2", "--seq_length", "32", "--cache_dir", str(cache)]
-    plan = preflight(parse([*flags, "--output_dir", str(tmp_path / "run")]), 2)
-    assert list(plan.refused_exits) == ["stage-00"]
-    assert any("exits of model type 'minicpm3' are no models" in warning for warning in plan.warnings)
-    assert Plan.from_json(plan.to_json()) == plan
+    setup = preflight(parse([*flags, "--output_dir", str(tmp_path / "run")]), 2)
+    assert list(setup.refused_exits) == ["stage-00"]
+    assert any("exits of model type 'minicpm3' are no models" in warning for warning in setup.warnings)
+    assert Setup.from_json(setup.to_json()) == setup

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llm_local.checks.preflight import Plan, open_output
+from llm_local.checks.preflight import open_output
 from llm_local.config import parse
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
@@ -26,6 +26,7 @@ from llm_local.export.stages import StageTensors, write_stage
 from llm_local.finish import check_stage
 from llm_local.model.anatomy import probe
 from llm_local.partition import Partition, Span
+from llm_local.setup import Setup
 from llm_local.world import Place
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -120,7 +121,7 @@ def test_an_exit_that_is_no_model_is_left_out_and_the_run_succeeds(trainer: Trai
 class TestCheckStage:
     """What becomes of an export whose logits are not the pipeline's."""
 
-    def export(self, tmp_path: Path) -> tuple[Any, Plan, Path, torch.Tensor]:
+    def export(self, tmp_path: Path) -> tuple[Setup, Path, torch.Tensor]:
         path = tmp_path / "llama.json"
         path.write_text(json.dumps(TINY))
         config = parse(["--config_name", str(path), "--output_dir", str(tmp_path), "--num_stages", "2"])
@@ -131,31 +132,32 @@ class TestCheckStage:
         ids = torch.arange(8)[None]
         save_file({"input_ids": ids}, export / "check.safetensors")
         anatomy = probe(model.config, config.model)
-        plan = Plan(anatomy, Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2))), None)
+        partition = Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
+        setup = Setup(config, {}, {}, {}, anatomy, partition)
         with torch.no_grad():
-            return config, plan, export, model(input_ids=ids).logits
+            return setup, export, model(input_ids=ids).logits
 
     def test_an_exit_is_removed_with_a_line(self, tmp_path: Path):
-        config, plan, export, logits = self.export(tmp_path)
-        line = check_stage(config, plan, Place.of(0, 2, 2), export, logits)
+        setup, export, logits = self.export(tmp_path)
+        line = check_stage(setup, Place.of(0, 2, 2), export, logits)
         loads = "loads with no missing or unexpected key, logits equal the pipeline's"
         assert line == f"{tmp_path}/export/exits/stage-00: {loads}"
-        line = check_stage(config, plan, Place.of(0, 2, 2), export, logits * 2)
+        line = check_stage(setup, Place.of(0, 2, 2), export, logits * 2)
         reason = "its logits differ from the pipeline's by 0.5 of the largest"
         assert line == f"no exit stage-00, as it is no model of its own: {reason}"
         assert list((export / "exits").iterdir()) == []
 
     def test_one_that_was_refused_before_training_is_not_tried(self, tmp_path: Path):
-        config, plan, export, logits = self.export(tmp_path)
-        line = check_stage(config, replace(plan, refused_exits={"stage-00": "why"}), Place.of(0, 2, 2), export, logits)
+        setup, export, logits = self.export(tmp_path)
+        line = check_stage(replace(setup, refused_exits={"stage-00": "why"}), Place.of(0, 2, 2), export, logits)
         assert line == "no exit stage-00, as it is no model of its own: why"
         assert list((export / "exits").iterdir()) == []
 
     def test_the_whole_model_must_be_the_pipelines(self, tmp_path: Path):
-        config, plan, export, logits = self.export(tmp_path)
-        assert "logits equal" in check_stage(config, plan, Place.of(1, 2, 2), export, logits)
+        setup, export, logits = self.export(tmp_path)
+        assert "logits equal" in check_stage(setup, Place.of(1, 2, 2), export, logits)
         with pytest.raises(WrongExport, match=r"export\.unfinished: its logits differ from the pipeline's by 0\.5 of"):
-            check_stage(config, plan, Place.of(1, 2, 2), export, logits * 2)
+            check_stage(setup, Place.of(1, 2, 2), export, logits * 2)
         assert (export / "config.json").exists()
 
 
@@ -186,7 +188,7 @@ def test_what_a_killed_run_left_of_its_export_goes_at_the_next_start(tmp_path: P
         (tmp_path / name).mkdir()
     config = parse(["--config_name", "model.json", "--output_dir", str(tmp_path)])
     anatomy = probe(AutoConfig.for_model(**TINY), config.model)
-    open_output(config, Plan(anatomy, Partition((Span(0, 4),), (Span(0, 1),)), None))
+    open_output(Setup(config, {}, {}, {}, anatomy, Partition((Span(0, 4),), (Span(0, 1),))))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "run.yaml"]
 
 

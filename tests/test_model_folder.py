@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from llm_local.checks.tiny import tiny_config
 from llm_local.export.model_folder import (
+    Description,
     UnwrittenExport,
     WrongExport,
     check_export,
@@ -27,8 +28,10 @@ from llm_local.export.model_folder import (
     model_without_memory,
     original_names,
     put_in_place,
+    replaced,
+    shard_name,
     tied_names,
-    write_model,
+    write_shard,
     write_text,
 )
 from llm_local.export.stages import trim_config
@@ -55,8 +58,14 @@ def parts(model: Any) -> list[dict[str, torch.Tensor]]:
 
 
 def written(folder: Path, model: Any, **options: Any) -> Path:
-    arguments = {"parts": parts(model), "config": model.config, "tokenizer": tokenizer()} | options
-    write_model(folder, class_name=type(model).__name__, **arguments)
+    """As a run writes it: beside its place first."""
+    tensors, config = options.get("parts", parts(model)), options.get("config", model.config)
+    described = Description(config, type(model).__name__, options.get("tokenizer", tokenizer()))
+    with replaced(folder) as draft:
+        shards = [draft / shard_name(index, len(tensors)) for index in range(len(tensors))]
+        for shard, part in zip(shards, tensors, strict=True):
+            write_shard(shard, part)
+        complete(draft, shards, described, tied_names(config))
     return folder
 
 
@@ -80,10 +89,9 @@ class TestWriteModel:
     @pytest.mark.parametrize("config", [TINY, MIXTRAL], ids=["llama", "mixtral"])
     def test_transformers_reads_it(self, tmp_path: Path, config: dict[str, Any]):
         model = made(config)
-        folder = written(tmp_path / "model", model, card="# A card\n")
+        folder = written(tmp_path / "model", model)
         assert check_export(folder, IDS, logits(model), 0.0).endswith("logits equal the pipeline's")
         assert len(AutoTokenizer.from_pretrained(folder)) == 64
-        assert (folder / "README.md").read_text() == "# A card\n"
         assert json.loads((folder / "config.json").read_text())["architectures"] == [type(model).__name__]
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -100,7 +108,7 @@ class TestWriteModel:
     def test_parts_of_the_config_have_the_dtype_of_the_whole(self, tmp_path: Path):
         config = tiny_config("gemma3")
         config.text_config.dtype, config.dtype = torch.float16, torch.bfloat16
-        complete(tmp_path, [], config, "Gemma3ForConditionalGeneration", tokenizer(), {})
+        complete(tmp_path, [], Description(config, "Gemma3ForConditionalGeneration", tokenizer()), {})
         values = json.loads((tmp_path / "config.json").read_text())
         assert [values["dtype"], values["text_config"]["dtype"], values["vision_config"]["dtype"]] == ["bfloat16"] * 3
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
-from llm_local.export.model_folder import write_model
+from llm_local.export.model_folder import Description, complete, shard_name, write_shard
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import load_model_config
+from llm_local.model.remote_code import read_code
 
 ROOT = Path(__file__).parent.parent
 CODE = {
@@ -147,7 +148,9 @@ def test_code_of_another_folder_comes_along(tmp_path: Path, cache: Path):
     config = load_model_config(ModelArguments(config_name=str(folder), trust_remote_code=True))
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(builtin_tokenizer_dir(cache))
-    write_model(tmp_path / "out", [model.state_dict()], config, "TinyForCausalLM", tokenizer)
+    shard = tmp_path / "out" / shard_name(0, 1)
+    write_shard(shard, model.state_dict())
+    complete(shard.parent, [shard], Description(config, "TinyForCausalLM", tokenizer, code=read_code(config)), {})
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["auto_map"] == MAP
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == set(CODE) - {"tokenization_tiny.py"}

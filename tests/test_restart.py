@@ -58,7 +58,7 @@ def test_a_restart_that_never_opened_the_folder_leaves_what_is_in_it(trainer: Tr
     """Killed while rank 0 prepared the data: the checkpoints there are another run's."""
     folder = fake_run(trainer.folder / "run", 2)
     config = parse(trainer.flags("run", overwrite_output_dir=True))
-    (said,) = open_output(config, preflight(config, 1), is_restart=True)
+    (said,) = open_output(preflight(config, 1), is_restart=True)
     assert said.startswith(f"step-00000002 set aside in {folder}/checkpoints/abandoned-1: ")
     assert (folder / "checkpoints/abandoned-1/step-00000002/manifest.json").exists()
     assert committed(folder) == []

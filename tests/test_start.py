@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,7 +17,7 @@ from launching import by_hand
 from ranks import run_ranks
 from transformers import AutoTokenizer
 
-from llm_local.checks.preflight import Plan, preflight
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir
@@ -24,6 +25,7 @@ from llm_local.launch import Launch
 from llm_local.links.packet import TRAIN
 from llm_local.rendezvous import open_store
 from llm_local.run import _make_feed
+from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
 from llm_local.world import Place
 
@@ -129,15 +131,16 @@ def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
 
     config = parse(trainer.flags("run", train_file="not there"))
     data = Data(Rows(), (ValidationSet("validation", Rows(), 1.0),))
-    feed = _make_feed(config, Place(0, 1, 1), data, None, (0, 0))
+    setup: Any = SimpleNamespace(config=config, documents=None)
+    feed = _make_feed(setup, Place(0, 1, 1), data, (0, 0))
     assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
     with pytest.raises(ConfigError, match="does not exist"):
-        _make_feed(config, Place(0, 1, 1), None, None, (0, 0))
+        _make_feed(setup, Place(0, 1, 1), None, (0, 0))
 
 
-def test_a_plan_survives_the_store(trainer: Trainer):
-    plan = preflight(parse(trainer.flags("run", method="overlapping")), 1)
-    assert Plan.from_json(plan.to_json()) == plan
+def test_a_setup_survives_the_store(trainer: Trainer):
+    setup = preflight(parse(trainer.flags("run", method="overlapping")), 1)
+    assert Setup.from_json(setup.to_json()) == setup
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):

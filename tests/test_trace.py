@@ -254,5 +254,5 @@ class TestOfOtherRuns:
     def test_a_trace_goes_with_the_run_that_is_replaced(self, trainer: Trainer):
         output = trainer.run("old", 1, max_steps=1, trace=True)
         config = parse(trainer.flags("old", overwrite_output_dir=True))
-        open_output(config, preflight(config, 1))
+        open_output(preflight(config, 1))
         assert not (output / "trace").exists()

@@ -147,13 +147,13 @@ def test_the_folder_of_a_run_that_lives_is_refused(trainer: Trainer, capsys: pyt
 
 def test_of_two_starts_in_a_new_folder_one_goes_on(trainer: Trainer):
     config = parse(trainer.flags("run"))
-    plan = preflight(config, 1)
+    setup = preflight(config, 1)
     with claim_folder(config.output_dir):
         with pytest.raises(ConfigError, match="is in use by another run"):
             claim_folder(config.output_dir)
-        open_output(config, plan)
+        open_output(setup)
     with pytest.raises(ConfigError, match="holds another run"):
-        open_output(config, plan)
+        open_output(setup)
 
 
 def test_without_locks_the_owner_counts_if_it_is_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from llm_local import rendezvous
 from llm_local.launch import Launch
-from llm_local.rendezvous import PLAN, Refused, Rendezvous, fetch_plan
+from llm_local.rendezvous import SETUP, Refused, Rendezvous, fetch_setup
 from llm_local.train import REFUSED
 from llm_local.watchdog import LostPeer
 
@@ -38,26 +38,26 @@ def test_a_rank_waits_longer_than_its_limit_while_rank_0_lives(store: Any, monke
     def prepare() -> None:
         with meeting.kept_waiting():
             time.sleep(2.0)
-        store.set(PLAN, "the plan")
+        store.set(SETUP, "the plan")
 
     rank_0 = threading.Thread(target=prepare)
     rank_0.start()
-    assert fetch_plan(store.clone(), 1.0, 1.0) == "the plan"
+    assert fetch_setup(store.clone(), 1.0, 1.0) == "the plan"
     rank_0.join()
 
 
 def test_silence_after_signs_of_life_is_a_loss(store: Any):
     store.add("signs", 1)
-    with pytest.raises(LostPeer, match=r"for rank 0's plan; no sign of life for 0.3 s \(--link_timeout_seconds 0.3\)"):
-        fetch_plan(store, 60.0, 0.3)
+    with pytest.raises(LostPeer, match=r"for rank 0's setup; no sign of life for 0.3 s \(--link_timeout_seconds 0.3\)"):
+        fetch_setup(store, 60.0, 0.3)
 
 
 def test_a_store_that_is_gone_is_a_loss():
     server: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = server.clone()
     del server
-    with pytest.raises(LostPeer, match="waiting for rank 0's plan"):
-        fetch_plan(client, 60.0)
+    with pytest.raises(LostPeer, match="waiting for rank 0's setup"):
+        fetch_setup(client, 60.0)
 
 
 def test_a_refusal_reaches_those_who_wait(store: Any, monkeypatch: pytest.MonkeyPatch):
@@ -65,7 +65,7 @@ def test_a_refusal_reaches_those_who_wait(store: Any, monkeypatch: pytest.Monkey
     teller = threading.Thread(target=meeting.say_no, args=(10.0,))
     teller.start()
     with pytest.raises(Refused):
-        fetch_plan(store.clone(), 10.0)
+        fetch_setup(store.clone(), 10.0)
     teller.join(5)
     assert not teller.is_alive(), "it leaves once all others know"
 

@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import ConfigError, RunConfig, from_flat
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
@@ -98,13 +98,19 @@ def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_
 
 @dataclass(frozen=True)
 class Manifest:
-    """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's."""
+    """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's. deepspeed:
+    the JSON that they name; None in a checkpoint of a time when it was not kept."""
 
     step: int
     rows: int
     layout: Layout
     flags: dict[str, Any]
     versions: dict[str, str]
+    deepspeed: dict[str, Any] | None = None
+
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return replace(from_flat(self.flags), deepspeed_json=self.deepspeed)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -32,6 +32,7 @@ from llm_local.checkpoint.catalog import (
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
+from llm_local.ds_config import load_json
 from llm_local.files import writing
 from llm_local.model.stage import Block
 from llm_local.world import World
@@ -52,7 +53,7 @@ class Saver:
         self._world = world
         self._store = world.store.clone()
         self._layout = layout
-        self._flags = config.flat()
+        self._flags, self._deepspeed = config.flat(), load_json(config)
         self._folder = config.output_dir / FOLDER
         self._limit = config.train.save_total_limit
         self._thread: threading.Thread | None = None
@@ -93,7 +94,7 @@ class Saver:
             files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
             if data:
                 files[DATA_FILE] = json.dumps(data)
-        manifest = Manifest(step, rows, self._layout, self._flags, _versions())
+        manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
         arguments = (root, folder, tensors, starts, files, manifest)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)
         self._thread.start()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, RunConfig
+from llm_local.data.encoding import tokenizer_key
 from llm_local.data.sets import data_problems
-from llm_local.data.special_tokens import pretrained_generation, special_tokens, token_warnings
+from llm_local.data.special_tokens import generation_values, pretrained_generation, special_tokens, token_warnings
 from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
+from llm_local.ds_config import load_json
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.flags import FLAGS
@@ -43,12 +44,14 @@ from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
 from llm_local.model.lowrank import rank_problems
+from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
 from llm_local.model.token_ids import set_token_ids
 from llm_local.owner import folder_problems
-from llm_local.partition import Costs, Partition, Span, estimate_costs, make_partition
+from llm_local.partition import Costs, Partition, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.setup import Setup, model_values
 from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
@@ -56,54 +59,11 @@ OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, 
 OURS += ("tensorboard", "csv", TRACE)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What rank 0 decides for all: how the model is made, how it is cut, and where the run goes on from."""
-
-    anatomy: Anatomy
-    partition: Partition
-    checkpoint: str | None
-    warnings: tuple[str, ...] = ()
-    documents: DocumentMask | None = None
-    refused_exits: dict[str, str] = field(default_factory=dict)
-    add_bos: bool | None = None
-    special_tokens: dict[str, Any] = field(default_factory=dict)
-    max_steps: int = 0
-    epoch: tuple[int, int] | None = None
-
-    def model_config(self, config: RunConfig) -> PretrainedConfig:
-        """The config of the run's model, as rank 0 found it; the others need no tokenizer for it."""
-        return set_token_ids(load_model_config(config.model), self.special_tokens)
-
-    def resolve(self, config: RunConfig) -> RunConfig:
-        """The flags with what was measured, or is a checkpoint's, written down: a reader of them finds the same."""
-        train = replace(config.train, max_steps=self.max_steps)
-        epoch = self.epoch and (self.epoch[0], self.epoch[1])
-        config = replace(config, data=replace(config.data, add_bos=self.add_bos), train=train, epoch=epoch)
-        if config.local.partition == "flops":
-            return config
-        layers = [len(self.partition.layers_of(stage)) for stage in range(self.partition.num_stages)]
-        return replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Plan:
-        values = json.loads(text)
-        cut = values["partition"]
-        blocks, stages = (tuple(Span(**span) for span in cut[name]) for name in ("blocks", "stages"))
-        anatomy = Anatomy.from_json(json.dumps(values["anatomy"]))
-        partition = Partition(blocks, stages, cut["overlap"])
-        documents = DocumentMask(**values["documents"]) if values["documents"] else None
-        warnings = tuple(values["warnings"])
-        found = {"anatomy": anatomy, "partition": partition, "warnings": warnings, "documents": documents}
-        return Plan(**values | found)
-
-
-def preflight(config: RunConfig, world_size: int) -> Plan:
+def preflight(given: RunConfig, world_size: int) -> Setup:
     """Checks the whole run. Raises ConfigError with every problem that was found."""
-    config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
+    config = replace(given, data=replace(given.data, add_bos=documents_begin(given)))
+    with suppress(ConfigError):  # which deepspeed_problems has
+        config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // max(1, config.local.num_stages))
     problems += deepspeed_problems(config, num_replicas)
@@ -114,27 +74,40 @@ def preflight(config: RunConfig, world_size: int) -> Plan:
     found = _Model()
     if (config.model.config_name or config.model.model_name_or_path or config.model.model_type) and not cache_problems:
         problems += found.look(config, world_size)
-    if not problems:
-        assert found.anatomy is not None
-        assert found.partition is not None
-        assert found.config is not None
-        checkpoint, more = _resume(config, found.config, found.partition, world_size)
-        problems += more
-        if not problems:
-            partition = found.partition
-            if config.local.partition == "profile" and config.local.stage_layers is None:
-                costs = measure_costs(config, found.config, found.anatomy)
-                partition = plan_partition(config, found.config, found.anatomy, costs)
-            warnings = found.warnings + tokenizer_warnings(config, found.config) + head_warnings(config)
-            warnings += token_warnings(config, found.config)
-            refused = refused_exits(config, found.config, found.anatomy, partition)
-            warnings += exit_warnings(found.config.model_type, refused)
-            documents, add_bos = document_mask(config), config.data.add_bos
-            special, steps, epoch = special_tokens(config), config.train.max_steps, config.epoch
-            return Plan(
-                found.anatomy, partition, checkpoint, warnings, documents, refused, add_bos, special, steps, epoch
-            )
-    raise ConfigError(problems)
+    if problems:
+        raise ConfigError(problems)
+    checkpoint, problems = _resume(config, *found.whole(), world_size)
+    if problems:
+        raise ConfigError(problems)
+    return _set_up(given, config, checkpoint, found)
+
+
+def _set_up(given: RunConfig, config: RunConfig, checkpoint: str | None, found: _Model) -> Setup:
+    """What all ranks will use, of a run that is right."""
+    model_config, anatomy, partition = found.whole()
+    if config.local.partition == "profile":
+        if config.local.stage_layers is None:
+            costs = measure_costs(config, model_config, anatomy)
+            partition = plan_partition(config, model_config, anatomy, costs)
+        layers = [len(partition.layers_of(stage)) for stage in range(partition.num_stages)]
+        config = replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
+    warnings = found.warnings + tokenizer_warnings(config, model_config) + head_warnings(config)
+    warnings += token_warnings(config, model_config)
+    refused, tokenizer = refused_exits(config, model_config, anatomy, partition), load_tokenizer(config)
+    return Setup(
+        config=config,
+        given=given.flat(),
+        model=model_values(config, model_config),
+        generation=generation_values(config, model_config, tokenizer),
+        anatomy=anatomy,
+        partition=partition,
+        checkpoint=checkpoint,
+        warnings=warnings + exit_warnings(model_config.model_type, refused),
+        documents=document_mask(config),
+        refused_exits=refused,
+        code=read_code(model_config),
+        tokenizer=tokenizer_key(tokenizer) if tokenizer.is_fast else "",
+    )
 
 
 class _Model:
@@ -145,6 +118,13 @@ class _Model:
         self.anatomy: Anatomy | None = None
         self.partition: Partition | None = None
         self.warnings: tuple[str, ...] = ()
+
+    def whole(self) -> tuple[PretrainedConfig, Anatomy, Partition]:
+        """Of a model without problems."""
+        assert self.config is not None
+        assert self.anatomy is not None
+        assert self.partition is not None
+        return self.config, self.anatomy, self.partition
 
     def look(self, config: RunConfig, world_size: int) -> list[str]:
         try:
@@ -304,7 +284,7 @@ def _lost_inputs(config: RunConfig) -> list[str]:
 
 
 def _resume(
-    config: RunConfig, model_config: PretrainedConfig, partition: Partition, world_size: int
+    config: RunConfig, model_config: PretrainedConfig, _anatomy: Anatomy, partition: Partition, world_size: int
 ) -> tuple[str | None, list[str]]:
     layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
     checkpoint = find_checkpoint(config)
@@ -326,14 +306,14 @@ def _resume(
     return str(checkpoint), problems
 
 
-def open_output(config: RunConfig, plan: Plan, is_restart: bool = False) -> tuple[str, ...]:
+def open_output(setup: Setup, is_restart: bool = False) -> tuple[str, ...]:
     """Makes OUTPUT and writes run.yaml; returns lines for a person.
 
     A run that is replaced goes first, and nothing else in the folder does: checkpoints that are not on the line that is
     gone on with are set aside, and so are all that a restart, which replaces nothing, does not know as its own.
     """
-    folder, checkpoint = config.output_dir, Path(plan.checkpoint) if plan.checkpoint else None
-    replaces = _replaces(config, checkpoint)
+    config, checkpoint = setup.config, Path(setup.checkpoint) if setup.checkpoint else None
+    folder, replaces = config.output_dir, _replaces(config, checkpoint)
     if not replaces and (problems := another_run(config, checkpoint)):  # it came and went since the checks
         raise ConfigError(problems)
     if replaces and not is_restart:
@@ -346,7 +326,7 @@ def open_output(config: RunConfig, plan: Plan, is_restart: bool = False) -> tupl
     _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
-    (folder / "run.yaml").write_text(f"# {plan.partition.describe()}\n{text}")
+    (folder / "run.yaml").write_text(f"# {setup.partition.describe()}\n{text}")
     return (said,) if said else ()
 
 

@@ -28,7 +28,7 @@ from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.tiny import tiny_config
 from llm_local.config import RunConfig
-from llm_local.export.model_folder import model_without_memory
+from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
@@ -219,7 +219,7 @@ class _Trial:
                 write_stage(export, stage, NUM_STAGES, tensors, has_head=stage == last or not refused)
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
             name = type(self.blocks[0].body.model).__name__
-            compose(export, self.partition, (0,), self.config, name, tokenizer, not refused)
+            compose(export, self.partition, (0,), Description(self.config, name, tokenizer), not refused)
             answers = [b.logits(f, self.ids) for b, f in zip(self.blocks, self._features(), strict=True)]
             _check_loads(export, self.ids, answers[last])
             if refused:

@@ -90,6 +90,12 @@ class Data:
     sources: tuple[SourceData, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Documents and tokens of each that is on disk, by name."""
+        named = {each.name: each.tokens for each in self.sources}
+        named |= {f"{each.name} (validation)": each.tokens for each in self.validation}
+        return {name: (tokens.documents, tokens.tokens) for name, tokens in named.items() if tokens is not None}
+
 
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False

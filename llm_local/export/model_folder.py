@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from llm_local.checkpoint.catalog import save_tensors
 from llm_local.files import link_or_copy
 from llm_local.model.anatomy import text_config
-from llm_local.model.remote_code import copy_code
+from llm_local.model.remote_code import write_code
 from llm_local.model.slices import model_without_weights
 
 INDEX, CARD = "model.safetensors.index.json", "README.md"
@@ -120,46 +121,37 @@ def tied_names(config: PretrainedConfig) -> dict[str, str]:
     return {originals[copied]: originals[source] for copied, source in tied.items()}
 
 
-def write_model(
-    folder: Path,
-    parts: Sequence[Mapping[str, torch.Tensor]],
-    config: PretrainedConfig,
-    class_name: str,
-    tokenizer: Any,
-    card: str | None = None,
-) -> None:
-    """Writes a model as a folder for from_pretrained, in the place of what was there.
-
-    parts: tensors under their original names (original_names), a shard for each part; together the whole model. config:
-    of that many layers (export.trim_config). card: the text of README.md. Raises UnwrittenExport naming a file.
-    """
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Its draft, to be filled; it takes the folder's place as a whole, and goes where it cannot be filled."""
     draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        shards = [draft / shard_name(index, len(parts)) for index in range(len(parts))]
-        for shard, tensors in zip(shards, parts, strict=True):
-            write_shard(shard, tensors)
-        complete(draft, shards, config, class_name, tokenizer, tied_names(config))
-        if card is not None:
-            write_text(draft / CARD, card)
+        yield draft
         put_in_place(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def complete(
-    folder: Path,
-    shards: Sequence[Path],
-    config: PretrainedConfig,
-    class_name: str,
-    tokenizer: Any,
-    tied: Mapping[str, str],
-    generation: Mapping[str, Any] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Description:
+    """What transformers needs to load a model, beside its weights.
+
+    class_name: of the model. generation: what generation_config.json holds; default: as the config has it. code:
+    modules of the model's own, by file name.
+    """
+
+    config: PretrainedConfig
+    class_name: str
+    tokenizer: Any
+    generation: Mapping[str, Any] | None = None
+    code: Mapping[str, str] = field(default_factory=dict)
+
+
+def complete(folder: Path, shards: Sequence[Path], model: Description, tied: Mapping[str, str]) -> None:
     """Makes a model of shards that lie in the folder. tied: see tied_names; where the two are not equal bit for bit the
-    model is untied. generation: what generation_config.json holds; default: as the config has it. Raises
-    UnwrittenExport naming a file."""
+    model is untied. Raises UnwrittenExport naming a file."""
     is_tied = drop_copies(shards, tied)
     places = _places(shards)
     index = {
@@ -167,21 +159,22 @@ def complete(
         "weight_map": {name: path.name for name, path in sorted(places.items())},
     }
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
-    config = copy.deepcopy(config)
-    config.architectures = [class_name]
+    config = copy.deepcopy(model.config)
+    config.architectures = [model.class_name]
     for name in config.sub_configs:  # one dtype for all, as they were trained
         if (part := getattr(config, name, None)) is not None:
             part.dtype = config.dtype
     if not is_tied:
         config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
     with writing(folder / "config.json"):
-        copy_code(config, folder)
+        write_code(model.code, config, folder)
         config.save_pretrained(folder)
+    generation = model.generation
     if generation is None:
         generation = GenerationConfig.from_model_config(config).to_diff_dict()
     write_text(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2) + "\n")
     with writing(folder / "tokenizer.json"):
-        tokenizer.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
 
 
 def write_text(path: Path, text: str) -> None:

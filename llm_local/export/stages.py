@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 from transformers import PretrainedConfig
 
 from llm_local.export.masters import Masters
-from llm_local.export.model_folder import complete, link, original_names, shard_name, tied_names, write_shard
+from llm_local.export.model_folder import (
+    Description,
+    complete,
+    link,
+    original_names,
+    shard_name,
+    tied_names,
+    write_shard,
+)
 from llm_local.model.anatomy import text_config
 from llm_local.model.lowrank import multiplied
 from llm_local.model.overrides import is_per_layer
@@ -122,35 +129,27 @@ def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors
         write_shard(exit_folder(export, stage) / shard_name(stage + 1, stage + 2), tensors.head)
 
 
-def compose(
-    export: Path,
-    partition: Partition,
-    head_layers: Sequence[int],
-    config: PretrainedConfig,
-    class_name: str,
-    tokenizer: Any,
-    exits: bool,
-    generation: Mapping[str, Any] | None = None,
-) -> None:
-    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head.
-
-    generation: see complete.
-    """
-    last, tied = partition.num_stages - 1, tied_names(config)
+def compose(export: Path, partition: Partition, head_layers: Sequence[int], model: Description, exits: bool) -> None:
+    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
+    last, tied = partition.num_stages - 1, tied_names(model.config)
     for stage in range(last + 1) if exits else (last,):
         folder, count = exit_folder(export, stage), stage + 2
         for index in range(stage + 1):
             link(export / shard_name(index, last + 2), folder / shard_name(index, count))
         private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
-        trimmed = trim_config(config, private.stop)
         shards = [folder / shard_name(i, count) for i in range(count)]
-        complete(folder, shards, trimmed, class_name, tokenizer, tied, generation)
+        complete(folder, shards, trimmed(model, private.stop), tied)
     whole = exit_folder(export, last)
     link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
     shards = [export / shard_name(index, last + 2) for index in range(last + 2)]
-    complete(export, shards, trim_config(config, partition.num_layers), class_name, tokenizer, tied, generation)
+    complete(export, shards, trimmed(model, partition.num_layers), tied)
     if not exits:
         shutil.rmtree(export / "exits")
+
+
+def trimmed(model: Description, num_layers: int) -> Description:
+    """The description of the first num_layers layers."""
+    return replace(model, config=trim_config(model.config, num_layers))
 
 
 def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:

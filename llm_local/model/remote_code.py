@@ -5,8 +5,7 @@ transformers runs them with --trust_remote_code alone, and saves no more of them
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def check_code(config: Any, trusted: bool, named: str) -> PretrainedConfig:
     Raises ConfigError with the repair.
     """
     if trusted:
-        _code_files(config, named)
+        read_code(config, named)
     elif getattr(config, "auto_map", None):
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ConfigError([f"{named} {UNTRUSTED}"])
@@ -40,29 +39,36 @@ def check_code(config: Any, trusted: bool, named: str) -> PretrainedConfig:
     return config
 
 
-def copy_code(config: PretrainedConfig, folder: Path) -> None:
-    """Puts all code that the config names into the folder, and lets the config there name it."""
-    for path in _code_files(config, str(config.name_or_path)):
-        shutil.copyfile(path, folder / path.name)
+def write_code(code: Mapping[str, str], config: PretrainedConfig, folder: Path) -> None:
+    """Puts the modules into the folder, and lets the config there name them."""
+    for name, text in code.items():
+        (folder / name).write_text(text)
     if getattr(config, "auto_map", None):
         config.auto_map = {kind: _local(reference) for kind, reference in config.auto_map.items()}
 
 
-def _code_files(config: PretrainedConfig, named: str) -> list[Path]:
-    """Modules that the auto_map names and those that they import from beside them, as transformers keeps them."""
-    files: dict[str, Path] = {}
+def read_code(config: PretrainedConfig, named: str = "") -> dict[str, str]:
+    """Modules, by file name, that the auto_map names, and those that they import from beside them.
+
+    named: what a message calls the config. Raises ConfigError for one that cannot be had.
+    """
+    modules: dict[str, str] = {}
     for reference in _references(config):
         elsewhere, _, local = reference.rpartition("--")
         module = f"{local.partition('.')[0]}.py"
         try:
             found = Path(HF_MODULES_CACHE, get_cached_module_file(elsewhere or str(config.name_or_path), module))
-            files |= {path.name: path for path in (found, *map(Path, get_relative_import_files(found)))}
+            for path in (found, *map(Path, get_relative_import_files(found))):
+                modules[path.name] = path.read_text()
         except (OSError, ValueError, *OF_CODE) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                [f"{named} names code in its auto_map, {reference}, that cannot be had ({reason}); add what is missing"]
+                [
+                    f"{named or config.name_or_path} names code in its auto_map, {reference}, that cannot be had "
+                    f"({reason}); add what is missing"
+                ]
             ) from error
-    return list(files.values())
+    return modules
 
 
 def _references(config: PretrainedConfig) -> Iterator[str]:
