@@ -44,8 +44,9 @@ SAMPLE_TOKENS = 80
 CHECK_FILE = "check.safetensors"
 
 
-def finish(run: Run) -> None:
-    """Exports and checks; every rank must call. Rank 0 composes what the stages wrote, and reports.
+def finish(run: Run, step: int) -> None:
+    """Exports and checks what the run is after `step`; every rank must call. Rank 0 composes what the stages wrote, and
+    reports.
 
     Raises UnwrittenExport where the disk takes no more, and WrongExport where the whole model is not the pipeline's;
     what was exported before is there in both cases.
@@ -54,7 +55,7 @@ def finish(run: Run) -> None:
     try:
         _export(run, draft_of(export))
         if run.start is not None:
-            _report(run, run.start, export)
+            _report(run, run.start, step, export)
     except UnwrittenExport as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
         raise UnwrittenExport(f"{error}{_again(run.config)}") from error
@@ -151,7 +152,7 @@ def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor
     return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
-def _report(run: Run, start: Start, export: Path) -> None:
+def _report(run: Run, start: Start, step: int, export: Path) -> None:
     """Puts the checked exports in their place, and says what a person sees at the end: the exports, every stage's
     validation loss, and some text."""
     config, world, progress = run.config, run.world, run.progress
@@ -160,10 +161,10 @@ def _report(run: Run, start: Start, export: Path) -> None:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
     sets = run.setup.eval_sets if config.train.eval_batches else ()
-    found = [[_last_losses(config, world, each, stage) for each in sets] for stage in stages]
+    found = [[_losses_at(step, config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-    _write_cards(_training(run, tuple(losses), exits), draft)
+    _write_cards(_training(run, step, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
@@ -179,27 +180,27 @@ def _report(run: Run, start: Start, export: Path) -> None:
         progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
 
 
-def _last_losses(config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:
-    """Of the stage's blocks, at the last step."""
-    key, seconds = f"{each.split}/{config.train.max_steps}/{stage}", float(config.train.ddp_timeout)
+def _losses_at(step: int, config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:
+    """Of the stage's blocks."""
+    key, seconds = f"{each.split}/{step}/{stage}", float(config.train.ddp_timeout)
     return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
 
 
-def _training(run: Run, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:
-    config, steps = run.config, run.config.train.max_steps
+def _training(run: Run, step: int, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:
+    config = run.config
     assert run.feed is not None, "rank 0 reads the data"
     return Training(
         config=config,
         partition=run.setup.partition,
         num_replicas=run.world.place.num_replicas,
         model_type=run.setup.model["model_type"],
-        steps=steps,
+        steps=step,
         tokens=run.feed.tokens,
         losses=losses,
         exits=exits,
         deepspeed=load_json(config),
         versions=installed_versions(),
-        places=run.rows_after(steps) * config.data.seq_length,
+        places=run.rows_after(step) * config.data.seq_length,
         sources=run.sources,
     )
 

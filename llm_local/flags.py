@@ -270,6 +270,13 @@ class TrainArguments:
         decides=WATCH,
     )
     save_total_limit: int | None = _option(None, "Checkpoints kept; older ones are removed.", POSITIVE, decides=WATCH)
+    load_best_model_at_end: bool = _option(
+        False, "Export the checkpoint with the last stage's lowest validation loss, and keep it.", decides=WATCH
+    )
+    metric_for_best_model: str | None = _option(
+        None, "What is lowest; there is the loss alone.", choices=("loss", "eval_loss"), decides=WATCH
+    )
+    greater_is_better: bool | None = _option(None, "Of a loss it is not.", decides=WATCH)
     resume_from_checkpoint: str | None = _option(
         None,
         "Checkpoint or run folder; 'true': newest in output_dir; 'auto': that, or a new run if there is none.",

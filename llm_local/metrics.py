@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from llm_local.checkpoint.line import committed
 from llm_local.files import write_whole, writing
 
 FOLDER = "metrics"
@@ -119,3 +120,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def best_step(output_dir: Path, num_stages: int) -> int | None:
+    """Of the checkpoints that are there, the step with the last stage's lowest validation loss, the first of equals;
+    None where none was evaluated."""
+    records = read_records(output_dir / FOLDER / f"stage-{num_stages - 1:02d}.jsonl")
+    losses = {record["step"]: record["loss"] for record in records if record["split"] == "eval"}
+    saved = [int(path.name.removeprefix("step-")) for path in committed(output_dir)]
+    return min((step for step in saved if step in losses), key=lambda step: losses[step], default=None)

@@ -27,6 +27,7 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
         value_problems(config)
         + _source_problems(config)
         + _model_problems(config)
+        + _best_problems(config)
         + _layout_problems(config, world_size)
         + _method_problems(config)
         + head_problems(config)
@@ -67,6 +68,22 @@ def _model_problems(config: RunConfig) -> list[str]:
         problems.append(f"gguf_file={config.model.gguf_file} needs model_name_or_path, the directory that it is in")
     if train.eval_on_start and not train.eval_batches:
         problems.append("eval_on_start=True with eval_batches=0 evaluates nothing; use eval_batches=1 or more")
+    return problems
+
+
+def _best_problems(config: RunConfig) -> list[str]:
+    train = config.train
+    problems = []
+    if train.greater_is_better:
+        problems.append("greater_is_better=True: the lowest loss is the best; leave it out")
+    if not train.load_best_model_at_end:
+        return problems
+    evaluation, saves = config.eval_interval if train.eval_batches else 0, config.save_interval
+    if not evaluation or not saves or saves % evaluation:
+        problems.append(
+            "load_best_model_at_end=True needs an evaluation of each checkpoint; give save_steps, and eval_steps of "
+            "which it is a multiple"
+        )
     return problems
 
 

@@ -6,6 +6,7 @@ import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +29,7 @@ from llm_local.evaluation import eval_sets
 from llm_local.files import writing
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
-from llm_local.metrics import MetricsFile
+from llm_local.metrics import MetricsFile, best_step
 from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.owner import claim_folder
 from llm_local.progress import Progress
@@ -163,7 +164,7 @@ def build(
     progress.say(f"llm_local: {layout_text}; {setup.partition.describe()}")
     for source in data.sources if data is not None else ():
         progress.say(f"llm_local: {source.describe()}")
-    saver = Saver(world, config, layout)
+    saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages))
     recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
     return Run(
         config=config,

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from llm_local.best import load_best
 from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run = build(config, launch, watchdog, start, meeting)
         train(run)
-        finish(run)
         last = run.config.train.max_steps
+        finish(run, load_best(run) if run.config.train.load_best_model_at_end else last)
         run.links.close(last)
         if run.refresher is not None:
             run.refresher.close(last)

@@ -80,6 +80,9 @@ DIFFERS = {
     "save_strategy": "as --save_steps says unless it is said",
     "save_steps": "0 unless it is said: no checkpoints; else one after the last step, too",
     "max_train_samples": "rows of --seq_length tokens, the first ones of the data",
+    "load_best_model_at_end": "the export is made of that checkpoint; OUTPUT/metrics goes on to the end",
+    "metric_for_best_model": "the last stage's loss on the first validation set alone: loss, eval_loss",
+    "greater_is_better": "false alone",
     "ddp_timeout": "of the start; --link_timeout_seconds is for the time after it",
     "deepspeed": "a file; ZeRO shards among the replicas of a stage",
     "resume_from_checkpoint": "true and auto, too; at any layout",
@@ -121,7 +124,6 @@ _MIXED = _no("use --bf16 or --fp16")
 _WHOLE = _no("an evaluation computes losses alone, in the precision of the training; leave it out", *_OFF)
 _OPTIMIZER = _no("name an optimizer and its settings in the JSON of --deepspeed", *_OFF)
 _TRACKIO = _no("use --report_to tensorboard or csv", "huggingface", *_OFF)
-_BEST = _no("look up the step of the lowest eval loss in OUTPUT/metrics, and export it: scripts/export.py", *_OFF)
 _CPU = _no("hide the GPUs: CUDA_VISIBLE_DEVICES=", *_OFF)
 _LABELS = _no("the data is text, or tokens of prepare_data.py; leave it out", *_OFF)
 _TPU = _no("there is no support for TPUs; leave it out", *_OFF)
@@ -176,9 +178,6 @@ NOT_TAKEN: dict[str, Refusal] = {
     "hub_strategy": _no(_HUB.instead, "every_save"),
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
-    "load_best_model_at_end": _BEST,
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
     "ignore_data_skip": _no("a resumed run goes on in its data by itself; leave it out", "false"),
     "restore_callback_states_from_checkpoint": _no("a run has no callbacks; leave it out", *_OFF),
     "full_determinism": _no("on a CPU runs are the same anyway; on a GPU use torch's own switches", *_OFF),

@@ -330,6 +330,8 @@ class TestStaticProblems:
             {"num_stages": 2, "layers_per_block": 3},
             {"config_name": None, "model_name_or_path": "m"},
             {"train_file": "t.txt", "validation_file": "v.txt"},
+            {"load_best_model_at_end": True, "save_steps": 4, "eval_steps": 2, "greater_is_better": False},
+            {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"},
             {"max_grad_norm": 0, "eval_batches": 0, "adam_beta1": 0, "warmup_steps": 0},
         ],
     )
@@ -399,6 +401,22 @@ class TestStaticProblems:
                 {"max_train_samples": 5, "data_mixture": "m"},
                 "max_train_samples=5 does not work with data_mixture; use max_steps",
             ),
+            ({"greater_is_better": True}, "greater_is_better=True: the lowest loss is the best; leave it out"),
+            *(
+                (
+                    {"load_best_model_at_end": True, **flags},
+                    "load_best_model_at_end=True needs an evaluation of each checkpoint; give save_steps, and "
+                    "eval_steps of which it is a multiple",
+                )
+                for flags in (
+                    {},
+                    {"save_steps": 4},
+                    {"save_steps": 4, "eval_steps": 3},
+                    {"save_steps": 4, "eval_steps": 2, "eval_batches": 0},
+                    {"save_strategy": "epoch", "eval_steps": 3},
+                )
+            ),
+            ({"metric_for_best_model": "f1"}, "metric_for_best_model='f1' is unknown; choose one of loss, eval_loss"),
             ({"num_train_epochs": 3}, "num_train_epochs=3 is counted by a run alone; use max_steps"),
             (
                 {"eval_strategy": "epochs"},

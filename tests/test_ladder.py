@@ -26,7 +26,7 @@ export: masters model_folder stages model_card
 metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
-examine assembly run_trace recorder run finish train offline_export
+examine assembly run_trace recorder run best finish train offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search

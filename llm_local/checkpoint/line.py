@@ -28,6 +28,11 @@ def committed(output_dir: Path) -> list[Path]:
     return sorted(manifest.parent for manifest in (output_dir / FOLDER).glob(f"step-*/{MANIFEST}"))
 
 
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after a step."""
+    return output_dir / FOLDER / f"step-{step:08d}"
+
+
 def find_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means; None for a new run.
 

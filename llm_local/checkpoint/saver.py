@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from llm_local.checkpoint.catalog import (
     replica_file,
     save_tensors,
 )
-from llm_local.checkpoint.line import FOLDER, committed
+from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
 from llm_local.ds_config import load_json
@@ -46,9 +46,10 @@ class UnsavedCheckpoint(RuntimeError):
 
 
 class Saver:
-    """Writes this rank's part of every checkpoint of a run, one at a time."""
+    """Writes this rank's part of every checkpoint of a run, one at a time. best: finds the step of the one
+    that load_best_model_at_end keeps."""
 
-    def __init__(self, world: World, config: RunConfig, layout: Layout):
+    def __init__(self, world: World, config: RunConfig, layout: Layout, best: Callable[[], int | None]):
         self._seconds = 0.0
         self._world = world
         self._store = world.store.clone()
@@ -56,6 +57,7 @@ class Saver:
         self._flags, self._deepspeed = config.flat(), load_json(config)
         self._folder = config.output_dir / FOLDER
         self._limit = config.train.save_total_limit
+        self._best = best if config.train.load_best_model_at_end else lambda: None
         self._thread: threading.Thread | None = None
         self._failure: UnsavedCheckpoint | None = None
         self._checked = False
@@ -78,7 +80,7 @@ class Saver:
         if not self._checked:
             check_masters(engines, self._world.place.replica)
             self._checked = True
-        place, root = self._world.place, self._folder / f"step-{step:08d}"
+        place, root = self._world.place, checkpoint_of(self._folder.parent, step)
         folder = root / f"stage-{place.stage:02d}"
         if place.is_recorder:  # what a killed run left half written, or one that went on from before
             with writing(folder):
@@ -139,7 +141,7 @@ class Saver:
             path = root / MANIFEST
             if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
                 _commit(path, manifest)
-                _remove_old(root, self._limit)
+                _remove_old(root, self._limit, self._best())
         except Exception as error:  # of whatever library; the training thread raises it
             shutil.rmtree(folder, ignore_errors=True)
             self._failure = UnsavedCheckpoint(
@@ -224,9 +226,11 @@ def _to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
-def _remove_old(newest: Path, limit: int | None) -> None:
-    """Keeps the newest, which has just been written, and those before it up to the limit."""
+def _remove_old(newest: Path, limit: int | None, best: int | None) -> None:
+    """Keeps the newest, which has just been written, those before it up to the limit, and the best."""
     line = [path for path in committed(newest.parent.parent) if path.name <= newest.name]
     for old in line[: -limit if limit else 0]:
+        if best is not None and old == checkpoint_of(newest.parent.parent, best):
+            continue
         (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is not one
         shutil.rmtree(old)

@@ -1,0 +1,44 @@
+"""The checkpoint with the lowest validation loss, which load_best_model_at_end exports in place of the last step."""
+
+from __future__ import annotations
+
+from llm_local.checkpoint.catalog import Catalog, read_data_state
+from llm_local.checkpoint.line import checkpoint_of
+from llm_local.checkpoint.loader import load_engines, load_shared_head
+from llm_local.data.feed import trained_tokens
+from llm_local.metrics import best_step, read_records
+from llm_local.model.refresh import INSTALLED
+from llm_local.model.shared_head import install, installed
+from llm_local.model.stage import Block
+from llm_local.run import Run
+
+
+def load_best(run: Run) -> int:
+    """Puts the run where its best checkpoint stands; returns that step. Every rank must call, when all has been
+    evaluated and saved. Raises BrokenCheckpoint."""
+    world, place, last = run.world, run.world.place, run.config.train.max_steps
+    seconds = float(run.config.train.ddp_timeout)
+    world.everybody("best/saved", seconds, "the others to save and evaluate")
+    if place.is_last_stage and place.is_recorder:
+        found = best_step(run.config.output_dir, place.num_stages)
+        world.publish("best/step", str(last if found is None else found))
+    step = int(world.fetch("best/step", seconds, "the last stage to choose a checkpoint"))
+    if step == last:
+        return step
+    catalog = Catalog(checkpoint_of(run.config.output_dir, step))
+    load_engines(catalog, run.engine.engines, place.replica)
+    for engine in run.engine.engines:
+        block = engine.module
+        if isinstance(block, Block) and block.temperature is not None:  # its matrix is no parameter
+            matrix = installed(block.head)
+            install(block.head, load_shared_head(catalog, block.head)[INSTALLED].to(matrix.device, matrix.dtype))
+    if run.metrics is not None:  # what an earlier life of the run measured
+        for record in read_records(run.metrics.path):
+            if record["step"] == step and record["split"].startswith("eval"):
+                losses = " ".join(map(str, record["block_losses"]))
+                world.publish(f"{record['split']}/{step}/{place.stage}", losses)
+    if run.feed is not None:
+        manifest, state = catalog.manifest, read_data_state(catalog.path)
+        run.feed.tokens = trained_tokens(state, manifest.rows, manifest.layout.seq_length)
+    run.progress.say(f"llm_local: {catalog.path.name} has the lowest validation loss, and is exported")
+    return step
