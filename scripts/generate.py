@@ -13,18 +13,14 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
-
-from llm_local.config import ConfigError
-from llm_local.data.encoding import prompt_ids
-from llm_local.data.tokenizer import read_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_TOKENS = 4
@@ -122,8 +118,10 @@ def find_device(name: str | None) -> torch.device:
 
 def reason(error: Exception) -> str:
     """Why transformers does not load a folder."""
-    if "trust_remote_code" in str(error):
-        return "it holds code of its own; read it, and let it run with --trust_remote_code"
+    from llm_local.model.remote_code import UNTRUSTED, is_untrusted  # what works needs transformers alone
+
+    if is_untrusted(error):
+        return f"it {UNTRUSTED.removesuffix(' true')}"  # a flag without a value, here
     return str(error).strip().splitlines()[0]
 
 
@@ -140,12 +138,30 @@ def load(folder: Path, given: argparse.Namespace, device: torch.device) -> Any:
     return model.eval().to(device)
 
 
+def read_tokenizer(folder: Path, trusted: bool) -> Any:
+    """The tokenizer of the folder. Raises ValueError naming the folder, and the file where one is broken."""
+    with suppress(Exception):  # of whatever library reads a file
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        if tokenizer("Some text.") and not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            return tokenizer
+    from llm_local.config import ConfigError  # looks for the reason; what works needs transformers alone
+    from llm_local.data import tokenizer as library
+
+    try:
+        return library.read_tokenizer(folder, str(folder), trusted)
+    except ConfigError as error:
+        said = "; ".join(error.problems)
+        raise ValueError(said.removesuffix(" true")) from error  # a flag without a value, here
+
+
 def encode(tokenizer: Any, prompt: str, model: Any, max_new_tokens: int) -> torch.Tensor:
     """(1, T) ids, begun with BOS where the tokenizer begins a text so, as in training.
 
     Raises ValueError if the text to write has no place.
     """
-    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
+    plain, whole = (tokenizer(prompt, add_special_tokens=special)["input_ids"] for special in (False, True))
+    first = whole[:1] if whole[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+    ids = torch.tensor([[*first, *plain]], device=model.device)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     wanted = ids.shape[1] + max_new_tokens
     if positions is not None and wanted > positions:
@@ -263,11 +279,7 @@ def generate(given: argparse.Namespace) -> int:
     device = find_device(given.device)
     if given.assistant is not None:
         find_assistant(given.export, given.assistant)  # before seconds go into loading the export
-    try:
-        tokenizer: Any = read_tokenizer(given.export, str(given.export), given.trust_remote_code)
-    except ConfigError as error:
-        said = "; ".join(error.problems)
-        raise ValueError(said.removesuffix(" true")) from error  # a flag without a value, here
+    tokenizer = read_tokenizer(given.export, given.trust_remote_code)
     model = load(given.export, given, device)
     prompts = [encode(tokenizer, prompt, model, given.max_new_tokens) for prompt in given.prompt]
     assistant = None if given.assistant is None else load_assistant(given, model)

@@ -145,7 +145,8 @@ def test_the_export_does_the_same_and_a_resumed_run_goes_on_as_it_began(trainer:
     exported = AutoTokenizer.from_pretrained(run / "export")
     assert first_token(exported) == exported.bos_token_id
     model = AutoModelForCausalLM.from_pretrained(run / "export")
-    assert script("generate").encode(exported, "import ", model, 1).tolist() == [prompt_ids("import ", exported)]
+    for prompt in ("import ", "<|bos|>x"):  # the script has the rule in its own words: it needs transformers alone
+        assert script("generate").encode(exported, prompt, model, 1).tolist() == [prompt_ids(prompt, exported)]
 
     def resumed(**flags: Any) -> bool | None:
         config = parse(trainer.flags("run", resume_from_checkpoint="true", **settings, **flags))

@@ -91,11 +91,11 @@ class TestGenerate:
         assert "2.00 times as fast" in printed
         assert "NOT the same with the assistant after prompt 1, from token 2 on, where the two best logits" in printed
 
-    def test_it_starts_without_deepspeed(self, export: Path):
+    def test_it_needs_transformers_alone(self, export: Path):
         code = (
             f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import generate\n"
             f"assert generate.main(['--export', {str(export)!r}, '--prompt', 'x', '--max_new_tokens', '2']) == 0\n"
-            "assert 'deepspeed' not in sys.modules\n"
+            "assert 'deepspeed' not in sys.modules and 'llm_local' not in sys.modules\n"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
