@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from llm_local.config import ConfigError
+from llm_local.checks.weight_problems import weight_problems
+from llm_local.config import ConfigError, from_flat
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, load_model_config, probe
 
@@ -232,11 +233,8 @@ def test_a_type_that_is_none():
     )
 
 
-@pytest.mark.parametrize("has_config", [False, True])
-def test_an_adapter_is_no_model(tmp_path: Path, has_config: bool):
+def test_an_adapter_is_no_model(tmp_path: Path):
     """As PEFT saves one; with a config beside it, transformers would load the base model and the adapter."""
-    if has_config:
-        (tmp_path / "config.json").write_text(json.dumps(TINY))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base", "r": 8}))
     said = (
         f"{tmp_path} is a PEFT adapter of some/base, not a whole model; merge them "
@@ -244,10 +242,14 @@ def test_an_adapter_is_no_model(tmp_path: Path, has_config: bool):
         "FOLDER"
     )
     assert refusal(model_name_or_path=str(tmp_path)) == f"model_name_or_path={said}"
-    if has_config:
-        assert load_model_config(ModelArguments(config_name=str(tmp_path))).hidden_size == 32
-    else:
-        assert refusal(config_name=str(tmp_path)) == f"config_name={said}"
+    assert refusal(config_name=str(tmp_path)) == f"config_name={said}"
+    assert refusal(config_name=f"{tmp_path}/adapter_config.json") == f"config_name={said}".replace(
+        " is a", "/adapter_config.json is a", 1
+    )
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert load_model_config(ModelArguments(config_name=str(tmp_path))).hidden_size == 32
+    run = from_flat({"model_name_or_path": str(tmp_path)})
+    assert weight_problems(run, load_model_config(run.model)) == ([f"model_name_or_path={said}"], ())
 
 
 def test_the_folder_of_a_run_is_no_model(tmp_path: Path):

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llm_local.config import ConfigError, RunConfig, some_of
+from llm_local.model.anatomy import adapter_problem
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.pretrained import COPY_AGAIN, Source, find, open_shard, sources_of, tensor_files
 from llm_local.model.slices import model_without_weights
@@ -29,6 +30,8 @@ def weight_problems(config: RunConfig, model_config: PretrainedConfig) -> tuple[
     if config.model.model_name_or_path is None:
         return [], ()
     path = weights_path(config)
+    if adapter := adapter_problem(f"model_name_or_path={path}", path):
+        return [adapter], ()
     method = getattr(model_config, "quantization_config", None)
     if method is not None:
         kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)

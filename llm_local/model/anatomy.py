@@ -102,10 +102,6 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     if model.gguf_file is not None:
         config = read_gguf_config(gguf_path(model))
         return _changed(config, config.to_diff_dict(), model)
-    if path.name == ADAPTER_CONFIG_NAME:
-        _refuse_adapter(named, str(path.parent))
-    elif not path.is_file() and (model.model_name_or_path or not (path / "config.json").exists()):
-        _refuse_adapter(named, source)
     if path.name == "config.json":
         source = str(path.parent)  # where its code is
     try:
@@ -115,23 +111,24 @@ def load_model_config(model: ModelArguments) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, *OF_CODE) as error:
         if is_untrusted(error):
             raise ConfigError([f"{named} {UNTRUSTED}"]) from error
+        if adapter := adapter_problem(named, str(path.parent) if path.name == ADAPTER_CONFIG_NAME else source):
+            raise ConfigError([adapter]) from error
         raise ConfigError([f"no model config in {source}{where}: {str(error).splitlines()[0]}"]) from error
     config = _changed(config, PretrainedConfig.get_config_dict(source)[0], model)
     return check_code(config, model.trust_remote_code, named)
 
 
-def _refuse_adapter(named: str, source: str) -> None:
-    """Raises ConfigError for what PEFT saved beside a model, or instead of one: transformers would load both."""
+def adapter_problem(named: str, source: str) -> str | None:
+    """Of what PEFT saved beside a model, or instead of one: transformers would load both. Of a name on the hub it is
+    looked up there."""
     try:
         found = find_adapter_config_file(source)
         base = json.loads(Path(found).read_text()).get("base_model_name_or_path") if found else None
     except (OSError, ValueError, AttributeError):
-        return
-    if found:
-        merged = f"AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(FOLDER)"
-        raise ConfigError(
-            [f"{named} is a PEFT adapter of {base}, not a whole model; merge them ({merged}) and name FOLDER"]
-        )
+        return None
+    merged = f"AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(FOLDER)"
+    said = f"{named} is a PEFT adapter of {base}, not a whole model; merge them ({merged}) and name FOLDER"
+    return said if found else None
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
