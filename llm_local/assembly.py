@@ -11,8 +11,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from llm_local.backprop import make_backprop_engine
 from llm_local.block_engine import make_block_engine
 from llm_local.data.feed import Feed
-from llm_local.ds_config import resolve
+from llm_local.ds_config import monitor_folder, resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
+from llm_local.files import writing
 from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
@@ -51,12 +52,15 @@ def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, 
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
         model = (model_config, setup.anatomy, setup.partition)
-        return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
+        with writing(monitor_folder(settings) or config.output_dir, reads=True):
+            return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
     blocks = build_blocks(config, model_config, setup.anatomy, setup.partition, place.stage, setup.documents)
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 else None
-        engines.append(make_block_engine(config, block, resolve(config, place.num_replicas, text, cpu, monitor)))
+        settings = resolve(config, place.num_replicas, text, cpu, monitor)
+        with writing(monitor_folder(settings) or config.output_dir, reads=True):
+            engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")
     local = config.local
     schedule = DistillationSchedule if local.distillation_weight else LocalSchedule

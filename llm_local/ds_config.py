@@ -134,6 +134,12 @@ def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | N
     return settings
 
 
+def monitor_folder(settings: Json) -> Path | None:
+    """Where a monitor of DeepSpeed's writes files, if one does."""
+    found = (settings[name] for name, key in MONITORS.items() if key and settings.get(name, {}).get("enabled"))
+    return next((Path(each.get("output_path", ""), each["job_name"]) for each in found), None)
+
+
 def _autos(value: Any, name: str) -> Iterator[str]:
     if value == "auto":
         yield name

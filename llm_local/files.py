@@ -1,44 +1,80 @@
-"""Files that others may look at while they are written."""
+"""Files that others may look at while they are written, and what is said of one that cannot be."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+_REPAIR = "make room there or change its permissions, and start again"
 
 
 class Unwritten(RuntimeError):
-    """A file could not be written; the message says all there is to say of it."""
+    """A file could not be written; the message says all there is to say of it. is_gone: it or its folder was not there
+    any more, which another rank that failed may have removed."""
+
+    def __init__(self, message: str, is_gone: bool = False):
+        super().__init__(message)
+        self.is_gone = is_gone
 
 
 @contextmanager
-def writing(path: Path, reads: bool = False) -> Iterator[None]:
+def writing(path: Path, reads: bool = False, repair: str = _REPAIR) -> Iterator[None]:
     """Raises Unwritten for an error of the system, which names the file where the error has none. reads: other files
-    are read meanwhile, so that only an error of a full disk is one of this kind."""
+    are read meanwhile, so that it is one of this kind only where a disk is full, or something in path not to be had."""
     try:
         yield
-    except OSError as error:
-        if reads and error.errno not in _FULL:
+    except Unwritten:
+        raise
+    except Exception as error:
+        if (said := unwritten(error, path, reads, repair)) is None:
             raise
-        reason = error.strerror or str(error).partition("\n")[0]
-        raise Unwritten(
-            f"{error.filename or path} could not be written ({reason}); make room there or change its permissions, "
-            "and start again"
-        ) from error
+        raise said from error
+
+
+def unwritten(error: BaseException | None, path: Path, reads: bool = False, repair: str = _REPAIR) -> Unwritten | None:
+    """What `writing` raises; None for an error of another kind. A full disk is found behind a library's error, too."""
+    if error is None or isinstance(error, Unwritten):
+        return error
+    number, reason = _of_system(error)
+    named = os.fsdecode(getattr(error, "filename2", None) or getattr(error, "filename", None) or path)
+    is_ours = number in _FULL or (number in _FORBIDDEN and Path(named).is_relative_to(path))
+    if not reason or (reads and not is_ours):
+        return unwritten(error.__cause__, path, True, repair)
+    return Unwritten(f"{named} could not be written ({reason}); {repair}", is_gone=number == errno.ENOENT)
+
+
+def _of_system(error: BaseException) -> tuple[int | None, str]:
+    """Number and words of an error of the system; safetensors, and tokenizers by no class of its own, pass on both."""
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error).partition("\n")[0]
+    found = re.search(r"([^:]+) \(os error (\d+)\)", str(error))
+    if found and (type(error) is Exception or isinstance(error, SafetensorError)):
+        return int(found[2]), found[1].strip()
+    return None, ""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears whole or not at all, also where several processes write it."""
+    """The file appears whole or not at all, also where several processes write it. Raises Unwritten."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, path)
+    with writing(path):
+        try:
+            draft.write_text(text)
+            os.replace(draft, path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            error.filename = path  # nobody knows the draft
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,7 +23,6 @@ from llm_local.export.model_card import Training, installed_versions, model_card
 from llm_local.export.model_folder import (
     CARD,
     Description,
-    UnwrittenExport,
     WrongExport,
     check_export,
     draft_of,
@@ -32,6 +31,7 @@ from llm_local.export.model_folder import (
     writing,
 )
 from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
+from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
 from llm_local.model.shared_head import folded
 from llm_local.model.slices import Slice
@@ -48,7 +48,7 @@ def finish(run: Run, step: int) -> None:
     """Exports and checks what the run is after `step`; every rank must call. Rank 0 composes what the stages wrote, and
     reports.
 
-    Raises UnwrittenExport where the disk takes no more, and WrongExport where the whole model is not the pipeline's;
+    Raises Unwritten where the disk takes no more, and WrongExport where the whole model is not the pipeline's;
     what was exported before is there in both cases.
     """
     export = run.config.output_dir / "export"
@@ -56,9 +56,9 @@ def finish(run: Run, step: int) -> None:
         _export(run, draft_of(export))
         if run.start is not None:
             _report(run, run.start, step, export)
-    except UnwrittenExport as error:
+    except Unwritten as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
-        raise UnwrittenExport(f"{error}{_again(run.config)}") from error
+        raise Unwritten(f"{error}{_again(run.config)}", error.is_gone) from error
 
 
 def _again(config: RunConfig) -> str:

@@ -71,6 +71,8 @@ class MetricsFile:
         self._old = {(r["split"], r["step"]) for r in read_records(self.path)}
         csv: Any = getattr(monitor, "csv_monitor", None)
         self._csv = Path(csv.log_dir) if csv else None
+        board: Any = getattr(monitor, "tb_monitor", None)
+        self._copies = self._csv or (Path(board.output_path, board.job_name) if board else self.path)
         for path in self._csv.glob("*.csv") if self._csv else ():
             last = resumed_samples if path.stem.startswith("Train_Samples") else resumed_step
             _keep_rows(path, lambda step, last=last: step <= last)
@@ -88,7 +90,7 @@ class MetricsFile:
             names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds", "perplexity", "bits_per_byte")
             values = [(name, getattr(record, name)) for name in names]
             events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
-            with writing(self._csv or self.path.parent.with_name("tensorboard")):
+            with writing(self._copies):
                 self._monitor.write_events(events)
 
 

@@ -52,7 +52,7 @@ def export_checkpoint(
 ) -> None:
     """Writes the model, or the exit of a stage ('stage-01'), as a folder for from_pretrained.
 
-    dtype: fp32, bf16, fp16, or auto for that of the training. Raises BrokenCheckpoint, ConfigError and UnwrittenExport,
+    dtype: fp32, bf16, fp16, or auto for that of the training. Raises BrokenCheckpoint, ConfigError and Unwritten,
     which name a file, and NoSuchExit.
     """
     catalog = Catalog(checkpoint)

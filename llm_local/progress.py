@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
+from llm_local.files import writing
 from llm_local.world import World
 
 BAR = "{n_fmt}/{total_fmt} steps |{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -29,7 +31,8 @@ class Progress:
     def say(self, text: str) -> None:
         """A line above the bar, from rank 0 only."""
         if self._shown:
-            tqdm.write(text, file=sys.stderr)
+            with writing(Path("<stderr>")):
+                tqdm.write(text, file=sys.stderr)
 
     def publish(self, split: str, step: int, losses: Sequence[float]) -> None:
         """Tells rank 0 the losses of this stage's blocks at a step."""

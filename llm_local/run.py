@@ -198,8 +198,9 @@ def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, 
     their host's, which must be the same."""
     config = setup.config
     if data is None:
-        tokenizer = load_tokenizer(config)
-        data = prepare_all(config, tokenizer)
+        with writing(config.cache_dir, reads=True):
+            tokenizer = load_tokenizer(config)
+            data = prepare_all(config, tokenizer)
         if problem := setup.other_data(tokenizer_key(tokenizer), data.counts()):
             raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
     validation = [each.sequences for each in data.validation]

@@ -8,7 +8,6 @@ from functools import partial
 from llm_local.assembly import Engine
 from llm_local.config import RunConfig
 from llm_local.device import finish_queued_work
-from llm_local.files import writing
 from llm_local.links.ends import Links
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import read_trace
@@ -53,5 +52,4 @@ def end_trace(tracer: Tracer | None, config: RunConfig, world: World) -> None:
     if place.rank == 0:
         for rank in range(place.world_size):
             world.fetch(f"trace/{rank}", seconds, f"rank {rank} to write its trace")
-        with writing(config.output_dir / "trace" / "trace.json"):
-            write_chrome_trace(read_trace(config.output_dir))
+        write_chrome_trace(read_trace(config.output_dir))

@@ -18,16 +18,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from llm_local.files import writing
+
 FORMAT = 1
 FOLDER = "trace"
 STEP, COMPUTE, RECEIVE, REFRESH = LANES = ("step", "compute", "receive", "refresh")
 REFRESH_WAIT = "RefreshHead"
 BUFFERED_EVENTS = 1000
 ROUNDS = 20
-
-
-class UnwrittenTrace(RuntimeError):
-    """A trace could not be written, for want of space say."""
 
 
 class Mail(Protocol):
@@ -112,7 +110,7 @@ class Tracer:
         self._num_done: Counter[tuple[str, int | None, bool]] = Counter()
 
     def start(self, reading: Reading) -> None:
-        """Writes the header. Raises UnwrittenTrace, as everything that writes."""
+        """Writes the header. Raises Unwritten, as everything that writes."""
         self._write({"llm_local_trace": FORMAT, **asdict(self.header), "clock": asdict(reading)})
 
     @contextmanager
@@ -178,16 +176,12 @@ class Tracer:
         self._file.close()
 
     def _write(self, *records: Mapping[str, Any]) -> None:
-        try:
+        with writing(self.path):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("w")
             self._file.write("".join(json.dumps(record) + "\n" for record in records))
             self._file.flush()
-        except OSError as error:
-            raise UnwrittenTrace(
-                f"{self.path} could not be written ({error.strerror}); make room, or leave trace off"
-            ) from error
 
 
 def traced(tracer: Tracer | None, name: str) -> AbstractContextManager[None]:

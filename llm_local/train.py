@@ -13,6 +13,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from llm_local.best import load_best
@@ -23,20 +25,20 @@ from llm_local.config import ConfigError, is_due, parse
 from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss, StepResult
 from llm_local.evaluation import over_replicas
-from llm_local.export.model_folder import ExportError
-from llm_local.files import Unwritten
+from llm_local.export.model_folder import WrongExport
+from llm_local.files import Unwritten, unwritten, writing
 from llm_local.finish import finish
 from llm_local.launch import Launch, of_scheduler
 from llm_local.rendezvous import Refused, Rendezvous
 from llm_local.run import Run, build, check
 from llm_local.run_trace import end_trace
-from llm_local.trace import REFRESH_WAIT, UnwrittenTrace, traced
+from llm_local.trace import REFRESH_WAIT, traced
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog, leave
 
 REFUSED = 2
 # their message says all there is to say
-PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, MisplacedWeights, UnwrittenTrace)
-PLAIN += (ExportError, UnreadableText, Unwritten)
+PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, MisplacedWeights, WrongExport)
+PLAIN += (UnreadableText, Unwritten)
 LAUNCHER_SECONDS = 10.0
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 REFUSAL_SECONDS = 30.0
@@ -64,10 +66,11 @@ def main(arguments: Sequence[str]) -> int:
         return _call_off(meeting, error)
     _started.set()
     try:
-        run = build(config, launch, watchdog, start, meeting)
-        train(run)
-        last = run.config.train.max_steps
-        finish(run, load_best(run) if run.config.train.load_best_model_at_end else last)
+        with writing(config.output_dir, reads=True):  # where nobody has said more exactly what is written
+            run = build(config, launch, watchdog, start, meeting)
+            train(run)
+            last = run.config.train.max_steps
+            finish(run, load_best(run) if run.config.train.load_best_model_at_end else last)
         run.links.close(last)
         if run.refresher is not None:
             run.refresher.close(last)
@@ -86,16 +89,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _call_off(meeting: Rendezvous, error: Exception) -> int:
     """Says why there is no run, and tells the ranks that wait for one; only a defect shows its traceback."""
-    if isinstance(error, ConfigError):
-        status = _refuse(0, error)
-    else:
-        if isinstance(error, PLAIN):
+    with suppress(OSError):  # what is printed may go to a full disk
+        if isinstance(error, (ConfigError, *PLAIN)):
             print(f"llm_local: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-        status = 1
     meeting.say_no(REFUSAL_SECONDS)
-    return status
+    return REFUSED if isinstance(error, ConfigError) else 1
 
 
 def quiet_libraries() -> None:
@@ -108,6 +108,13 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    threading.excepthook = _of_thread
+
+
+def _of_thread(happened: threading.ExceptHookArgs) -> None:
+    """A full disk is said by the thread that waits for this one: a monitor of DeepSpeed's writes in one of its own."""
+    if unwritten(happened.exc_value, Path(), reads=True) is None:
+        threading.__excepthook__(happened)
 
 
 def _refuse(rank: int, error: ConfigError) -> int:
@@ -122,11 +129,12 @@ def _refuse(rank: int, error: ConfigError) -> int:
 def _fail(watchdog: Watchdog, error: Exception) -> None:
     """Ends the process with a message that names what ended the run first; only a defect shows its traceback."""
     ours = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # A collective or the store that loses a peer raises a plain RuntimeError.
-    by_a_peer = isinstance(error, RuntimeError) and not isinstance(error, PLAIN)
+    # A collective or the store that loses a peer raises a plain RuntimeError; who cannot write removes a half folder.
+    by_a_peer = isinstance(error, RuntimeError) and (not isinstance(error, PLAIN) or getattr(error, "is_gone", False))
     cause = watchdog.explain() if by_a_peer else None
     if not cause and not isinstance(error, (LostPeer, *PLAIN)):
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
     watchdog.fail(ours, cause)
 
 

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
@@ -76,8 +77,9 @@ def decode(text: str | bytes) -> Peer:
 
 def leave(code: int) -> NoReturn:
     """Ends this process and its children now, whatever the main thread waits for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(code)
@@ -266,7 +268,8 @@ class Watchdog:
         if self._stopped.is_set():
             self._ending.release()
             return
-        print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # what is printed may go to a full disk
+            print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
         if self.rank == 0 and self._line is not None and code != 128 + signal.SIGINT:
             time.sleep(LAST_WORDS_SECONDS)
         leave(code)

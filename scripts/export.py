@@ -16,7 +16,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.checkpoint.catalog import MANIFEST, BrokenCheckpoint
 from llm_local.config import ConfigError
-from llm_local.export.model_folder import ExportError
+from llm_local.files import Unwritten, writing
 from llm_local.model.anatomy import SliceError
 from llm_local.offline_export import NoSuchExit, export_checkpoint
 from llm_local.train import quiet_libraries
@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not (given.checkpoint / MANIFEST).is_file():
             raise ConfigError([f"{given.checkpoint} has no {MANIFEST}: it is no checkpoint, or half written"])
-        export_checkpoint(given.checkpoint, given.out, given.exit, given.dtype, say)
+        with writing(given.out, reads=True):
+            export_checkpoint(given.checkpoint, given.out, given.exit, given.dtype, say)
     except ConfigError as error:
         say("; ".join(error.problems))
         return 2
-    except (BrokenCheckpoint, ExportError, NoSuchExit, SliceError) as error:
+    except Unwritten as error:
+        say(str(error))
+        return 1
+    except (BrokenCheckpoint, NoSuchExit, SliceError) as error:
         say(str(error))
         return 2
     say(f"model: {given.out}")

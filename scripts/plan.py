@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.files import Unwritten, writing
 from llm_local.flags import HEADS
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
@@ -86,7 +87,8 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
 def write(given: argparse.Namespace, planner: Planner, plan: Plan) -> None:
     print(text(planner, plan))
     if given.json:
-        given.json.write_text(json.dumps(as_json(planner, plan), indent=1) + "\n")
+        with writing(given.json):
+            given.json.write_text(json.dumps(as_json(planner, plan), indent=1) + "\n")
     shown = next(iter((*plan.best, *plan.peers)), None)
     if shown is None or shown.pipe is None or not (given.picture or given.trace):
         return
@@ -95,7 +97,8 @@ def write(given: argparse.Namespace, planner: Planner, plan: Plan) -> None:
     if given.picture:
         print(draw(timeline))
     if given.trace:
-        given.trace.write_text(json.dumps(trace_events(timeline)) + "\n")
+        with writing(given.trace):
+            given.trace.write_text(json.dumps(trace_events(timeline)) + "\n")
         print(f"trace: {given.trace}")
 
 
@@ -109,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"plan.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
+    except Unwritten as error:
+        print(f"plan.py: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"plan.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llm_local.files import Unwritten, writing
 from llm_local.metrics import read_records
 
 WINDOWS = 15
@@ -57,7 +58,8 @@ def draw(runs: list[Path], output: Path) -> None:
         panel.legend(frameon=False)
     panels[0][0].set_ylabel("loss (nats a token)")
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    with writing(output):
+        figure.savefig(output, dpi=120)
 
 
 def main(arguments: list[str]) -> int:
@@ -68,6 +70,9 @@ def main(arguments: list[str]) -> int:
     output = given.output or given.runs[0] / "metrics" / "loss.png"
     try:
         draw(given.runs, output)
+    except Unwritten as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

@@ -24,12 +24,13 @@ from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
 from llm_local.data.tokenizer import load_tokenizer
+from llm_local.files import Unwritten, writing
 from llm_local.problems import data_flag_problems
 
 
 def prepare(config: RunConfig, output: Path | None = None) -> Data:
-    """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data, and OSError
-    where `output` cannot be written."""
+    """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data, and Unwritten
+    where there is no room for it."""
     problems = data_flag_problems(config)
     if not problems:
         problems = [
@@ -56,7 +57,8 @@ def prepare(config: RunConfig, output: Path | None = None) -> Data:
             {TRAIN: source.folder, VALIDATION: validation.folder},
             config.data.validation_split_percentage,
         )
-        write_token_folder(output, sets, tokenizer, about.named, about.text_column, percentage)
+        with writing(output):
+            write_token_folder(output, sets, tokenizer, about.named, about.text_column, percentage)
     return data
 
 
@@ -93,10 +95,14 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     try:
         config, output = parse_arguments(arguments)
-        data = prepare(config, output)
+        with writing(config.cache_dir, reads=True):
+            data = prepare(config, output)
     except ConfigError as error:
         print(f"prepare_data.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
+    except Unwritten as error:
+        print(f"prepare_data.py: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

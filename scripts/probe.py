@@ -27,6 +27,7 @@ from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import local_device
 from llm_local.examine import TrainedRun, compare_gradients, linear_losses, load_run
+from llm_local.files import Unwritten, writing
 from llm_local.train import quiet_libraries
 
 COLUMNS = ("block", "stage", "layers", "loss", "linear_loss", "cosine", "local_norm", "true_norm")
@@ -118,10 +119,16 @@ def main(arguments: list[str]) -> int:
     quiet_libraries()
     folder = given.output or given.run / "metrics"
     try:
-        found = examine(given)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "probe.json").write_text(json.dumps(found, indent=1) + "\n")
-        draw(found, folder / "probe.png")
+        with writing(folder, reads=True):
+            found = examine(given)
+        with writing(folder / "probe.json"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "probe.json").write_text(json.dumps(found, indent=1) + "\n")
+        with writing(folder / "probe.png"):
+            draw(found, folder / "probe.png")
+    except Unwritten as error:
+        print(f"probe.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, BrokenCheckpoint) as error:
         reason = "; ".join(error.problems) if isinstance(error, ConfigError) else error
         print(f"probe.py: {reason}", file=sys.stderr)

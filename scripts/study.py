@@ -42,6 +42,7 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter
 
+    from llm_local.files import writing
     from llm_local.study.comparison import front, mean_curve
 
     figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(13, 6))
@@ -66,7 +67,8 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
         panel.margins(x=0.16, y=0.28)  # room for the names
     panels[0].set_ylabel("validation loss of the last block (nats a token)")
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    with writing(output):
+        figure.savefig(output, dpi=120)
     pyplot.close(figure)
 
 
@@ -122,8 +124,14 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--jobs {given.jobs}: give 1 or more")
     output = given.output_dir or Path("runs", "studies", given.study.stem)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from llm_local.files import Unwritten, writing
+
     try:
-        return run(given.study, output, given.jobs)
+        with writing(output, reads=True):
+            return run(given.study, output, given.jobs)
+    except Unwritten as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:  # ConfigError is one
         print(f"study.py: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from llm_local.files import Unwritten, writing
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import measured, read_trace, stage_times, table
 from llm_local.timeline.picture import Panel, draw_timeline
@@ -34,7 +35,8 @@ def show(run: Path, steps: str | None, output: Path) -> None:
     if not (trace.folder / "trace.json").exists():  # of a run that did not come to its end
         write_chrome_trace(trace)
     panels = [Panel("measured", measured(trace, drawn)), Panel("simulated, mean durations", simulated(trace, drawn))]
-    draw_timeline(panels, f"{run.name}: {named}, {_text(drawn)}", output)
+    with writing(output):
+        draw_timeline(panels, f"{run.name}: {named}, {_text(drawn)}", output)
     print(f"picture: {output}; for ui.perfetto.dev: {trace.folder / 'trace.json'}")
 
 
@@ -50,6 +52,9 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         show(given.run, given.steps, given.output or given.run / "trace" / "timeline.png")
+    except Unwritten as error:
+        print(f"timeline.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"timeline.py: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import data_problems
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
+from llm_local.files import Unwritten, writing
 from llm_local.problems import data_flag_problems
 
 CHARACTERS = 20_000_000
@@ -69,11 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
         if problems:
             raise ConfigError(problems)
         start = time.monotonic()
-        texts = _counted(sample_texts(config, given.characters), given.characters)
-        train_tokenizer(texts, given.kind, given.vocab_size, given.output, progress=sys.stderr.isatty())
+        with writing(config.cache_dir, reads=True):
+            texts = _counted(sample_texts(config, given.characters), given.characters)
+            train_tokenizer(texts, given.kind, given.vocab_size, given.output, progress=sys.stderr.isatty())
     except ConfigError as error:
         print(f"train_tokenizer.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
+    except Unwritten as error:
+        print(f"train_tokenizer.py: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"train_tokenizer.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from llm_local.checks.tiny import tiny_config
 from llm_local.export.model_folder import (
     Description,
-    UnwrittenExport,
     WrongExport,
     check_export,
     complete,
@@ -35,6 +34,7 @@ from llm_local.export.model_folder import (
     write_text,
 )
 from llm_local.export.stages import trim_config
+from llm_local.files import Unwritten
 
 IDS = torch.arange(8)[None]
 MIXTRAL = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}
@@ -129,7 +129,7 @@ class TestWriteModel:
     def test_a_full_disk_is_named_and_leaves_what_was_there(self, tmp_path: Path, limit: int, words: int, file: str):
         model = made(TINY)
         folder = written(tmp_path / "model", model)
-        with small_files(limit), pytest.raises(UnwrittenExport) as caught:
+        with small_files(limit), pytest.raises(Unwritten) as caught:
             written(folder, made(TINY), tokenizer=tokenizer(words))
         message = str(caught.value)
         assert message.startswith(f"{draft_of(folder) / file} could not be written (")
@@ -148,7 +148,7 @@ class TestWriteModel:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_text_that_cannot_be_written_is_named(self, tmp_path: Path):
-        with pytest.raises(UnwrittenExport, match=r"README.md could not be written \(No such file or directory\)"):
+        with pytest.raises(Unwritten, match=r"README.md could not be written \(No such file or directory\)"):
             write_text(tmp_path / "nowhere" / "README.md", "text")
 
     def test_the_predecessor_of_a_killed_run_does_not_stay(self, tmp_path: Path):

@@ -23,6 +23,7 @@ from llm_local.data import text_parts
 from llm_local.data.mixture import training_sources
 from llm_local.data.parts import STATE, Parts, make, read
 from llm_local.data.sources import load_training
+from llm_local.files import Unwritten
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_part_that_cannot_be_written_is_named(documents, jsonl):
     part.unlink()
     part.mkdir()
     for workers in (1, 2):
-        with pytest.raises(ConfigError, match=r"data-.*arrow.* cannot be written \(.*; make room, or choose another"):
+        with pytest.raises(Unwritten, match=r"data-.*arrow.* could not be written \(Is a directory\); make room there"):
             documents(jsonl, preprocessing_num_workers=workers)
 
 
@@ -205,6 +206,7 @@ from llm_local.data import text_parts
 from llm_local.config import parse
 from llm_local.data.mixture import training_sources
 from llm_local.data.sources import load_training
+from llm_local.files import Unwritten
 text_parts.PART_BYTES = 1 << 20
 config = parse(sys.argv[1:])
 documents, _ = load_training(config, training_sources(config)[0], divide=False)

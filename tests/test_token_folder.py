@@ -268,8 +268,8 @@ def test_an_output_that_cannot_be_written_is_named(script, jsonl, tmp_path, toke
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     flags = ["--tokenizer_name", str(tmp_path / "tokenizer"), "--train_file", jsonl, "--seq_length", "16"]
     output = Path(jsonl) / "inside"
-    assert script("prepare_data").main([*flags, "--cache_dir", str(tmp_path / "cache"), "--output", str(output)]) == 2
-    assert f"prepare_data.py: {output}/train: Not a directory" in capsys.readouterr().err
+    assert script("prepare_data").main([*flags, "--cache_dir", str(tmp_path / "cache"), "--output", str(output)]) == 1
+    assert f"prepare_data.py: {output}/train could not be written (Not a directory)" in capsys.readouterr().err
 
 
 def test_it_is_inspected_like_any_source(script, folder, tmp_path, capsys):

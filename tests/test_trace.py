@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 from llm_local.checks.preflight import open_output, preflight
 from llm_local.config import ConfigError, parse
+from llm_local.files import Unwritten
 from llm_local.schedule import LocalSchedule, OverlapSchedule
 from llm_local.timeline.chrome_trace import meetings
 from llm_local.timeline.measured import Row, RunTrace, measured, read_trace, stage_times
@@ -33,7 +34,6 @@ from llm_local.trace import (
     Header,
     Reading,
     Tracer,
-    UnwrittenTrace,
     read_clock,
 )
 from llm_local.watchdog import Watchdog
@@ -119,10 +119,11 @@ class TestTracer:
     def test_a_full_disk_is_named(self, tracer: Tracer):
         tracer.path.parent.mkdir()
         tracer.path.symlink_to("/dev/full")
-        with pytest.raises(UnwrittenTrace) as caught:
+        with pytest.raises(Unwritten) as caught:
             tracer.start(Reading(0.0, 0.0, 0.0))
         assert str(caught.value) == (
-            f"{tracer.path} could not be written (No space left on device); make room, or leave trace off"
+            f"{tracer.path} could not be written (No space left on device); make room there or change its permissions, "
+            "and start again"
         )
 
 

@@ -33,16 +33,17 @@ from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
 from llm_local.config import RunConfig
 from llm_local.ds_config import load_json
-from llm_local.files import writing
+from llm_local.files import unwritten, writing
 from llm_local.model.stage import Block
 from llm_local.world import World
 
 SHARED = "shared/"
+REPAIR = "the checkpoints before it are whole: make room, and resume"
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class UnsavedCheckpoint(RuntimeError):
-    """A checkpoint could not be written, for want of space say; those before it are whole."""
+    """No checkpoint can be made of what is trained, or by what trains it; those before it are whole."""
 
 
 class Saver:
@@ -59,7 +60,7 @@ class Saver:
         self._limit = config.train.save_total_limit
         self._best = best if config.train.load_best_model_at_end else lambda: None
         self._thread: threading.Thread | None = None
-        self._failure: UnsavedCheckpoint | None = None
+        self._failure: Exception | None = None
         self._checked = False
 
     def save(
@@ -72,8 +73,9 @@ class Saver:
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises UnsavedCheckpoint
-        if the save before has failed, and MisplacedWeights rather than save another model than is trained.
+        shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises Unwritten where
+        this save cannot begin or the one before has failed, and MisplacedWeights rather than save another model than is
+        trained.
         """
         start = time.perf_counter()
         self.wait()
@@ -83,7 +85,7 @@ class Saver:
         place, root = self._world.place, checkpoint_of(self._folder.parent, step)
         folder = root / f"stage-{place.stage:02d}"
         if place.is_recorder:  # what a killed run left half written, or one that went on from before
-            with writing(folder):
+            with writing(folder, repair=REPAIR):
                 (root / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -108,14 +110,14 @@ class Saver:
         return seconds
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is on the disk. Raises UnsavedCheckpoint if it is not."""
+        """Until this rank's part of the last save is on the disk. Raises Unwritten if it is not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raises UnsavedCheckpoint if a save has failed; waits for nothing."""
+        """Raises Unwritten, or what else it was, if a save has failed; waits for nothing."""
         if self._failure is not None:
             raise self._failure
 
@@ -142,11 +144,10 @@ class Saver:
             if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
                 _commit(path, manifest)
                 _remove_old(root, self._limit, self._best())
-        except Exception as error:  # of whatever library; the training thread raises it
-            shutil.rmtree(folder, ignore_errors=True)
-            self._failure = UnsavedCheckpoint(
-                f"{path} could not be written ({error}); the checkpoints before it are whole: make room, and resume"
-            )
+        except Exception as error:  # the training thread raises it
+            self._failure = unwritten(error, path, repair=REPAIR) or error
+            if not (root / MANIFEST).exists():  # an older one may be what cannot be removed
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 from llm_local.config import RunConfig
 from llm_local.data.sentencepieces import PROBES
 from llm_local.data.tokenizer import load_tokenizer, read_tokenizer
+from llm_local.files import writing
 
 
 def tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
@@ -46,8 +47,9 @@ def _export_warnings(
     """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
     with tempfile.TemporaryDirectory() as unnamed:
         folder = Path(unnamed, "tokenizer")  # transformers keeps code under the folder's name
-        tokenizer.save_pretrained(folder)
-        model_config.save_pretrained(folder)
+        with writing(folder):
+            tokenizer.save_pretrained(folder)
+            model_config.save_pretrained(folder)
         again = read_tokenizer(folder, "the tokenizer beside the model's config", config.model.trust_remote_code)
     if again([*PROBES])["input_ids"] == tokenizer([*PROBES])["input_ids"]:
         return ()

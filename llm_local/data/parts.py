@@ -24,7 +24,7 @@ from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from tqdm import tqdm
 
 from llm_local.config import ConfigError
-from llm_local.files import write_json
+from llm_local.files import write_json, writing
 
 MOST_PARTS = 1024
 STATE = "state.json"
@@ -59,18 +59,16 @@ def make(
 ) -> None:
     """Makes what is missing of the folder, by so many processes. title: of a progress bar; last: before it is complete.
 
-    Raises ConfigError where a file cannot be written or read, or a process is killed; finished parts are kept. What
-    `write` raises comes from the first part that fails, whoever made it.
+    Raises Unwritten where a file cannot be written, ConfigError where one cannot be read or a process is killed;
+    finished parts are kept. What `write` raises comes from the first part that fails, whoever made it.
     """
     try:
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        _make_missing(parts, workers, title)
-        if last is not None:
-            last()
-        _complete(parts, fingerprint)
-    except OSError as error:
-        named, repair = error.filename or parts.folder, "make room, or choose another cache_dir"
-        raise ConfigError([f"{named} cannot be written ({error.strerror or error}); {repair}"]) from error
+        with writing(parts.folder):
+            parts.folder.mkdir(parents=True, exist_ok=True)
+            _make_missing(parts, workers, title)
+            if last is not None:
+                last()
+            _complete(parts, fingerprint)
     except BrokenProcessPool as error:
         repair = "start again, with fewer preprocessing_num_workers if memory was short"
         raise ConfigError([f"a process that {parts.doing} was killed; finished parts are kept: {repair}"]) from error

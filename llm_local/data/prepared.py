@@ -30,7 +30,7 @@ from llm_local.data.encoding import CONTEXT, Tokens, encode, encode_running, fin
 from llm_local.data.packing import CONCAT, GROUP, Packed, Pieces, count_cut, pack
 from llm_local.data.parts import MOST_PARTS, STATE, Parts, is_complete, make, read
 from llm_local.data.token_folder import COUNTS
-from llm_local.files import write_json
+from llm_local.files import write_json, writing
 
 FEATURES = Features({"tokens": datasets.Sequence(Value("int32")), "bytes": Value("int64")})
 BATCH = 200  # documents tokenised together: bounds memory with documents of a megabyte
@@ -95,7 +95,8 @@ class Prepared:
 def prepare_tokens(job: Job, fingerprint: str, workers: int, title: str | None = None) -> Prepared:
     """The folder's tokens; what is missing of them is made first, by so many processes. title: of a progress bar.
 
-    Raises ConfigError where a file cannot be written or read, or a process is killed; finished parts are kept.
+    Raises Unwritten where a file cannot be written, ConfigError where one cannot be read or a process is killed;
+    finished parts are kept.
     """
     if not is_complete(job.folder):
         starts = job.starts()
@@ -182,8 +183,9 @@ def packed_rows(prepared: Prepared, room: int, packing: str, kept: Path | None =
     kept = kept or prepared.folder
     folder = kept / f"rows-{packing}-{room}"
     if not folder.is_dir():
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept, prefix=".rows-") as unfinished:
+        with writing(folder):
+            kept.mkdir(parents=True, exist_ok=True)
+        with writing(folder), tempfile.TemporaryDirectory(dir=kept, prefix=".rows-") as unfinished:
             draft = Path(unfinished, "rows")
             draft.mkdir()
             write_json(draft / COUNTS, asdict(_pack_into(draft, prepared, room, packing)))

@@ -30,6 +30,7 @@ from llm_local.data.source_problems import column_problem, files_of, missing_spl
 from llm_local.data.text_files import TEXT_FORMATS, UnreadableText, format_of, missing_column, read_texts
 from llm_local.data.text_parts import TextFiles, convert, features_of
 from llm_local.data.token_folder import REPAIR, TRAIN, VALIDATION
+from llm_local.files import Unwritten
 
 # Not the run's seed: runs that differ in their seed are compared on the same validation documents.
 SPLIT_SEED = 0
@@ -110,7 +111,7 @@ def _or_refused(source: Source, read: Callable[[], Any]) -> Any:
     except UnreadableText as error:
         cause, line = error, str(error)
     except UNREADABLE as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, (ConfigError, Unwritten)):
             raise
         cause, line = error, f"cannot be read ({_reason(error)})"
     rest = line.removeprefix(source.source)

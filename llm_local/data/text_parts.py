@@ -53,7 +53,7 @@ def convert(texts: TextFiles, cache_dir: Path, workers: int, title: str | None) 
     """The documents in the files' order, mapped; what is missing of them is made first, by so many processes.
 
     Their fingerprint depends on the key of the files alone. Raises UnreadableText for the first document that is wrong,
-    and ConfigError where a file cannot be written or a process is killed.
+    Unwritten where a file cannot be written, and ConfigError where a process is killed.
     """
     key = texts.key
     folder = cache_dir / "texts" / key

@@ -22,6 +22,7 @@ from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.data import corpus
 from llm_local.data.encoding import first_token
 from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model, train
+from llm_local.files import writing
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.remote_code import UNTRUSTED, is_untrusted
 
@@ -131,7 +132,13 @@ def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_siz
     target = cache_dir / "tokenizer" / f"python-{platform.python_version()}-{key}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target.parent, reads=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_builtin(target, folder, settings)
+    return target
+
+
+def _make_builtin(target: Path, folder: Path, settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
         model = train(islice(sample(folder), SAMPLE_CHUNKS), settings)
         made = Path(unfinished, "tokenizer")
@@ -142,7 +149,6 @@ def builtin_tokenizer_dir(cache_dir: Path, folder: Path | None = None, vocab_siz
         except OSError:
             if not target.is_dir():  # else another process was faster, with the same result
                 raise
-    return target
 
 
 def sample(folder: Path) -> Iterator[str]:

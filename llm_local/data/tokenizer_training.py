@@ -27,6 +27,7 @@ from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sentencepieces import BOS, EOS, EXACT, SPACE_MARK, chunks, from_model, reason_of, train
 from llm_local.data.sequences import shares
 from llm_local.data.sources import Documents, load_training
+from llm_local.files import writing
 
 KINDS = ("unigram", "bpe", "byte_bpe")
 SEED = 0
@@ -66,7 +67,8 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Pa
     """Trains a tokenizer and writes the directory `target` for AutoTokenizer, whole or not at all; of sentencepiece's
     kinds with tokenizer.model beside it. The time is linear in the text, of any kind. progress: shown on a terminal.
 
-    Raises ConfigError for a kind that is none, a vocabulary that does not suit the texts, and a target that exists.
+    Raises ConfigError for a kind that is none, a vocabulary that does not suit the texts, and a target that exists,
+    Unwritten where there is no room for it.
     """
     if kind not in KINDS:
         raise ConfigError([f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}"])
@@ -86,8 +88,9 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Pa
         raise ConfigError(
             [f"vocab_size={vocab_size}: the text gives {len(tokenizer)} pieces; lower it, or give more text"]
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
         made = Path(unfinished, "tokenizer")
         tokenizer.save_pretrained(made)
         if model is not None:

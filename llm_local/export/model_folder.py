@@ -10,19 +10,20 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from llm_local import files
 from llm_local.checkpoint.catalog import save_tensors
 from llm_local.files import link_or_copy
 from llm_local.model.anatomy import text_config
@@ -32,15 +33,7 @@ from llm_local.model.slices import model_without_weights
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 
 
-class ExportError(RuntimeError):
-    """There is no export; the message says all there is to say of it."""
-
-
-class UnwrittenExport(ExportError):
-    """A file of an export could not be written; what was exported before is as it was."""
-
-
-class WrongExport(ExportError):
+class WrongExport(RuntimeError):
     """An export is not the model that it should be."""
 
     def __init__(self, folder: Path, reason: str):
@@ -59,28 +52,24 @@ def predecessor_of(folder: Path) -> Path:
 
 
 def put_in_place(folder: Path) -> None:
-    """Gives the draft of the folder its name; what had that name before goes."""
+    """Gives the draft of the folder its name; what had that name before goes. Raises Unwritten."""
     before = predecessor_of(folder)
     shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    draft_of(folder).rename(folder)
+    with writing(folder):
+        if folder.exists():
+            folder.rename(before)
+        try:
+            draft_of(folder).rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
     shutil.rmtree(before, ignore_errors=True)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UnwrittenExport naming the file where the disk takes no more of it."""
-    try:
-        yield
-    except Exception as error:
-        # the tokenizers library has no class of its own for what the system says
-        if not (isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        raise UnwrittenExport(
-            f"{path} could not be written ({reason}); what was exported before is as it was; make room and export again"
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Raises Unwritten naming the file where the disk takes no more of it."""
+    return files.writing(path, repair="what was exported before is as it was; make room and export again")
 
 
 def shard_name(index: int, count: int) -> str:
@@ -88,7 +77,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A file of tensors under original names. Raises UnwrittenExport."""
+    """A file of tensors under original names. Raises Unwritten."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(dict(tensors), path, metadata={"format": "pt"})
@@ -151,7 +140,7 @@ class Description:
 
 def complete(folder: Path, shards: Sequence[Path], model: Description, tied: Mapping[str, str]) -> None:
     """Makes a model of shards that lie in the folder. tied: see tied_names; where the two are not equal bit for bit the
-    model is untied. Raises UnwrittenExport naming a file."""
+    model is untied. Raises Unwritten naming a file."""
     is_tied = drop_copies(shards, tied)
     places = _places(shards)
     index = {
@@ -178,7 +167,7 @@ def complete(folder: Path, shards: Sequence[Path], model: Description, tied: Map
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises UnwrittenExport naming the file."""
+    """Raises Unwritten naming the file."""
     with writing(path):
         path.write_text(text)
 
@@ -219,7 +208,7 @@ def _are_equal(places: Mapping[str, Path], one: str, other: str) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """Lets a shard lie in two folders. Raises UnwrittenExport."""
+    """Lets a shard lie in two folders. Raises Unwritten."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from transformers.utils import is_gguf_available
 from transformers.utils.hub import cached_file
 
 from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.files import writing
 from llm_local.flags import ModelArguments
 from llm_local.model.gguf_header import complete_config, named
 
@@ -89,7 +90,7 @@ def _target(path: Path, cache_dir: Path) -> Path:
 def convert(config: RunConfig) -> None:
     """Writes the safetensors of the run's GGUF, if it has one and they are not there yet: whole, or not at all.
 
-    Raises ConfigError naming the file if transformers cannot read it.
+    Raises ConfigError naming the file if transformers cannot read it, Unwritten where there is no room for them.
     """
     model = config.model
     if model.gguf_file is None:
@@ -98,10 +99,13 @@ def convert(config: RunConfig) -> None:
     target = _target(path, config.cache_dir)
     if target.is_dir():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
+    whole = _dequantise(path)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
         folder = Path(unfinished, "model")
-        _dequantise(path, folder)
+        for part in whole:
+            part.save_pretrained(folder)
         try:
             os.rename(folder, target)
         except OSError:
@@ -109,7 +113,8 @@ def convert(config: RunConfig) -> None:
                 raise
 
 
-def _dequantise(path: Path, folder: Path) -> None:
+def _dequantise(path: Path) -> tuple[Any, Any]:
+    """The model in float32, and its tokenizer."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         quantization = GgufConfig(dequantize=True)  # without it the result could not be saved
@@ -123,7 +128,6 @@ def _dequantise(path: Path, folder: Path) -> None:
         )
         if wrong := info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(f"{'lacks' if info['missing_keys'] else 'has no place for'} {named(wrong)}")
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(**where)
     except Exception as error:
         raise ConfigError([_unreadable(path, error)]) from error

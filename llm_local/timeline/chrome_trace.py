@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_local.files import writing
 from llm_local.timeline.measured import RankTrace, RunTrace, kind_of
 from llm_local.trace import COMPUTE, LANES, Event
 
@@ -17,12 +18,12 @@ _MEETS = {"RecvActivation": ("SendActivation", -1), "RecvGrad": ("SendGrad", 1)}
 
 
 def write_chrome_trace(trace: RunTrace) -> Path:
-    """Writes trace.json beside the files that it joins. Its clock starts with the first event."""
+    """Writes trace.json beside the files that it joins. Its clock starts with the first event. Raises Unwritten."""
     path = trace.folder / "trace.json"
     start = min(event.start for rank in trace.ranks for event in rank.events)
     header = trace.ranks[0].header
     error = max(rank.error_seconds for rank in trace.ranks)
-    with path.open("w") as file:
+    with writing(path), path.open("w") as file:
         file.write('{"traceEvents": [\n')
         for index, record in enumerate(_records(trace, start)):
             file.write(("" if index == 0 else ",\n") + json.dumps(record))
