@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Trainer
-from launching import START_SECONDS, Rank, by_hand, losses, until_step
+from launching import START_SECONDS, Rank, by_hand, losses, until, until_step
 from ranks import free_port
 from torch.distributed import PrefixStore, TCPStore
 
@@ -63,6 +63,39 @@ def test_a_run_outlives_all_who_come_to_its_address(trainer: Trainer, tmp_path: 
         assert not (tmp_path / "other").exists()
     alone = trainer.run("alone", 2, **steady, max_steps=steps)
     assert [stage[:steps] for stage in losses(tmp_path / "run", 2)] == losses(alone, 2)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("order", [(0, 0, 1, 1), (1, 1, 0, 0)], ids=["rank 0 first", "rank 1 first"])
+@pytest.mark.parametrize("folders", [("run", "run"), ("run", "other")], ids=["one command twice", "two folders"])
+def test_of_two_starts_at_one_port_one_goes_on(trainer: Trainer, tmp_path: Path, order: tuple, folders: tuple):
+    """By hand at the same moment; of the same command twice it may be a rank of each."""
+    port, num_started, started = free_port(), [0, 0], []
+    with ExitStack() as stack:
+        for rank in order:
+            which = num_started[rank]
+            num_started[rank] += 1
+            flags = trainer.flags(folders[which], num_stages=2, max_steps=1_000_000, eval_batches=0)
+            each = Rank(rank, 2, port, flags, tmp_path / f"rank-{rank}-{which}.txt")
+            stack.callback(each.process.kill)
+            started.append(each)
+        until(lambda: any(steps(tmp_path / name) > 2 for name in folders), START_SECONDS, lambda: text_of(started))
+        until(lambda: alive(started) == 2, START_SECONDS, lambda: text_of(started))
+        left = [each for each in started if not each.process.is_alive()]
+        assert [each.process.exitcode for each in left] == [REFUSED] * 2, text_of(started)
+        assert all(" is in use, " in each.text for each in left), text_of(left)
+        (folder,) = {tmp_path / name for name in folders if (tmp_path / name).exists()}
+        until_step(steps(folder) + 5, folder, 2, lambda: text_of(started))
+
+
+def alive(ranks: list[Rank]) -> int:
+    return sum(rank.process.is_alive() for rank in ranks)
+
+
+def steps(folder: Path) -> int:
+    """That both stages have logged."""
+    files = [folder / "metrics" / f"stage-{k:02d}.jsonl" for k in (0, 1)]
+    return min(len(file.read_text().splitlines()) if file.exists() else 0 for file in files)
 
 
 # --- a place in the store
