@@ -17,12 +17,12 @@ DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock pretrain study bench test unit lint types check clean
+.PHONY: help setup lock pretrain study bench test unit lint types check check-oldest check-newest clean
 # `make -j check` still runs lint, types and test in that order.
 .NOTPARALLEL:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## .venv with the library and its tools as locked; again only when that changed
 
@@ -70,6 +70,22 @@ types: setup  ## pyright
 
 check: lint types test  ## what must pass before a change goes in: lint, types, test
 
+# Of each kind of run one: two stages, blocks, ZeRO 0 to 3, replicas, the baseline, resuming, exits, a shared head.
+RUNS := tests/test_invariants.py tests/test_resume.py::test_resume_equals_never_having_stopped \
+	tests/test_export.py::test_every_exit_is_a_model_with_the_loss_that_was_measured \
+	tests/test_shared_head.py::test_zero_stages_agree
+
+check-oldest: RESOLUTION := lowest-direct
+check-newest: RESOLUTION := highest
+check-oldest:  ## unit tests and some runs with the oldest versions that pyproject.toml allows, in .check-oldest
+check-newest:  ## the same with the newest, in .check-newest
+check-oldest check-newest: setup
+	$(BIN)/uv venv --clear --python $(PYTHON) .$@
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python .$@/bin/python \
+		--resolution $(RESOLUTION) -e ".[dev]"
+	PATH="$(CURDIR)/.$@/bin:$$PATH" .$@/bin/pytest -m "not processes" tests
+	PATH="$(CURDIR)/.$@/bin:$$PATH" .$@/bin/pytest $(RUNS)
+
 clean:  ## remove .venv and the tools' caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .check-oldest .check-newest build *.egg-info .pytest_cache .ruff_cache
 	find llm_local scripts tests -name __pycache__ -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import inspect
 import json
 import string
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+VERSIONS = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "sentencepiece", "safetensors", "numpy")
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in VERSIONS)
 
 
 def _train(arguments: list[str]) -> int:

@@ -36,6 +36,7 @@ from llm_local.model.observation import (
     find_layers,
     find_output_length,
     first_tensor,
+    rope_kinds,
     text_config,
     watch,
 )
@@ -220,7 +221,7 @@ def _without_dynamic_rope(config: PretrainedConfig) -> PretrainedConfig:
     """Angles that are computed anew for longer rows depend on position numbers, which a watched model has none of."""
     for part in (config, text_config(config)):
         rope: dict[str, Any] = getattr(part, "rope_parameters", None) or {}
-        for values in (rope, *(rope[kind] for kind in part.nested_rope_parameter_keys(rope))):
+        for values in (rope, *(rope[kind] for kind in rope_kinds(part, rope))):
             if values and "dynamic" in str(values.get("rope_type")):
                 values["rope_type"] = "default"
     return config

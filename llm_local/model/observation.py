@@ -22,6 +22,13 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def rope_kinds(config: PretrainedConfig, rope: dict[str, Any]) -> list[str]:
+    """The kinds of layers that have rotary values of their own; none if all have the same. transformers 5.17 has no
+    method that says so."""
+    kinds = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or ()
+    return [name for name in rope if name in kinds]
+
+
 @dataclass
 class Events:
     """What the hooks saw, in order."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from llm_local.model.observation import rope_kinds
+
 _ROPE_DICTIONARIES, _ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
 _ROPE = (*_ROPE_DICTIONARIES, *_ROPE_NUMBERS)
 
@@ -108,7 +110,7 @@ def _with_rope(config: PretrainedConfig, changed: dict[str, Any]) -> dict[str, A
     """Rotary values under the names that older configs have, as transformers now keeps them: all in rope_parameters."""
     now: dict[str, Any] = config.rope_parameters or {}
     changed, made = dict(changed), dict(now)
-    kinds = config.nested_rope_parameter_keys(now)
+    kinds = rope_kinds(config, now)
     for name in _ROPE_DICTIONARIES:
         if name in changed:
             value = changed.pop(name) or {"rope_type": "default"}
@@ -116,7 +118,7 @@ def _with_rope(config: PretrainedConfig, changed: dict[str, Any]) -> dict[str, A
                 raise ValueError(f"{name} is a dictionary; give it as JSON, as {name}={{...}}")
             made = {number: now[number] for number in _ROPE_NUMBERS if number in now} | value
     numbers = {name: changed.pop(name) for name in _ROPE_NUMBERS if name in changed}
-    if kinds and (numbers or config.nested_rope_parameter_keys(made) != kinds):
+    if kinds and (numbers or rope_kinds(config, made) != kinds):
         example = ",".join(f'"{kind}":{{...}}' for kind in kinds)
         raise ValueError(f"layers differ in their rotary values; give all of them, as rope_parameters={{{example}}}")
     attributes = {name: value for name, value in numbers.items() if name in vars(config)}
