@@ -176,6 +176,8 @@ def _report(run: Run, start: Start, step: int, export: Path) -> None:
     if sets and _has_exits(config):
         better = better_exit([scores[0] for scores in found], run.setup.partition, exits)
         progress.say(f"llm_local: warning: {better}") if better else None
+    for line in start.data.spelled_in_streams(start.tokenizer):
+        progress.say(f"llm_local: warning: {line}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
 

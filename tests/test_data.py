@@ -1,5 +1,6 @@
 """From text to sequences: nothing lost, nothing twice, the same order for everybody, and plain words when it fails."""
 
+import json
 import os
 from dataclasses import asdict
 
@@ -125,7 +126,28 @@ def test_what_a_tokenizer_cannot_take_for_text_is_counted(settings, of_words, tm
     assert said == f"{why}, 12 times; change the text, or use another tokenizer"
     assert (said,) == prepare_all(config, of_words).warnings, "the next start, too, which reads no text"
     stream = settings(train_file=config.data.train_file, validation_file=held, streaming=True)
-    assert prepare_all(stream, of_words).warnings == (f"{why}; how often is not known of a stream",)
+    data = prepare_all(stream, of_words)
+    assert data.warnings == (f"{why}, which is counted as the stream is read",)
+    assert data.spelled_in_streams(of_words) == (), "nothing was read yet"
+    (only,) = data.sources
+    only.sequences.batch(0, 2)
+    read = f"{why}, 12 times in what was read of the stream"
+    assert data.spelled_in_streams(of_words) == (f"{read}; change the text, or use another tokenizer",)
+
+
+def test_what_a_stream_counted_is_kept_and_counted_once(settings, of_words, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["write </s> here now"] * 400)
+    config = settings(train_file=path, validation_file=path, streaming=True)
+    first, again, older = (prepare_all(config, of_words).sources[0].sequences for _ in range(3))
+    first.batch(0, 30)
+    state = json.loads(json.dumps(first.state()))
+    assert again.restore(state)
+    assert again.spelled == first.spelled > 0
+    assert torch.equal(first.batch(0, 60, first=30), again.batch(0, 60, first=30))
+    assert again.spelled == first.spelled > state["spelled"]
+    first.batch(0, 1)
+    assert first.spelled < again.spelled, "what is read from the start again is counted from there"
+    assert older.restore({name: value for name, value in state.items() if name != "spelled"})
 
 
 # --- cache

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import yaml
 from conftest import Trainer, records, weights
 from datasets import Dataset, IterableDataset, load_dataset
 from launching import by_hand, until_step
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint, read_data_state
 from llm_local.data import streams, text_files
@@ -249,6 +253,30 @@ def test_a_streamed_mixture_goes_on_where_it_was_killed(trainer: Trainer):
     assert [r["loss"] for r in records(killed, 1)] == [r["loss"] for r in records(straight, 1)]
     state = read_data_state(straight / "checkpoints" / "step-00000040")
     assert sum(part["position"] for part in state["parts"]) == 40 * 2 * 2
+
+
+@pytest.mark.processes
+def test_a_resumed_run_says_how_often_a_stream_spelled_special_tokens(trainer: Trainer, capfd):
+    """In all that it read, before and behind the checkpoint."""
+    words = ["</s>", "<s>", "<unk>", "now", *(f"word{n}" for n in range(20))]
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(trainer.folder / "words")
+    lines = [json.dumps({"text": "now </s> " + " ".join(words[4:])}) + "\n" for _ in range(4000)]
+    (trainer.folder / "a.jsonl").write_text("".join(lines))
+    common = {"train_file": trainer.folder / "a.jsonl", "tokenizer_name": trainer.folder / "words", "streaming": True}
+    common |= {"num_stages": 1, "save_steps": 40, "eval_batches": 0, "logging_steps": 20}
+    found = re.compile(r"warning: train_file=\S+: text that spells .*, ([\d,]+) times in what was read of the stream")
+
+    def times(name: str, steps: int, **more: Any) -> int:
+        trainer.run(name, 1, max_steps=steps, **common, **more)
+        (said,) = found.findall(capfd.readouterr().err)
+        return int(said.replace(",", ""))
+
+    first, straight = times("a", 40), times("straight", 80)
+    assert 40 * 2 * 32 // 23 <= first < straight
+    assert times("a", 80, resume_from_checkpoint="true") == straight
 
 
 @pytest.mark.processes

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -139,8 +140,8 @@ def test_a_folder_that_is_not_whole_is_refused(settings, folder):
     assert the_problem(settings, folder).startswith(said)
 
 
-def test_a_folder_that_does_not_say_how_it_took_special_tokens_is_named(settings, tokenizer, folder):
-    assert prepare_all(settings(dataset_name=str(folder)), tokenizer).warnings == ()
+def test_what_an_older_folder_took_for_special_tokens_is_counted(settings, tokenizer, folder):
+    """It does not say so itself, and had EOS of text that spelled it."""
     counts, card = (
         json.loads((folder / "train/counts.json").read_text()),
         json.loads((folder / "tokens.json").read_text()),
@@ -149,7 +150,17 @@ def test_a_folder_that_does_not_say_how_it_took_special_tokens_is_named(settings
     (folder / "train/counts.json").write_text(json.dumps(counts))
     card["sizes"]["train/counts.json"] = (folder / "train/counts.json").stat().st_size
     (folder / "tokens.json").write_text(json.dumps(card))
-    said = "was prepared when text that spelled a special token became one; prepare it again"
+    assert prepare_all(settings(dataset_name=str(folder)), tokenizer).warnings == (), "it holds those of its ends alone"
+    (part,) = (folder / "train").glob("data-*.arrow")
+    content = part.read_bytes()
+    first, second = tokenizer("document", add_special_tokens=False)["input_ids"][:2]
+    plain, eos = (
+        np.array(ids, dtype=np.int32).tobytes() for ids in ([first, second], [tokenizer.eos_token_id, second])
+    )
+    times = content.count(plain)
+    assert times > 10
+    part.write_bytes(content.replace(plain, eos))
+    said = f"was prepared when text that spelled a special token became one, {times} times; prepare it again"
     assert prepare_all(settings(dataset_name=str(folder)), tokenizer).warnings == (f"dataset_name={folder} {said}",)
 
 

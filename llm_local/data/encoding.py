@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, islice, pairwise
 from typing import Any
 
+import numpy as np
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
@@ -135,14 +136,28 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def never_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Special tokens, with their ids, that the tokenizer makes of text that spells them whatever it is asked, because
     its vocabulary has them as words. Its unknown token is none of them: other text becomes that, too."""
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    special = {token: number for token, number in special.items() if number != tokenizer.unk_token_id}
+    special = special_ids(tokenizer)
     if not special:
         return {}
     alone, within = (_ids([pattern.format(token) for token in special], tokenizer) for pattern in ("{}", "a {} b"))
     found = zip(special.items(), alone, within, strict=True)
     return {token: number for (token, number), *ids in found if any(number in some for some in ids)}
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """All special tokens but the unknown one, with their ids."""
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {token: number for token, number in special.items() if number != tokenizer.unk_token_id}
+
+
+def count_spelled(pieces: Iterable[np.ndarray], special: Collection[int], documents: int, around: Sequence[Any]) -> int:
+    """How many of the tokens are special ones made of text: those that begin and end each document, `around`, are not.
+    The pieces together hold so many documents."""
+    if not special:
+        return 0
+    found = sum(int(np.isin(piece, list(special)).sum()) for piece in pieces)
+    return found - documents * sum(token in special for token in around)
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,7 +26,17 @@ from datasets import Dataset, Features, Value
 from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
-from llm_local.data.encoding import CONTEXT, Tokens, encode, encode_running, find_cut, joined_text, never_text
+from llm_local.data.encoding import (
+    CONTEXT,
+    Tokens,
+    count_spelled,
+    encode,
+    encode_running,
+    find_cut,
+    first_token,
+    joined_text,
+    never_text,
+)
 from llm_local.data.packing import CONCAT, GROUP, Packed, Pieces, count_cut, pack
 from llm_local.data.parts import MOST_PARTS, STATE, Parts, is_complete, make, read
 from llm_local.data.token_folder import COUNTS
@@ -165,14 +175,13 @@ def _table(tokens: list[list[int]], sizes: list[int]) -> pyarrow.Table:
 
 def _count(parts: Parts, job: Job) -> None:
     tokens = text_bytes = spelled = 0
-    special = list(never_text(job.tokenizer).values())
+    special = never_text(job.tokenizer).values()
+    around = [] if job.end is None else [first_token(job.tokenizer), job.end]
     for number in range(len(parts.sizes)):
         table = MemoryMappedTable.from_file(str(parts.path(number)))
         for chunk in table.column("tokens").chunks:
             tokens += len(chunk.flatten())
-            if special:
-                spelled += int(np.isin(chunk.flatten().to_numpy(), special).sum())
-                spelled -= len(chunk) if job.end in special else 0
+            spelled += count_spelled([chunk.flatten().to_numpy()], special, len(chunk), around)
         text_bytes += sum(int(chunk.to_numpy().sum()) for chunk in table.column("bytes").chunks)
     write_json(parts.folder / COUNTS, {"tokens": tokens, "bytes": text_bytes, "end": job.end, "spelled": spelled})
 

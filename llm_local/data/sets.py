@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,16 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.config import ConfigError, RunConfig, some_of
-from llm_local.data.encoding import REVISION, encode, encode_running, first_token, never_text, tokenizer_key
+from llm_local.data.encoding import (
+    REVISION,
+    count_spelled,
+    encode,
+    encode_running,
+    first_token,
+    never_text,
+    special_ids,
+    tokenizer_key,
+)
 from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
@@ -44,6 +54,7 @@ __all__ = [
     "tokenizer_key",
 ]
 
+OTHER_TEXT = "change the text, or use another tokenizer"
 VALIDATION_SEED = 0  # mixed, so that a short evaluation sees many documents; the same in every run
 
 
@@ -96,6 +107,15 @@ class Data:
         named |= {f"{each.name} (validation)": each.tokens for each in self.validation}
         return {name: (tokens.documents, tokens.tokens) for name, tokens in named.items() if tokens is not None}
 
+    def spelled_in_streams(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Lines on the special tokens that were made of text in what was read of streams so far."""
+        read = [(each.name, each.sequences) for each in self.sources if isinstance(each.sequences, StreamedSequences)]
+        found = {name: sequences.spelled for name, sequences in read if sequences.spelled}
+        return tuple(
+            f"{name}: {_taken(tokenizer)}, {count:,} times in what was read of the stream; {OTHER_TEXT}"
+            for name, count in found.items()
+        )
+
 
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False
@@ -147,17 +167,27 @@ def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress:
 
 
 def _spelled(found: list[tuple[str, Prepared | None]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Where text that spells a special token became one; of the tokens of a stream, None, that is not known."""
-    special, lines = never_text(tokenizer), []
-    why = f"text that spells {some_of(special)} is taken for the token by this tokenizer" if special else ""
+    """Where text that spells a special token became one; the tokens of a stream, None, are counted as they are read."""
+    lines, could = [], never_text(tokenizer)
     for name, tokens in found:
-        if tokens is None and special:
-            lines.append(f"{name}: {why}; how often is not known of a stream")
-        elif tokens is not None and tokens.spelled is None:
-            lines.append(f"{name} was prepared when text that spelled a special token became one; prepare it again")
-        elif tokens is not None and tokens.spelled:
-            lines.append(f"{name}: {why}, {tokens.spelled:,} times; change the text, or use another tokenizer")
+        if tokens is None:
+            lines += [f"{name}: {_taken(tokenizer)}, which is counted as the stream is read"] if could else []
+        elif tokens.spelled:
+            lines.append(f"{name}: {_taken(tokenizer)}, {tokens.spelled:,} times; {OTHER_TEXT}")
+        elif tokens.spelled is None and (count := _count_old(tokens, tokenizer)):
+            then = "was prepared when text that spelled a special token became one"
+            lines.append(f"{name} {then}, {count:,} times; prepare it again")
     return tuple(lines)
+
+
+def _taken(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"text that spells {some_of(never_text(tokenizer))} is taken for the token by this tokenizer"
+
+
+def _count_old(tokens: Prepared, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Special tokens that were made of text, in a folder that does not say so."""
+    around = [] if tokens.end is None else [first_token(tokenizer), tokens.end]
+    return count_spelled(tokens.pieces, special_ids(tokenizer).values(), tokens.documents, around)
 
 
 def _extent(source: Source, part: SourceData) -> str:
@@ -298,6 +328,11 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     assert isinstance(documents.rows, IterableDataset)
     eos, running = _eos(tokenizer), documents.running_text
     first, last = _around(running, tokenizer)
+    special, around = never_text(tokenizer).values(), [] if running else [first_token(tokenizer), eos]
+
+    def count(documents: list[list[int]]) -> int:
+        flat = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
+        return count_spelled([flat], special, len(documents), around)
 
     def encode_blocks(texts: list[Any] | None, kept: list[str]) -> tuple[list[list[int]], list[str]]:
         tokens, _, kept = encode_running(texts, kept, tokenizer)
@@ -315,4 +350,5 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
         packing=_packing(running, config),
         padding=mark_of(eos),
         running=encode_blocks if running else None,
+        count=count,
     )

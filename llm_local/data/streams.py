@@ -27,7 +27,7 @@ class Mark:
 
     row: number of the first sequence that is cut behind it. source: state of the dataset where the window of documents
     begins, None at an epoch's start; documents: how many of the window are used up; waiting: tokens left over before;
-    kept: what encode_running keeps of a running text.
+    kept: what encode_running keeps of a running text; spelled: what `count` found before.
     """
 
     row: int = 0
@@ -37,6 +37,7 @@ class Mark:
     source: dict[str, Any] | None = None
     waiting: list[int] = field(default_factory=list)
     kept: list[str] = field(default_factory=lambda: ["", ""])
+    spelled: int = 0
 
 
 class StreamedSequences:
@@ -47,7 +48,8 @@ class StreamedSequences:
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
     The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `running` does so for the next
     blocks of a running text (None: it has ended) and what was kept. `first` and `last` begin and end an epoch's text. A
-    packing that pads marks padding by `padding`.
+    packing that pads marks padding by `padding`. spelled: the sum of what `count` gave of the token lists so far, and in
+    the runs before.
     """
 
     num_sequences = None
@@ -65,6 +67,7 @@ class StreamedSequences:
         packing: str = CONCAT,
         padding: int = -1,
         running: Callable[[list[Any] | None, list[str]], tuple[Iterable[list[int]], list[str]]] | None = None,
+        count: Callable[[list[list[int]]], int] = lambda documents: 0,
     ):
         # A buffer of one document draws the order of the shards and nothing else: `datasets` forgets what waits in a
         # larger one when it resumes
@@ -78,10 +81,11 @@ class StreamedSequences:
         self._first, self._last = list(first), list(last)
         self._packing = packing
         self._padding = padding
+        self._count = count
         self._start(Mark(waiting=self._first))
 
     def _start(self, mark: Mark) -> None:
-        self._mark, self._position = mark, mark.row
+        self._mark, self._position, self.spelled = mark, mark.row, mark.spelled
         self._ahead = self._sequences(mark)
 
     def batch(self, index: int, rows: int, first: int = 0) -> torch.Tensor:
@@ -122,19 +126,19 @@ class StreamedSequences:
         """All sequences from the mark on, without an end."""
         row, epoch, window, source, done = mark.row, mark.epoch, mark.window, mark.source, mark.documents
         waiting, kept = list(mark.waiting), mark.kept
-        begun = row if mark == Mark(row, mark.epoch, waiting=self._first) else -1
+        begun = row if mark == Mark(row, mark.epoch, waiting=self._first, spelled=mark.spelled) else -1
         while True:
             for texts, before in self._windows(epoch, window, source):
                 while done < len(texts):
-                    self._mark = Mark(row, epoch, window, done, before, list(waiting), kept)
+                    self._mark = Mark(row, epoch, window, done, before, list(waiting), kept, self.spelled)
                     count = self._together(texts, done)
-                    documents, kept = self._encode(texts[done : done + count], kept)
+                    documents, kept = self._tokens(texts[done : done + count], kept)
                     for sequence in self._packed(documents, waiting):
                         row += 1
                         yield sequence
                     done += count
                 done, window = 0, window + 1
-            waiting += [token for tokens in self._encode(None, kept)[0] for token in tokens] + self._last
+            waiting += [token for tokens in self._tokens(None, kept)[0] for token in tokens] + self._last
             for sequence in self._cut(waiting):
                 row += 1
                 yield sequence
@@ -142,6 +146,12 @@ class StreamedSequences:
                 problem = f"the whole stream holds fewer than the {self._seq_length} tokens of one sequence"
                 raise UnreadableText(self._source, f"{problem}; give more text or lower seq_length")
             epoch, window, source, waiting, kept, begun = epoch + 1, 0, None, list(self._first), ["", ""], row
+
+    def _tokens(self, texts: list[Any] | None, kept: list[str]) -> tuple[list[list[int]], list[str]]:
+        documents, kept = self._encode(texts, kept)
+        found = list(documents)
+        self.spelled += self._count(found)
+        return found, kept
 
     def _windows(self, epoch: int, number: int, source: dict[str, Any] | None) -> Iterator[tuple[list[Any], Any]]:
         """The texts of one window after the other, shuffled, with the dataset's state before it."""
