@@ -48,8 +48,8 @@ class StreamedSequences:
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
     The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `running` does so for the next
     blocks of a running text (None: it has ended) and what was kept. `first` and `last` begin and end an epoch's text. A
-    packing that pads marks padding by `padding`. spelled: the sum of what `count` gave of the token lists so far, and in
-    the runs before.
+    packing that pads marks padding by `padding`. spelled: the sum of what `count` gave of the token lists so
+    far, and in the runs before.
     """
 
     num_sequences = None

@@ -65,7 +65,10 @@ def _texts(documents: Documents) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, target: Path, progress: bool = False) -> Path:
     """Trains a tokenizer and writes the directory `target` for AutoTokenizer, whole or not at all; of sentencepiece's
-    kinds with tokenizer.model beside it. The time is linear in the text, of any kind. progress: shown on a terminal.
+    kinds with tokenizer.model beside it. progress: shown on a terminal.
+
+    The time is linear in the text, of any text, but unigram's: of text without white space 30k characters take 0.2 s of
+    a core, 300k 4 s and 3M 87 s, where sentencepiece's bpe takes 0.1, 0.5 and 3 s. To cut runs does not change it.
 
     Raises ConfigError for a kind that is none, a vocabulary that does not suit the texts, and a target that exists,
     Unwritten where there is no room for it.
