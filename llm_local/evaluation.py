@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from llm_local.data.sets import ValidationSet
 from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
-from llm_local.export.stages import exit_name
 from llm_local.metrics import Record
 from llm_local.partition import Partition
 from llm_local.world import World
@@ -66,26 +66,38 @@ def over_replicas(world: World, result: EvalResult) -> tuple[list[float], int]:
     return losses, round(tokens * world.place.num_replicas)
 
 
-def better_exit(losses: Sequence[Sequence[float]], partition: Partition, exported: Sequence[int]) -> str:
+def better_exit(
+    name: str, losses: Sequence[Sequence[float]], partition: Partition, exits: Mapping[int, Path] | None, resume: str
+) -> str:
     """Which exit to keep, in a line for a person, where one is better than the whole model; '' if none is.
 
-    losses: by stage, of its blocks on the same text. exported: the stages whose exits are models.
+    name: of the validation set; losses: by stage, of its blocks. exits: the folders of those that are models, by stage;
+    None: the run makes none. resume: the flags with which the run goes on, '' where it saved nothing.
     """
     flat = [loss for of_stage in losses for loss in of_stage]
     behind, best = flat[-1] - min(flat), partition.blocks[flat.index(min(flat))].stop
     if not behind > DEPTH_TOLERANCE:
         return ""
+    on = "validation text" if name == "validation" else name
+    gap = f"({flat[-1]:.4f} against {min(flat):.4f}) on {on}"
+    said = f"the whole model is {behind:.3f} nats behind the exit of layers 0-{best - 1} {gap}"
+    return said if exits is None else f"{said}: {_how_to_keep(best, partition, exits, resume)}"
+
+
+def _how_to_keep(best: int, partition: Partition, exits: Mapping[int, Path], resume: str) -> str:
+    """Of the exit of so many layers."""
     ends = [partition.layers_of(stage).stop for stage in range(partition.num_stages)]
-    if best in ends and ends.index(best) in exported:
-        keep = f"keep exits/{exit_name(ends.index(best))}"
-    elif best in ends:
-        keep = "it is no model of its own"
-    else:
-        cuts = [0, *sorted({*ends, best})]
-        layers = ",".join(str(stop - start) for start, stop in pairwise(cuts))
-        keep = f"to have it, resume with the same blocks and --num_stages {len(cuts) - 1} --stage_layers {layers}"
-    figures = f"({flat[-1]:.4f} against {min(flat):.4f}) on validation text"
-    return f"the whole model is {behind:.3f} nats behind the exit of layers 0-{best - 1} {figures}: {keep}"
+    if best in ends and ends.index(best) in exits:
+        return f"keep {exits[ends.index(best)]}"
+    alone = f"train a model of its own with --config_overrides num_hidden_layers={best}"
+    if best in ends:
+        return f"it is no model by itself; {alone}"
+    if not resume:
+        return f"it is within a stage, and no checkpoint was saved to cut it out of (save_steps); {alone}"
+    cuts = [0, *sorted({*ends, best})]
+    layers = ",".join(str(stop - start) for start, stop in pairwise(cuts))
+    stages = len(cuts) - 1
+    return f"to have it, run again in {stages} processes with --num_stages {stages} --stage_layers {layers} {resume}"
 
 
 def split_of(number: int, name: str) -> str:

@@ -173,13 +173,25 @@ def _report(run: Run, start: Start, step: int, export: Path) -> None:
     early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
-    if sets and _has_exits(config):
-        better = better_exit([scores[0] for scores in found], run.setup.partition, exits)
-        progress.say(f"llm_local: warning: {better}") if better else None
-    for line in start.data.spelled_in_streams(start.tokenizer):
+    by_set = {each.name: [scores[n] for scores in found] for n, each in enumerate(sets)}
+    for line in (*_better_exits(run, by_set, exits), *start.data.spelled_in_streams(start.tokenizer)):
         progress.say(f"llm_local: warning: {line}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
+
+
+def _better_exits(run: Run, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:
+    """Lines on the validation sets on which an exit is better than the whole model."""
+    config = run.config
+    if config.is_pipelined:
+        return []
+    export = config.output_dir / "export"
+    folders = {stage: exit_folder(export, stage) for stage in exits} if _has_exits(config) else None
+    resume = "--resume_from_checkpoint true" if committed(config.output_dir) else ""
+    if resume and config.local.layers_per_block is not None:
+        resume += f" --layers_per_block {config.local.layers_per_block}"
+    found = [better_exit(name, scores, run.setup.partition, folders, resume) for name, scores in losses.items()]
+    return [line for line in found if line]
 
 
 def _losses_at(step: int, config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:

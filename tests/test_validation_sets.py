@@ -1,6 +1,8 @@
 """Named validation sets: each is measured by itself, at every stage, and reported by its name."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,13 +63,41 @@ def test_a_person_reads_the_set_s_name(capsys):
 def test_the_exit_to_keep_is_named_where_the_whole_model_is_not_the_best():
     """As after 300 steps of four blocks of two layers in two stages: the third block's exit was the best."""
     cut = Partition(tuple(Span(k, k + 2) for k in (0, 2, 4, 6)), (Span(0, 2), Span(2, 4)))
-    behind = "the whole model is 0.130 nats behind the exit of layers 0-{} (4.4300 against 4.3000) on validation text: "
-    assert better_exit([[4.5, 4.30], [4.6, 4.43]], cut, [0, 1]) == behind.format(3) + "keep exits/stage-00"
-    assert better_exit([[4.5, 4.30], [4.6, 4.43]], cut, [1]) == behind.format(3) + "it is no model of its own"
-    resume = "to have it, resume with the same blocks and --num_stages 3 --stage_layers 4,2,2"
-    assert better_exit([[4.5, 4.40], [4.3, 4.43]], cut, [0, 1]) == behind.format(5) + resume
-    assert better_exit([[4.5, 4.44], [4.43, 4.43]], cut, [0, 1]) == ""
-    assert better_exit([[4.5, 4.425], [4.43, 4.43]], cut, [0, 1]) == "", "within the noise of a validation set"
+    folders, resume = {0: Path("out/exits/stage-00"), 1: Path("out")}, "--resume_from_checkpoint true"
+
+    def said(*losses: list[float], name: str = "validation", exits: Any = folders, resume: str = resume) -> str:
+        return better_exit(name, losses, cut, exits, resume)
+
+    behind = "the whole model is 0.130 nats behind the exit of layers 0-{} (4.4300 against 4.3000) on {}"
+    on_text = behind.format(3, "validation text")
+    assert said([4.5, 4.30], [4.6, 4.43]) == f"{on_text}: keep out/exits/stage-00"
+    assert said([4.5, 4.30], [4.6, 4.43], name="wiki") == f"{behind.format(3, 'wiki')}: keep out/exits/stage-00"
+    assert said([4.5, 4.30], [4.6, 4.43], exits=None) == on_text, "a run without exits"
+    alone = "train a model of its own with --config_overrides num_hidden_layers"
+    assert said([4.5, 4.30], [4.6, 4.43], exits={}) == f"{on_text}: it is no model by itself; {alone}=4"
+    within = [4.5, 4.40], [4.3, 4.43]
+    command = f"to have it, run again in 3 processes with --num_stages 3 --stage_layers 4,2,2 {resume}"
+    on_text = behind.format(5, "validation text")
+    assert said(*within) == f"{on_text}: {command}"
+    unsaved = f"it is within a stage, and no checkpoint was saved to cut it out of (save_steps); {alone}=6"
+    assert said(*within, resume="") == f"{on_text}: {unsaved}"
+    assert said([4.5, 4.44], [4.43, 4.43]) == ""
+    assert said([4.5, 4.425], [4.43, 4.43]) == "", "within the noise of a validation set"
+
+
+@pytest.mark.processes
+def test_an_exit_within_a_stage_is_had_by_the_command_that_the_end_says(trainer: Trainer, capfd):
+    common = {"block_loss_weights": "1,1,1,0.0001", "save_steps": 12, "max_steps": 12, "learning_rate": 1e-2}
+    output = trainer.run("run", 1, num_stages=1, layers_per_block=1, **common)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "behind the exit of layers 0-" in line]
+    command = line.partition(" processes with ")[2].split()
+    flags = dict(zip([name[2:] for name in command[::2]], command[1::2], strict=True))
+    assert flags["num_stages"] == "2"
+    trainer.run("run", 2, **common, **flags)
+    said = capfd.readouterr().err
+    assert f"keep {output / 'export/exits/stage-00'}" in said
+    kept = AutoModelForCausalLM.from_pretrained(output / "export/exits/stage-00")
+    assert kept.config.num_hidden_layers == int(flags["stage_layers"].split(",")[0])
 
 
 class Store(dict):
