@@ -18,7 +18,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm_local.block_engine import engine_arguments, link_as_laid_out, restore_buffers, undo_dummy_step
+from llm_local.adapters.deepspeed_internals import instructions_of, link_as_laid_out, set_instructions, undo_dummy_step
+from llm_local.block_engine import engine_arguments, restore_buffers
 from llm_local.config import RunConfig
 from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
@@ -130,8 +131,7 @@ class BackpropEngine:
         return next(m for m in module.modules() if isinstance(m, PipeSlice))
 
     def trace(self, tracer: Tracer) -> None:
-        instruction_map: Any = tracer.wrap(self._engine._INSTRUCTION_MAP)
-        self._engine._INSTRUCTION_MAP = instruction_map
+        set_instructions(self._engine, tracer.wrap(instructions_of(self._engine)))
 
     def train_batch(self, step: int) -> StepResult:
         """One 1F1B step; the loss is the last stage's, known to all."""

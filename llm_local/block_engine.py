@@ -12,24 +12,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed import comm, set_optimizer_flags
+from deepspeed import set_optimizer_flags
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import MUON_OPTIMIZER, DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils.mixed_precision_linkage import link_hp_params
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
+from llm_local.adapters.deepspeed_internals import (
+    HookedEngine,
+    base_optimizer,
+    begin_another_backward,
+    holders_of_group,
+    link_as_laid_out,
+    undo_dummy_step,
+)
+from llm_local.adapters.torch_internals import buffers_of
 from llm_local.config import RunConfig
 from llm_local.model.stage import Block
 
 WAITS = "waits"  # key of the parameter groups that are not trained while heads train alone
 
 
-class BlockEngine(DeepSpeedEngine):
+class BlockEngine(HookedEngine):
     """An ordinary DeepSpeed engine that also knows the gradient norm where DeepSpeed keeps none (fp32, ZeRO 0).
 
     waiting_steps: first steps in which only the block's head is trained.
@@ -41,33 +48,26 @@ class BlockEngine(DeepSpeedEngine):
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
         them, and would take the second for the first."""
         if self.zero_optimization():
-            optimizer: Any = self.optimizer
-            optimizer.clear_backward_seen_flag()
+            begin_another_backward(self.optimizer)
         return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
-    def _take_model_step(self, lr_kwargs: Any) -> None:
+    def before_step(self) -> None:
         if not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization()):
             module: Any = self.module
             grads = [p.grad for p in module.parameters() if p.grad is not None]
-            self._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+            self.keep_grad_norm(torch.nn.utils.get_total_norm(grads))
         if self.waiting_steps and self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler
             if scheduler.last_epoch == self.waiting_steps:
                 _forget_waiting(self)
-        super()._take_model_step(lr_kwargs)
 
 
 def _forget_waiting(engine: DeepSpeedEngine) -> None:
     """Lets Adam begin with the layers that have waited: steps on no gradient count in its bias corrections, and the
     first updates would be several times too large."""
-    zero: Any = engine.optimizer
-    inner = getattr(zero, "optimizer", zero)
+    inner = base_optimizer(engine.optimizer)
     for number, group in enumerate(inner.param_groups):
-        holders = group["params"]
-        if hasattr(zero, "sub_group_to_group_id"):  # ZeRO-3 fills in the group's tensors one by one, in its step
-            subgroups = zero.sub_group_to_group_id.items()
-            holders = [zero.fp32_partitioned_groups_flat[sub] for sub, owner in subgroups if owner == number]
-        for holder in holders if group.get(WAITS) else ():
+        for holder in holders_of_group(engine.optimizer, number) if group.get(WAITS) else ():
             inner.state.pop(holder, None)
 
 
@@ -180,39 +180,7 @@ def restore_buffers(module: torch.nn.Module, originals: dict[str, torch.Tensor])
     """DeepSpeed casts buffers with the weights; rotary frequencies in bf16 would be another model's."""
     for name, original in originals.items():
         owner, _, leaf = name.rpartition(".")
-        buffers = module.get_submodule(owner)._buffers
+        buffers = buffers_of(module.get_submodule(owner))
         cast = buffers[leaf]
         if cast is not None and cast.dtype != original.dtype:
             buffers[leaf] = original.to(cast.device)
-
-
-def undo_dummy_step(engine: DeepSpeedEngine) -> None:
-    """bf16 without ZeRO: DeepSpeed allocates Adam's state by a step on zero gradients, which counts as a step and
-    applies weight decay. Start from where the weights are, with no step done."""
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        engine.optimizer.refresh_fp32_params()
-        engine.optimizer.optimizer.state.clear()
-
-
-def link_as_laid_out(engine: DeepSpeedEngine) -> None:
-    """DeepSpeed looks for a weight's float32 copy in the model's order, also where round_robin_gradients has laid the
-    copies out in another."""
-    zero: Any = engine.optimizer
-    if not getattr(zero, "round_robin_gradients", False):
-        return
-    for number, (group, size) in enumerate(zip(zero.bit16_groups, zero.partition_size, strict=True)):
-        ordered = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
-        offsets = {id(parameter): offset for parameter, offset in ordered}
-        replicas = zero.real_dp_process_group[number]
-        link_hp_params(
-            lp_param_list=group,
-            flat_hp_partition=zero.single_partition_of_fp32_groups[number],
-            gradient_dict=zero.averaged_gradients,
-            offload_gradient_dict=zero.offload_gradient_dict,
-            use_offload=zero.cpu_offload,
-            param_group_index=number,
-            partition_start=size * comm.get_rank(replicas),
-            partition_size=size,
-            dp_group=replicas,
-            param_offsets=[offsets[id(parameter)] for parameter in group],
-        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llm_local.adapters.torch_internals import has_cpp_compiler, has_triton
 from llm_local.owner import machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,17 +67,9 @@ def supports(precision: str) -> bool:
 
 def missing_for_compile() -> str:
     """What torch.compile needs on this machine and does not find; '' if it can go ahead."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton
-
     if _accelerator().device_name() != "cpu":
         return "" if has_triton() else "triton"
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "a C++ compiler, as g++"
-    return ""
+    return "" if has_cpp_compiler() else "a C++ compiler, as g++"
 
 
 def prepare_cpu(device: torch.device, local_world_size: int) -> None:
@@ -90,11 +83,9 @@ def prepare_cpu(device: torch.device, local_world_size: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
-    import deepspeed.ops
+    from llm_local.adapters.deepspeed_internals import build_no_operators
 
-    # A fresh dict, not DeepSpeed's own: making that one runs a compiler check for every operator.
-    operators: Any = deepspeed.ops
-    operators.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
+    build_no_operators(("deepspeed_shm_comm", "deepspeed_not_implemented"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

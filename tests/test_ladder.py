@@ -11,6 +11,7 @@ import llm_local
 
 # a line is a rung: modules, or a package and its modules
 LADDER = """
+adapters: torch_internals hf_internals deepspeed_internals
 ancestors files in_flight flags trainer_flags config partition costs head_plan head_problems problems schedule
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from llm_local.adapters.torch_internals import is_fake
 
 
 @dataclass
@@ -27,7 +28,7 @@ class _Held:
     def __init__(self, tensor: torch.Tensor, counted: SavedBytes):
         self.tensor = tensor
         # a model is first watched without weights, and without memory; parameters are there anyway
-        if not isinstance(tensor, (FakeTensor, torch.nn.Parameter)):
+        if not (isinstance(tensor, torch.nn.Parameter) or is_fake(tensor)):
             size = tensor.numel() * tensor.element_size()
             counted.hold(size)
             weakref.finalize(self, counted.hold, -size)

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from transformers import PretrainedConfig
 
+from llm_local.adapters.hf_internals import NAME_OR_PATH
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
 from llm_local.config import ConfigError, RunConfig, from_flat
 from llm_local.ds_config import load_json, zero_stage
@@ -75,7 +76,7 @@ MUST_MATCH = {
 # what says nothing of what is trained; "model" is the layout's
 _OF_NO_WEIGHT = {*deciding(START, MACHINE, WATCH), "max_steps", "model"}
 # of a model's config, what says nothing of its weights or of how they are used
-_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+_INCIDENTAL = (NAME_OR_PATH, "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 _INCIDENTAL += TOKEN_IDS
 
 

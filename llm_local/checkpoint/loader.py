@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim.lr_scheduler import LambdaLR
 
+from llm_local.adapters.deepspeed_internals import forget_second_copies
 from llm_local.checkpoint.catalog import BrokenCheckpoint, Catalog, Layout, layout_changes
 from llm_local.checkpoint.saver import SHARED, loss_scales
 from llm_local.checkpoint.shards import (
@@ -20,9 +21,9 @@ from llm_local.checkpoint.shards import (
     STATE,
     Shard,
     Stretch,
-    base_optimizer,
     named_tensors,
     shards,
+    states_of,
     whole,
 )
 from llm_local.config import RunConfig, some_of
@@ -84,23 +85,15 @@ def load_engines(catalog: Catalog, engines: Sequence[DeepSpeedEngine], replica: 
             for stretch in stretches:
                 _plan(passes, source, stretch)
             if shard.holder is not None and shard.master is not None:
-                state = base_optimizer(engine).state[shard.holder]
+                state = states_of(engine)[shard.holder]
                 for name, stretch in _states(catalog, source, shard, state):
                     _plan(passes, name, stretch)
         _load_position(catalog, engine)
     for some in passes:
         catalog.read(some)
     for engine in engines:
-        _forget_copies(engine)
+        forget_second_copies(engine)  # of old weights; the next forward pass makes them anew
     return read, missing
-
-
-def _forget_copies(engine: DeepSpeedEngine) -> None:
-    """The second copies of zero_hpz_partition_size are of new weights; the next forward pass makes them anew."""
-    module: Any = engine.module
-    for parameter in module.parameters():
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            parameter.ds_secondary_tensor = None
 
 
 def _plan(passes: list[dict[str, Stretch]], name: str, stretch: Stretch) -> None:

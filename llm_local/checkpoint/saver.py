@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from llm_local.adapters.deepspeed_internals import base_optimizer
 from llm_local.checkpoint.catalog import (
     DATA_FILE,
     MANIFEST,
@@ -30,7 +31,7 @@ from llm_local.checkpoint.catalog import (
     save_tensors,
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
-from llm_local.checkpoint.shards import SCALAR, STATE, base_optimizer, check_masters, shards, tied_names
+from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, shards, states_of, tied_names
 from llm_local.config import RunConfig
 from llm_local.ds_config import load_json
 from llm_local.files import unwritten, writing
@@ -159,7 +160,7 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
     for engine in engines:
-        states = base_optimizer(engine).state
+        states = states_of(engine)
         for shard in shards(engine, replica):
             if shard.master is None or (shard.is_replicated and replica > 0):
                 continue
@@ -174,7 +175,7 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
                     if shard.master.start == 0:
                         tensors[f"{shard.name}{SCALAR}{key}"] = torch.as_tensor(value).cpu().clone().view(1)
                 else:
-                    kind = type(base_optimizer(engine)).__name__
+                    kind = type(base_optimizer(engine.optimizer)).__name__
                     raise UnsavedCheckpoint(
                         f"{kind} keeps {key} of {shard.name} in a shape that no checkpoint can hold"
                     )

@@ -18,10 +18,19 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
+from llm_local.adapters.deepspeed_internals import (
+    base_optimizer,
+    is_linked,
+    is_partitioned,
+    master_in_flat_partition,
+    master_of_partition,
+    master_without_zero,
+    momentum_in_partition,
+    partition_of,
+    whole_numel,
+)
 from llm_local.backprop import PipeSlice
 from llm_local.model.stage import Block
 
@@ -125,26 +134,21 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 def states_of(engine: DeepSpeedEngine) -> Any:
     """The state of the optimizer that DeepSpeed wraps, by holder."""
-    return base_optimizer(engine).state
-
-
-def base_optimizer(engine: DeepSpeedEngine) -> Any:
-    optimizer: Any = engine.optimizer
-    return getattr(optimizer, "optimizer", optimizer)
+    return base_optimizer(engine.optimizer).state
 
 
 def shards(engine: DeepSpeedEngine, replica: int) -> Iterator[Shard]:
     """This rank's part of every tensor of the engine's block."""
     module: Any = engine.module
     for name, tensor in named_tensors(module).items():
-        if hasattr(tensor, "ds_id"):
+        if is_partitioned(tensor):
             yield _of_zero3(engine.optimizer, name, tensor, replica)
         elif not tensor.requires_grad:
             yield Shard(name, whole(tensor), None, 0, True)
-        elif hasattr(tensor, "_hp_mapping"):
+        elif is_linked(tensor):
             yield _of_flat_partition(engine.optimizer, name, tensor)
         else:
-            holder, offset = _whole_holder(engine.optimizer, tensor)
+            holder, offset = master_without_zero(engine.optimizer, tensor)
             values = holder.detach().view(-1).narrow(0, offset, tensor.numel())
             weights = () if holder is tensor else (whole(tensor),)
             yield Shard(name, Stretch(tensor.numel(), 0, values), holder, offset, True, weights)
@@ -174,52 +178,26 @@ def whole(tensor: torch.Tensor) -> Stretch:
 
 def _of_zero3(optimizer: Any, name: str, parameter: Any, replica: int) -> Shard:
     """The parameter's own partition; the last one's is padded."""
-    length, numel = parameter.ds_tensor.ds_numel, parameter.ds_numel
+    partition, numel = partition_of(parameter), whole_numel(parameter)
+    length = len(partition)
     start = replica * length
     count = max(0, min(length, numel - start))
-    weights = [Stretch(numel, start, parameter.ds_tensor.detach().view(-1).narrow(0, 0, count))] if count else []
+    weights = [Stretch(numel, start, partition.narrow(0, 0, count))] if count else []
     if parameter.numel() == numel:  # small ones stay gathered
         weights.append(whole(parameter))
     if not parameter.requires_grad:
         return Shard(name, weights[0] if count else None, None, 0, False, tuple(weights[1:] if count else weights))
-    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    holder = optimizer.fp32_partitioned_groups_flat[group]
+    holder, offset = master_of_partition(optimizer, parameter)
     master = Stretch(numel, start, holder.detach().narrow(0, offset, count)) if count else None
     return Shard(name, master, holder, offset, False, tuple(weights))
 
 
 def _of_flat_partition(optimizer: Any, name: str, parameter: Any) -> Shard:
     """ZeRO 1 and 2, and DeepSpeed's BF16_Optimizer; the model's weights are whole on every rank."""
-    mapping, weights = parameter._hp_mapping, (whole(parameter),)
-    if mapping is None:
+    found, weights = master_in_flat_partition(optimizer, parameter), (whole(parameter),)
+    if found is None:
         return Shard(name, None, None, 0, False, weights)
-    groups = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    holder, there = groups[mapping.param_group_index], mapping.hp_fragment_address
-    values = holder.detach().view(-1).narrow(0, there.start, there.numel)
-    master = Stretch(parameter.numel(), mapping.lp_fragment_address.start, values)
-    return Shard(name, master, holder, there.start, False, weights, _momentum(optimizer, mapping, parameter))
-
-
-def _momentum(optimizer: Any, mapping: Any, parameter: Any) -> tuple[int, int] | None:
-    if not getattr(parameter, "use_muon", False) or getattr(optimizer, "cpu_offload", True):
-        return None
-    ours, offset = optimizer.params_in_partition[mapping.param_group_index], 0
-    for each in ours:
-        if each is parameter:
-            return offset, sum(one.numel() for one in ours)
-        offset += each.numel()
-    raise AssertionError("a parameter with a master is in the partition")
-
-
-def _whole_holder(optimizer: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Without ZeRO: the parameter itself, or its float32 copy, which may lie in a flat one of its group."""
-    if isinstance(optimizer, (FP16_UnfusedOptimizer, FP16_Optimizer)):
-        for number, group in enumerate(optimizer.fp16_groups):
-            offset = 0
-            for index, candidate in enumerate(group):
-                if candidate is parameter:
-                    if isinstance(optimizer, FP16_UnfusedOptimizer):
-                        return optimizer.fp32_groups[number][index], 0
-                    return optimizer.fp32_groups_flat[number], offset
-                offset += candidate.numel()
-    return parameter, 0
+    values = found.holder.detach().view(-1).narrow(0, found.offset, found.numel)
+    master = Stretch(parameter.numel(), found.start, values)
+    momentum = momentum_in_partition(optimizer, parameter)
+    return Shard(name, master, found.holder, found.offset, False, weights, momentum)

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from torch._dynamo import config as compiler
 from torch.optim.lr_scheduler import LRScheduler
 
+from llm_local.adapters.torch_internals import compile_nothing
 from llm_local.block_engine import BlockEngine, engine_arguments, make_scheduler
 from llm_local.checkpoint.saver import snapshot
 from llm_local.config import RunConfig, from_flat
@@ -114,7 +114,7 @@ def _try(config: RunConfig, num_replicas: int) -> str:
     """What there is to say against the settings; '' if an engine trains with them and can be saved."""
     try:
         join_nobody()
-        compiler.disable = True  # nothing is worth that here
+        compile_nothing()  # nothing is worth that here
         settings = resolve(config, num_replicas, SimpleNamespace(hidden_size=WIDTH), local_device(0).type == "cpu")
         settings.pop("train_batch_size", None)
         settings.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from llm_local.adapters.hf_internals import model_of_class, unsaved
 from llm_local.checks.trial import small_model
 from llm_local.config import RunConfig
 from llm_local.export.model_folder import describe, relative_difference
@@ -63,9 +64,9 @@ def difference_at(config: RunConfig, model_config: PretrainedConfig, anatomy: An
     wanted = whole(input_ids=ids, use_cache=False).logits
     try:
         made = _alone(type(whole), trimmed)
-        kept = {k: v for k, v in whole.state_dict().items() if k not in set(whole._keys_to_ignore_on_save or [])}
+        kept = {k: v for k, v in whole.state_dict().items() if k not in unsaved(whole)}
         missing, unexpected = made.load_state_dict(kept, strict=False)
-        missing = [name for name in missing if name not in set(whole._keys_to_ignore_on_save or [])]
+        missing = [name for name in missing if name not in unsaved(whole)]
         for kind, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
                 return f"{kind} keys {sorted(names)[:3]}"
@@ -80,7 +81,7 @@ def _alone(kind: Any, trimmed: PretrainedConfig) -> Any:
     again = type(trimmed).from_dict(copy.deepcopy(trimmed.to_dict()))
     again.tie_word_embeddings = again.get_text_config(decoder=True).tie_word_embeddings = False
     # by its class: the config of a part of a model, as Emu3 keeps it, is not one that AutoModelForCausalLM knows
-    return kind._from_config(again, dtype=torch.float32).eval()
+    return model_of_class(kind, again, dtype=torch.float32).eval()
 
 
 def exit_warnings(model_type: str, refused: dict[str, str]) -> tuple[str, ...]:

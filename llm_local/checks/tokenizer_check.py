@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
+from llm_local.adapters.hf_internals import file_of
 from llm_local.config import RunConfig
 from llm_local.data.sentencepieces import PROBES
 from llm_local.data.tokenizer import load_tokenizer, read_tokenizer
@@ -26,7 +26,7 @@ def _class_warnings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """A class of transformers may build the tokenizer anew, and take only the vocabulary from tokenizer.json."""
     if Path(name := tokenizer.name_or_path).is_file():
         return ()
-    file = cached_file(name, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    file = file_of(name, "tokenizer.json", local_files_only=True)
     if file is None:
         return ()
     plain = Tokenizer.from_file(file)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llm_local.adapters.hf_internals import attention_kernel_of
 from llm_local.checks.tiny import SIZES
 from llm_local.config import RunConfig
 from llm_local.device import local_device
@@ -88,7 +89,7 @@ def document_problems(config: RunConfig, model_config: PretrainedConfig, anatomy
     limit = _EXACT if kernel in ON_ANY_DEVICE else _ROUNDED
     if difference <= limit:
         return []
-    kernel = model.config._attn_implementation
+    kernel = attention_kernel_of(model.config)
     return [
         f"document_mask: with model type {kind!r} and attn_implementation={kernel} a document is read together with "
         f"the one before it (its outputs move by {difference:.1%}); leave document_mask out, or use another model or "

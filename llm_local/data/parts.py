@@ -23,6 +23,7 @@ import pyarrow
 from datasets import Dataset, DatasetInfo, Features, load_from_disk
 from tqdm import tqdm
 
+from llm_local.adapters.hf_internals import saved_state
 from llm_local.config import ConfigError
 from llm_local.files import write_json, writing
 
@@ -159,16 +160,7 @@ def _new_file(target: Path) -> Iterator[Any]:
 def _complete(parts: Parts, fingerprint: str) -> None:
     """Makes a data set of the parts."""
     files = [parts.path(number) for number in range(len(parts.sizes))]
-    state = {
-        "_data_files": [{"filename": file.name} for file in files],
-        "_fingerprint": fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
     DatasetInfo(features=parts.features).write_to_directory(str(parts.folder))
-    write_json(parts.folder / STATE, state)
+    write_json(parts.folder / STATE, saved_state(files, fingerprint))
     for draft in parts.folder.glob(".data-*"):  # of processes that were killed
         draft.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from datasets import Dataset, Features, Value
 from datasets.table import MemoryMappedTable
 from transformers import PreTrainedTokenizerBase
 
+from llm_local.adapters.hf_internals import saved_fingerprint
 from llm_local.data.encoding import (
     CONTEXT,
     Tokens,
@@ -123,7 +124,7 @@ def open_tokens(folder: Path, repair: str = "remove it, and it is made again") -
     counts = json.loads((folder / COUNTS).read_text())
     column: Any = rows.data.column("tokens")
     pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-    key, end = json.loads((folder / STATE).read_text())["_fingerprint"], counts["end"]
+    key, end = saved_fingerprint(json.loads((folder / STATE).read_text())), counts["end"]
     spelled = counts.get("spelled")
     return Prepared(folder, key, pieces, rows.num_rows, counts["tokens"], counts["bytes"], end, spelled)
 

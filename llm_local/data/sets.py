@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from llm_local.adapters.hf_internals import fingerprint_of
 from llm_local.config import ConfigError, RunConfig, some_of
 from llm_local.data.encoding import (
     REVISION,
@@ -307,7 +308,7 @@ def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Ru
     assert isinstance(rows, Dataset)
     end = None if documents.running_text else _eos(tokenizer)
     made_by = [tokenizer_key(tokenizer), first_token(tokenizer)]
-    key = Hasher.hash([REVISION, rows._fingerprint, *made_by, documents.column, end])
+    key = Hasher.hash([REVISION, fingerprint_of(rows), *made_by, documents.column, end])
     job = Job(rows, documents.column, tokenizer, end, config.cache_dir / "tokens" / key)
     title = None if datasets.are_progress_bars_disabled() else f"tokenising {documents.source}"
     return prepare_tokens(job, key, config.data.preprocessing_num_workers, title)

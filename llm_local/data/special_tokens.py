@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from llm_local.adapters.hf_internals import generation_settings
 from llm_local.config import ConfigError, RunConfig
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config
@@ -92,7 +93,7 @@ def pretrained_generation(config: RunConfig) -> dict[str, Any]:
     path = weights_path(config)
     file = find(path, GENERATION_CONFIG_NAME)
     if file is None:  # older models have it in their config
-        return GenerationConfig.from_pretrained(path, CONFIG_NAME, _from_model_config=True).to_diff_dict()
+        return generation_settings(path)
     try:
         return dict(json.loads(Path(file).read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -19,6 +19,7 @@ import deepspeed
 import torch
 from transformers import PretrainedConfig
 
+from llm_local.adapters.hf_internals import unsaved
 from llm_local.export.masters import Masters
 from llm_local.export.model_folder import (
     Description,
@@ -81,7 +82,7 @@ def collect(
 
 
 def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
-    ignored = set(part.model._keys_to_ignore_on_save or [])
+    ignored = unsaved(part.model)
     named = {k: v for k, v in part.model.state_dict(keep_vars=True).items() if k not in ignored}
     kept: dict[str, torch.Tensor] = {}
     places: set[int] = set()

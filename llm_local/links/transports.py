@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_local.adapters.torch_internals import set_timeout
+
 SENDER, RECEIVER = 0, 1
 
 
@@ -41,7 +43,7 @@ class Nccl:
 
     def __init__(self, store: Any, side: int, timeout: timedelta, device: torch.device):
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        set_timeout(options, timeout)
         self._group: Any = dist.ProcessGroupNCCL(store, side, 2, options)
         self._group.eager_connect_single_device(device)
         self._device = device

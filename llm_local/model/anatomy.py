@@ -24,6 +24,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from llm_local.adapters.hf_internals import attention_kernel_of, can_choose_experts_kernel, rope_kinds
+from llm_local.adapters.torch_internals import fake_tensors
 from llm_local.config import ConfigError, from_here, some_of
 from llm_local.flags import ModelArguments
 from llm_local.model.gguf_cache import gguf_path, read_gguf_config
@@ -36,7 +38,6 @@ from llm_local.model.observation import (
     find_layers,
     find_output_length,
     first_tensor,
-    rope_kinds,
     text_config,
     watch,
 )
@@ -154,7 +155,7 @@ def _changed(config: PretrainedConfig, values: dict[str, Any], model: ModelArgum
 
 def attention_kernel(model: ModelArguments, config: PretrainedConfig) -> str | None:
     """The attention kernel of the run: the flag's, else the config's own; None leaves the choice to the class."""
-    return model.attn_implementation or text_config(config)._attn_implementation or config._attn_implementation
+    return model.attn_implementation or attention_kernel_of(text_config(config)) or attention_kernel_of(config)
 
 
 def probe(
@@ -181,12 +182,10 @@ def probe(
 def _watched(
     config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
 ) -> Anatomy:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from transformers.initialization import no_init_weights
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), _unchanged_parameters_stay():
+    with fake_tensors(), _unchanged_parameters_stay():
         with no_init_weights():
             fake = AutoModelForCausalLM.from_config(
                 _without_dynamic_rope(copy.deepcopy(config)),
@@ -198,7 +197,7 @@ def _watched(
         if kernel := attention_kernel(model, config):
             fake.set_attn_implementation(kernel)
             fake.set_attn_implementation("eager")
-        if fake._can_set_experts_implementation():
+        if can_choose_experts_kernel(fake):
             fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
         anatomy = _observe(fake)
         if trial is not None:

@@ -17,8 +17,8 @@ import torch
 from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.utils import is_gguf_available
-from transformers.utils.hub import cached_file
 
+from llm_local.adapters.hf_internals import file_of
 from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.files import writing
 from llm_local.flags import ModelArguments
@@ -42,7 +42,7 @@ def gguf_path(model: ModelArguments) -> Path:
     assert source is not None
     assert name is not None
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = file_of(source, name)
     except OSError as error:
         raise ConfigError([f"model_name_or_path={source}: {str(error).splitlines()[0]}"]) from error
     if found is None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_local.adapters.torch_internals import modules_of, twin_of
 from llm_local.model.anatomy import SliceError
 from llm_local.model.slices import Slice
 
@@ -55,9 +56,8 @@ def without_layers(
     """The slice's model with its layers run already: for a call of the class's forward, not of the model, as hooks of
     an engine around the model belong to the real one."""
     model, name = part.model, part.anatomy.base
-    twin = object.__new__(type(model))
-    twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
-    base = twin._modules.pop(name)
+    twin = twin_of(model)
+    base = modules_of(twin).pop(name)
     assert base is not None
     twin.__dict__[name] = _Echo(normed, base, router_logits)
     return twin

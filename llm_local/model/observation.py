@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llm_local.adapters.hf_internals import layer_classes
+
 ROWS, TOKENS = 2, 8
 
 
@@ -20,13 +22,6 @@ class SliceError(ValueError):
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part that describes the decoder, where a config has several."""
     return config.get_text_config(decoder=True)
-
-
-def rope_kinds(config: PretrainedConfig, rope: dict[str, Any]) -> list[str]:
-    """The kinds of layers that have rotary values of their own; none if all have the same. transformers 5.17 has no
-    method that says so."""
-    kinds = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or ()
-    return [name for name in rope if name in kinds]
 
 
 @dataclass
@@ -80,7 +75,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(outer) > 1:  # one of them reads images or sound
         outer = _called(model, outer)
     if len(outer) > 1:
-        decoder_layers = set(model._no_split_modules or [])
+        decoder_layers = layer_classes(model)
         outer = [(k, m) for k, m in outer if any(type(layer).__name__ in decoder_layers for layer in m)]
     if len(outer) != 1:
         names = ", ".join(k for k, _ in found) or "none"

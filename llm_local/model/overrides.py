@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llm_local.model.observation import rope_kinds
+from llm_local.adapters.hf_internals import rope_kinds
 
 _ROPE_DICTIONARIES, _ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
 _ROPE = (*_ROPE_DICTIONARIES, *_ROPE_NUMBERS)

@@ -20,8 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
+from llm_local.adapters.hf_internals import file_of
 from llm_local.config import ConfigError, some_of
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.slices import Slice, model_without_weights
@@ -138,7 +138,7 @@ def tensor_files(path: str) -> dict[str, str]:
 def find(path: str, name: str) -> str | None:
     """The file of that name in a directory, or of the hub, which then lies in its cache; None if there is none."""
     try:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return file_of(path, name)
     except OSError as error:
         raise ConfigError([f"model_name_or_path={path}: {str(error).splitlines()[0]}"]) from error
 

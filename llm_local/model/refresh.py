@@ -25,6 +25,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.links.ends import Links, Receiver, Sender
@@ -139,7 +140,7 @@ class Refresher:
         """The last block's output matrix as it is, (V, D) in host memory. All replicas must call."""
         assert self._source is not None
         weight = self._source.weight
-        with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+        with deepspeed.zero.GatheredParameters([weight], enabled=is_partitioned(weight)):
             return weight.detach().to("cpu", copy=True)
 
     def state(self) -> dict[str, torch.Tensor]:

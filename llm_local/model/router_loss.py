@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from llm_local.adapters.torch_internals import modules_of
 from llm_local.model.heads import IGNORED, text_vocab_size, without_layers
 from llm_local.model.slices import Slice
 
@@ -67,9 +68,9 @@ def router_loss(
     hidden = torch.zeros(1, 2, part.anatomy.hidden_size, device=logits[0].device)
     twin = without_layers(part, hidden, logits)
     output = model.get_output_embeddings()
-    for name, module in model._modules.items():
+    for name, module in modules_of(model).items():
         if module is output:
-            twin._modules[name] = _NoLogits(text_vocab_size(model))
+            modules_of(twin)[name] = _NoLogits(text_vocab_size(model))
     # labels without a token have a loss of 0 if it is a sum, and the routers' is added to that
     options = {"use_cache": False, "num_items_in_batch": 1}
     return (

@@ -18,6 +18,8 @@ import deepspeed
 import torch
 from torch import nn
 
+from llm_local.adapters.deepspeed_internals import is_partitioned
+from llm_local.adapters.torch_internals import parameters_of
 from llm_local.model.anatomy import SliceError
 from llm_local.model.heads import head_logits
 from llm_local.model.slices import Slice
@@ -47,7 +49,7 @@ def make_read_only(head: Slice) -> None:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     with torch.no_grad():
         before = head_logits(head, 2 * normed, ids)
-        del output._parameters["weight"]
+        del parameters_of(output)["weight"]
         install(head, 2 * matrix)
         after = head_logits(head, normed, ids)
     install(head, matrix)
@@ -85,5 +87,5 @@ def folded(head: Slice, temperature: Temperature | None) -> dict[str, torch.Tens
     if temperature is None:
         return {}
     scale, matrix = temperature.scale, installed(head)
-    with deepspeed.zero.GatheredParameters([scale], enabled=hasattr(scale, "ds_id")):
+    with deepspeed.zero.GatheredParameters([scale], enabled=is_partitioned(scale)):
         return {matrix_name(head): (matrix.float() * scale.detach().float()).to(matrix.dtype).cpu()}

@@ -13,6 +13,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
+from llm_local.adapters.hf_internals import forget_initialised, initialise
+from llm_local.adapters.torch_internals import buffers_of, parameters_of
 from llm_local.config import some_of
 from llm_local.model.anatomy import Anatomy, SliceError
 from llm_local.model.standins import Border, Seam, StandIn, prune, take_head
@@ -121,9 +124,9 @@ def new_slice(
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             if name.startswith(f"{anatomy.layers}."):
-                module.apply(owner._initialize_weights)
+                module.apply(partial(initialise, owner))
             else:
-                owner._initialize_weights(module)
+                initialise(owner, module)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
     if unset:
@@ -157,15 +160,15 @@ def _materialise(model: PreTrainedModel) -> None:
     """Gives every parameter and buffer memory, filled with NaN so that what nobody initialises shows."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-        for name, parameter in module._parameters.items():
+        forget_initialised(module)
+        for name, parameter in parameters_of(module).items():
             if parameter is not None:
                 if id(parameter) not in made:  # tied weights stay tied
                     made[id(parameter)] = nn.Parameter(_filled(parameter), parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
+                parameters_of(module)[name] = made[id(parameter)]
+        for name, buffer in buffers_of(module).items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = _filled(buffer)
+                buffers_of(module)[name] = _filled(buffer)
 
 
 def _filled(like: torch.Tensor) -> torch.Tensor:

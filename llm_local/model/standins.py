@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llm_local.adapters.hf_internals import untie
 from llm_local.model.anatomy import Anatomy
 from llm_local.partition import Span
 
@@ -37,8 +38,7 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
     if span.start > 0 or not has_head:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # there is nothing left to be tied to
-                module.all_tied_weights_keys = {}
-                module.__dict__["_tied_weights_keys"] = None
+                untie(module)
     return border
 
 
