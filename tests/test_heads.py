@@ -36,9 +36,14 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_the_models_own(kind: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("kind", "older"), [*((kind, False) for kind in KINDS), ("llama", True)])
+def test_loss_and_gradients_are_the_models_own(
+    kind: str, older: bool, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """older: with a torch that has no product and loss in one."""
     monkeypatch.setattr(heads, "_CHUNK_LOGITS", 7 * 4096)  # several chunks
+    if older:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     part = fitted(kind)
     part.model.train()
     ours = head_loss(part, part(None, input_ids=ids)[1], ids, None)

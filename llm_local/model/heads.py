@@ -1,13 +1,16 @@
 """From a block's normed output to its loss, with the model class's own output code and without whole logits.
 
 Logits of a vocabulary are the largest tensor of a training step, so they exist for a chunk of positions at a time.
-Where the head is a plain matrix product, `linear_cross_entropy` computes loss and gradient chunk by chunk; a head that
-does more (soft-capping, scaling) runs as its authors wrote it on one chunk at a time and is recomputed in the backward
-pass. Which of the two is right is not guessed from the model's name but measured on a few tokens.
+Where the head is a plain matrix product, `linear_cross_entropy`, which torch has from 2.13 on, computes loss and
+gradient chunk by chunk; a head that does more (soft-capping, scaling) runs as its authors wrote it on one chunk at a
+time and is recomputed in the backward pass. Which of the two is right is not guessed from the model's name but measured
+on a few tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from llm_local.adapters.torch_internals import modules_of, twin_of
 from llm_local.model.anatomy import SliceError
 from llm_local.model.slices import Slice
 
+LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
 _CHUNK_LOGITS = 1 << 22
 
@@ -86,12 +90,18 @@ class LossLinear(nn.Linear):
         if targets is None:
             return super().forward(input)
         input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
+        rows = chunk_rows(self.out_features)
+        if not hasattr(F, "linear_cross_entropy"):  # torch before 2.13
+            return _by_chunks(self._loss_of, input, targets, rows)
         # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(self.out_features), chunking_method=None)
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         losses = F.linear_cross_entropy(
             input, self.weight, targets, linear_bias=self.bias, reduction="none", ignore_index=IGNORED, options=options
         )
         return losses.float().sum()
+
+    def _loss_of(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _summed(super().forward(states), targets)
 
 
 def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -102,11 +112,7 @@ def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels
     output = part.model.get_output_embeddings()
     if isinstance(output, LossLinear):
         return output(states, targets) / count
-    rows = chunk_rows(text_vocab_size(part.model))
-    total = torch.zeros((), dtype=torch.float32, device=states.device)
-    for some, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_chunk_loss, part, some, wanted, use_reentrant=False)
-    return total / count
+    return _by_chunks(partial(_loss_of_head, part), states, targets, chunk_rows(text_vocab_size(part.model))) / count
 
 
 def count_scored(labels: torch.Tensor) -> torch.Tensor:
@@ -114,9 +120,25 @@ def count_scored(labels: torch.Tensor) -> torch.Tensor:
     return (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
-def _chunk_loss(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head_logits(part, states[None], targets[None].clamp(min=0))[0]
+def _loss_of_head(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return _summed(head_logits(part, states[None], targets[None].clamp(min=0))[0], targets)
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _by_chunks(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+) -> torch.Tensor:
+    """The sum of the losses of so many rows at a time, whose logits are computed again in the backward pass."""
+    total = torch.zeros((), dtype=torch.float32, device=states.device)
+    for some, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(loss_of, some, wanted, use_reentrant=False)
+    return total
 
 
 def text_vocab_size(model: PreTrainedModel) -> int:
@@ -142,8 +164,9 @@ def fit_head(part: Slice) -> None:
         kind = model.config.model_type
         raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
     output: Any = model.get_output_embeddings()
-    chunked = hasattr(F, "linear_cross_entropy") and type(output) is nn.Linear
-    chunked = chunked and output.in_features == normed.shape[-1]  # else more of the head runs before it
+    chunked = (
+        type(output) is nn.Linear and output.in_features == normed.shape[-1]
+    )  # else more of the head runs before it
     if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
         # by name: the class's own setter may tie more than the matrix
         model.set_submodule(next(k for k, m in model.named_modules() if m is output), LossLinear.of(output))
