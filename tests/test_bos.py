@@ -150,7 +150,7 @@ def test_the_export_does_the_same_and_a_resumed_run_goes_on_as_it_began(trainer:
 
     def resumed(**flags: Any) -> bool | None:
         config = parse(trainer.flags("run", resume_from_checkpoint="true", **settings, **flags))
-        return preflight(config, 1).resolve(config).data.add_bos
+        return preflight(config, 1).config.data.add_bos
 
     assert resumed() is True
     assert resumed(add_bos="false") is False
