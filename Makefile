@@ -26,12 +26,13 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## .venv with the library and its tools as locked; again only when that changed
 
-# A folder of wheels that pip is told of, as of torch without CUDA, is uv's, too.
+# A folder of wheels that pip is told of, as of torch without CUDA, is uv's, too. Compiled once, as each rank imports all
+# of it: where Python may not write bytecode, an import takes twice as long else.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(UV)
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python $(BIN)/python \
-		-c requirements.lock -e ".[$(EXTRAS)]"
+		--compile-bytecode -c requirements.lock -e ".[$(EXTRAS)]"
 	touch $@
 
 # torch has no hashes: there is a build of it for each kind of device.
