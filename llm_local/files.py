@@ -7,13 +7,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import getfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from safetensors import SafetensorError
 
+_P = ParamSpec("_P")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 _REPAIR = "make room there or change its permissions, and start again"
@@ -62,6 +66,23 @@ def _of_system(error: BaseException) -> tuple[int | None, str]:
     if found and (type(error) is Exception or isinstance(error, SafetensorError)):
         return int(found[2]), found[1].strip()
     return None, ""
+
+
+def ends_with_a_line(*kinds: type[Exception]) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
+    """A script's main that says in a line what failed in one of these ways, and returns 1."""
+
+    def told(main: Callable[_P, int]) -> Callable[_P, int]:
+        @wraps(main)
+        def tells(*args: _P.args, **kwargs: _P.kwargs) -> int:
+            try:
+                return main(*args, **kwargs)
+            except kinds as error:
+                print(f"{Path(getfile(main)).name}: {error}", file=sys.stderr)
+                return 1
+
+        return tells
+
+    return told
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -31,7 +31,6 @@ from llm_local.bench.cases import (
     Spread,
     arguments_of,
     bench_model,
-    ends_with_a_line,
     ratios,
     table,
     torchrun,
@@ -41,6 +40,7 @@ from llm_local.config import RunConfig
 from llm_local.data import corpus
 from llm_local.data.prepared import Job, prepare_tokens
 from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.files import ends_with_a_line
 from llm_local.timeline.measured import LOAD, measured, read_trace
 
 EXCHANGED = 0.05  # of the words
@@ -182,7 +182,7 @@ def waiting(flags: dict[str, Any], folder: Path, steps: int) -> float:
     return stage.seconds((LOAD,)) / sum(end - start for start, end in stage.steps.values())
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=3, steps=20)
     parser.add_argument("--megabytes", default="100,1000", help="of text whose memory is measured (default 100,1000)")

@@ -14,16 +14,17 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm_local.bench.cases import (
+    BenchmarkError,
     Case,
     Spread,
     arguments_of,
     bench_model,
-    ends_with_a_line,
     ratios,
     run_case,
     table,
     write,
 )
+from llm_local.files import ends_with_a_line
 
 INTRODUCTION = """
 Efficiency: seconds of a step that the slowest stage takes when it is fed from memory and sends nothing, while the
@@ -33,7 +34,7 @@ the rounds. Goals: an efficiency of 0.97, waiting below 2 %.
 """
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=5, steps=20)
     parser.add_argument("--micro_batches", default="1,4", help="of a step (default 1,4)")

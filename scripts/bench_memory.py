@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import METHODS, Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import METHODS, BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.files import ends_with_a_line
 
 INTRODUCTION = """
 The most bytes that autograd graphs of stage 0 held at a time, counted tensor by tensor, in MB. Two layers a stage, 8
@@ -19,7 +20,7 @@ stage. Local learning's includes its head and loss.
 """
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=1, steps=2)
     parser.add_argument("--stages", default="2,4,8", help="numbers of stages (default 2,4,8)")

@@ -18,16 +18,17 @@ import torch
 
 from llm_local.bench.cases import (
     ROOT,
+    BenchmarkError,
     Case,
     Spread,
     arguments_of,
     bench_model,
-    ends_with_a_line,
     in_turns,
     table,
     write,
 )
 from llm_local.config import from_flat
+from llm_local.files import ends_with_a_line
 from llm_local.model.anatomy import load_model_config, probe
 from llm_local.partition import estimate_costs
 
@@ -60,7 +61,7 @@ def flops_a_step(case: dict[str, Any]) -> float:
     return tokens * (anatomy.num_layers * costs.layer + costs.head)
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=10)
     parser.add_argument("--peak_tflops", type=float, help="of the device in bf16; an H100 has 989")

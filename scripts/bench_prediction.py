@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm_local.bench.calibration import SCHEDULES, calibrate
-from llm_local.bench.cases import METHODS, Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import METHODS, BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.files import ends_with_a_line
 from llm_local.plan.times import predict
 
 CALIBRATED = 4
@@ -34,7 +35,7 @@ def flags(system: str, micro_batches: int) -> dict[str, Any]:
     return {**bench_model(), "method": METHODS[system], "seq_length": 128, **batch}
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=2, steps=8)
     parser.add_argument("--stages", default="2,4", help="numbers of stages (default 2,4)")

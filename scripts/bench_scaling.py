@@ -15,7 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import Case, Spread, arguments_of, bench_model, ends_with_a_line, in_turns, table, write
+from llm_local.bench.cases import BenchmarkError, Case, Spread, arguments_of, bench_model, in_turns, table, write
+from llm_local.files import ends_with_a_line
 
 AXES: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16),
@@ -76,7 +77,7 @@ def draw(data: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     given = arguments_of(__doc__, repeats=2, steps=6).parse_args(arguments)
     rows, data = [], {}

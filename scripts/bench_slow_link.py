@@ -28,13 +28,13 @@ from llm_local.bench.cases import (
     Case,
     arguments_of,
     bench_model,
-    ends_with_a_line,
     ratios,
     run_case,
     table,
     write,
 )
 from llm_local.bench.relay import MTU, Relay, open_tun
+from llm_local.files import ends_with_a_line
 from llm_local.plan.times import Link, StageSeconds, predict
 
 HOSTS = ("llmlocal0", "llmlocal1")
@@ -106,7 +106,7 @@ def flags(system: str) -> dict[str, Any]:
     }
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=3, steps=10)
     parser.add_argument("--shares", default="0.1,0.5,1,2", help="of a step's compute that its traffic takes")

@@ -16,17 +16,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm_local.bench.cases import (
     METHODS,
+    BenchmarkError,
     Case,
     Spread,
     arguments_of,
     bench_model,
-    ends_with_a_line,
     in_turns,
     ratios,
     table,
     write,
 )
 from llm_local.bench.peers import PEERS, missing
+from llm_local.files import ends_with_a_line
 
 PIPES = ("deepspeed", *PEERS)
 GOALS = {1: 1.7, 2: 1.35, 4: 1.18, 8: 1.07}
@@ -54,7 +55,7 @@ def seconds_of(name: str, ranks: list[dict[str, Any]]) -> float:
     return median(ranks[0 if name == "torch-zbv" else -1]["seconds"])
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=3, steps=8)
     parser.add_argument("--micro_batches", default="1,2,4,8", help="of a step (default 1,2,4,8)")

@@ -11,7 +11,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import Case, arguments_of, bench_model, ends_with_a_line, run_case, table, write
+from llm_local.bench.cases import BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.files import ends_with_a_line
 
 RUNS: dict[str, dict[str, Any]] = {
     "deepspeed 1F1B, bf16": {"method": "backprop", "bf16": True},
@@ -26,7 +27,7 @@ learning all that its links carry: hidden states, token ids, headers. Width 256,
 """
 
 
-@ends_with_a_line
+@ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     given = arguments_of(__doc__, repeats=1, steps=3).parse_args(arguments)
     sent = {}

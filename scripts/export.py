@@ -16,12 +16,13 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.checkpoint.catalog import MANIFEST, BrokenCheckpoint
 from llm_local.config import ConfigError
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.model.anatomy import SliceError
 from llm_local.offline_export import NoSuchExit, export_checkpoint
 from llm_local.train import quiet_libraries
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="Folder of a checkpoint, with a manifest.json.")
@@ -38,9 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         say("; ".join(error.problems))
         return 2
-    except Unwritten as error:
-        say(str(error))
-        return 1
     except (BrokenCheckpoint, NoSuchExit, SliceError) as error:
         say(str(error))
         return 2

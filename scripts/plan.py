@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import ConfigError, RunConfig, parse
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.flags import HEADS
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
@@ -102,6 +102,7 @@ def write(given: argparse.Namespace, planner: Planner, plan: Plan) -> None:
         print(f"trace: {given.trace}")
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     try:
@@ -112,9 +113,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"plan.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
-    except Unwritten as error:
-        print(f"plan.py: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"plan.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

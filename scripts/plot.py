@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.metrics import read_records
 
 WINDOWS = 15
@@ -62,6 +62,7 @@ def draw(runs: list[Path], output: Path) -> None:
         figure.savefig(output, dpi=120)
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
@@ -70,9 +71,6 @@ def main(arguments: list[str]) -> int:
     output = given.output or given.runs[0] / "metrics" / "loss.png"
     try:
         draw(given.runs, output)
-    except Unwritten as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.problems import data_flag_problems
 
 
@@ -87,6 +87,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}; see prepare_data.py --help"])
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
     if "--help" in arguments:
         print(__doc__)
@@ -100,9 +101,6 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"prepare_data.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
-    except Unwritten as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import local_device
 from llm_local.examine import TrainedRun, compare_gradients, linear_losses, load_run
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.train import quiet_libraries
 
 COLUMNS = ("block", "stage", "layers", "loss", "linear_loss", "cosine", "local_norm", "true_norm")
@@ -108,6 +108,7 @@ def draw(found: dict[str, Any], picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a run with a checkpoint")
@@ -126,9 +127,6 @@ def main(arguments: list[str]) -> int:
             (folder / "probe.json").write_text(json.dumps(found, indent=1) + "\n")
         with writing(folder / "probe.png"):
             draw(found, folder / "probe.png")
-    except Unwritten as error:
-        print(f"probe.py: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError, BrokenCheckpoint) as error:
         reason = "; ".join(error.problems) if isinstance(error, ConfigError) else error
         print(f"probe.py: {reason}", file=sys.stderr)

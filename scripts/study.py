@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llm_local.files import Unwritten, ends_with_a_line, writing
+
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # A run that ends at once leaves its semaphores to the tracker, which clears them away and need not say so
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -42,7 +44,6 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter
 
-    from llm_local.files import writing
     from llm_local.study.comparison import front, mean_curve
 
     figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(13, 6))
@@ -114,6 +115,7 @@ def run(path: Path, output: Path, jobs: int) -> int:
     return 1 if failures else 0
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="YAML file of the study")
@@ -124,14 +126,9 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--jobs {given.jobs}: give 1 or more")
     output = given.output_dir or Path("runs", "studies", given.study.stem)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from llm_local.files import Unwritten, writing
-
     try:
         with writing(output, reads=True):
             return run(given.study, output, given.jobs)
-    except Unwritten as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 1
     except ValueError as error:  # ConfigError is one
         print(f"study.py: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import measured, read_trace, stage_times, table
 from llm_local.timeline.picture import Panel, draw_timeline
@@ -44,6 +44,7 @@ def _text(steps: list[int]) -> str:
     return f"steps {steps[0]}-{steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a run with --trace true")
@@ -52,9 +53,6 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         show(given.run, given.steps, given.output or given.run / "trace" / "timeline.png")
-    except Unwritten as error:
-        print(f"timeline.py: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"timeline.py: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import data_problems
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
-from llm_local.files import Unwritten, writing
+from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.problems import data_flag_problems
 
 CHARACTERS = 20_000_000
@@ -58,6 +58,7 @@ def _counted(texts: Iterator[str], characters: int) -> Iterator[str]:
     print(f"learning from {read:,} characters", flush=True)
 
 
+@ends_with_a_line(Unwritten)
 def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -76,9 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train_tokenizer.py: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
-    except Unwritten as error:
-        print(f"train_tokenizer.py: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"train_tokenizer.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

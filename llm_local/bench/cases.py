@@ -14,14 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from importlib.metadata import version
-from inspect import getfile
 from pathlib import Path
 from statistics import median
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 
@@ -32,7 +30,6 @@ from llm_local.device import describe_device
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "deepspeed", "transformers")
 METHODS = {"local": "chunked", "deepspeed": "backprop"}  # --method of the systems that pretrain.py starts
-_P = ParamSpec("_P")
 SECONDS = 900  # longest time of one case
 
 
@@ -165,20 +162,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
     return int(text)
-
-
-def ends_with_a_line(main: Callable[_P, int]) -> Callable[_P, int]:
-    """A script's main that says in a line what failed, and returns 1."""
-
-    @wraps(main)
-    def told(*args: _P.args, **kwargs: _P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except BenchmarkError as error:
-            print(f"{Path(getfile(main)).name}: {error}", file=sys.stderr)
-            return 1
-
-    return told
 
 
 def write(output: Path, name: str, text: str, data: dict[str, Any]) -> None:
