@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from llm_local.checkpoint.catalog import Catalog, read_data_state
 from llm_local.checkpoint.line import checkpoint_of
-from llm_local.checkpoint.loader import load_engines, load_shared_head
+from llm_local.checkpoint.loader import install_saved, load_engines
 from llm_local.data.feed import trained_tokens
 from llm_local.metrics import best_step, read_records
-from llm_local.model.refresh import INSTALLED
-from llm_local.model.shared_head import install, installed
 from llm_local.model.stage import Block
 from llm_local.run import Run
 
@@ -28,10 +26,8 @@ def load_best(run: Run) -> int:
     catalog = Catalog(checkpoint_of(run.config.output_dir, step))
     load_engines(catalog, run.engine.engines, place.replica)
     for engine in run.engine.engines:
-        block = engine.module
-        if isinstance(block, Block) and block.temperature is not None:  # its matrix is no parameter
-            matrix = installed(block.head)
-            install(block.head, load_shared_head(catalog, block.head)[INSTALLED].to(matrix.device, matrix.dtype))
+        if isinstance(engine.module, Block):
+            install_saved(catalog, engine.module)
     if run.metrics is not None:  # what an earlier life of the run measured
         for record in read_records(run.metrics.path):
             if record["step"] == step and record["split"].startswith("eval"):

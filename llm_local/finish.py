@@ -16,7 +16,7 @@ from llm_local.checkpoint.line import committed
 from llm_local.config import RunConfig
 from llm_local.data.encoding import prompt_ids
 from llm_local.device import DTYPES
-from llm_local.ds_config import load_json, zero_stage
+from llm_local.ds_config import load_json
 from llm_local.evaluation import EvalSet, better_exit
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, model_card
@@ -78,7 +78,7 @@ def _export(run: Run, export: Path) -> None:
     tensors = collect(
         bodies,
         head,
-        zero_stage(load_json(config)) == 3,
+        run.layout.zero_stage == 3,
         place.is_recorder,
         _folded(engine),
         None if config.train.export_dtype == "auto" else DTYPES[config.export_dtype],

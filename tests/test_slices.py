@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.checks.class_problems import class_problems
@@ -208,6 +210,6 @@ def test_model_config_errors_name_the_place(tmp_path: Path):
 
 def test_an_anatomy_survives_the_store():
     anatomy = anatomy_of(make_config("gpt2"))
-    assert Anatomy.from_json(anatomy.to_json()) == anatomy
+    assert TypeAdapter(Anatomy).validate_python(json.loads(json.dumps(asdict(anatomy)))) == anatomy
     assert anatomy.before == ("transformer.wte", "transformer.wpe")
     assert anatomy.after == ("transformer.ln_f", "lm_head")

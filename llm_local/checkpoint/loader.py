@@ -137,8 +137,14 @@ def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
 def fill_block(catalog: Catalog, block: Block) -> None:
     """As fill, for all that a block has."""
     fill(catalog, named_tensors(block))
-    if block.temperature is not None:  # its matrix is no parameter
-        install(block.head, load_shared_head(catalog, block.head)[INSTALLED].to(block.temperature.scale.dtype))
+    install_saved(catalog, block)
+
+
+def install_saved(catalog: Catalog, block: Block) -> None:
+    """Puts the matrix that a shared head reads, which is no parameter, into the block's; nothing into another head."""
+    if block.temperature is not None:
+        now = installed(block.head)
+        install(block.head, load_shared_head(catalog, block.head)[INSTALLED].to(now.device, now.dtype))
 
 
 def load_shared_head(catalog: Catalog, head: Slice) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ def preflight(given: RunConfig, world_size: int) -> Setup:
         problems += found.look(config, world_size)
     if problems:
         raise ConfigError(problems)
-    checkpoint, problems = _resume(config, *found.whole(), world_size)
+    checkpoint, problems = _resume(config, found, world_size)
     if problems:
         raise ConfigError(problems)
     return _set_up(given, config, checkpoint, found)
@@ -283,9 +283,8 @@ def _lost_inputs(config: RunConfig) -> list[str]:
     ]
 
 
-def _resume(
-    config: RunConfig, model_config: PretrainedConfig, _anatomy: Anatomy, partition: Partition, world_size: int
-) -> tuple[str | None, list[str]]:
+def _resume(config: RunConfig, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
+    model_config, _, partition = found.whole()
     layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
     checkpoint = find_checkpoint(config)
     if checkpoint is None:

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -76,15 +76,6 @@ class Anatomy:
     def base(self) -> str:
         """The model below the output matrix. Not base_model_prefix: that of Llama 4 names no module of it."""
         return self.layers.partition(".")[0]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Anatomy:
-        values: dict[str, Any] = json.loads(text)
-        lists = {name: tuple(values.pop(name)) for name in ("before", "after")}
-        return Anatomy(**lists, **values)
 
 
 def load_model_config(model: ModelArguments) -> PretrainedConfig:

@@ -164,9 +164,8 @@ def fit_head(part: Slice) -> None:
         kind = model.config.model_type
         raise SliceError(f"the head of model type {kind!r} reads more than the last hidden states")
     output: Any = model.get_output_embeddings()
-    chunked = (
-        type(output) is nn.Linear and output.in_features == normed.shape[-1]
-    )  # else more of the head runs before it
+    # of another width, more of the head runs before it
+    chunked = type(output) is nn.Linear and output.in_features == normed.shape[-1]
     if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
         # by name: the class's own setter may tie more than the matrix
         model.set_submodule(next(k for k, m in model.named_modules() if m is output), LossLinear.of(output))
