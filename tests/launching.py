@@ -177,7 +177,13 @@ def _main(environ: dict[str, str], flags: list[str], log: str, folder: Path) -> 
 def by_hand(num_ranks: int, flags: list[str], folder: Path, port: int | None = None) -> Iterator[list[Rank]]:
     """Starts the ranks of a run one by one; when the block ends, they do."""
     port = port or free_port()
-    ranks = [Rank(n, num_ranks, port, flags, folder / f"rank-{n}.txt") for n in range(num_ranks)]
+    with ending([Rank(n, num_ranks, port, flags, folder / f"rank-{n}.txt") for n in range(num_ranks)]) as ranks:
+        yield ranks
+
+
+@contextmanager
+def ending(ranks: list[Rank]) -> Iterator[list[Rank]]:
+    """When the block ends, the ranks do."""
     try:
         yield ranks
     finally:

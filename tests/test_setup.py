@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, Trainer
-from launching import START_SECONDS, Rank, losses
+from launching import START_SECONDS, Rank, ending, losses
 from ranks import free_port, run_ranks
 from test_remote_code import brings_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,16 +33,11 @@ ZERO_1 = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "par
 def two_hosts(flags: list[list[str]], folders: list[Path], logs: Path) -> Iterator[list[Rank]]:
     """Two ranks, each the first of its host: with flags and a working folder of its own."""
     port = free_port()
-    ranks = [
-        Rank(n, 2, port, given, logs / f"rank-{n}.txt", folder, LOCAL_RANK="0")
-        for n, (given, folder) in enumerate(zip(flags, folders, strict=True))
-    ]
-    try:
+    each = enumerate(zip(flags, folders, strict=True))
+    with ending(
+        [Rank(n, 2, port, given, logs / f"rank-{n}.txt", folder, LOCAL_RANK="0") for n, (given, folder) in each]
+    ) as ranks:
         yield ranks
-    finally:
-        for rank in ranks:
-            rank.process.kill()
-            rank.process.join()
 
 
 @pytest.mark.processes

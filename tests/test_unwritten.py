@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Trainer
 from documents import write_jsonl
-from launching import START_SECONDS, Rank, by_hand, until_step
+from launching import START_SECONDS, Rank, by_hand, ending, until_step
 from ranks import free_port
 from safetensors.torch import save_file
 
@@ -188,12 +188,8 @@ def test_each_host_has_a_cache_that_may_be_full(trainer: Trainer, tmp_path: Path
         host.mkdir()
     full(hosts[1] / "cache", "nr_inodes=2")
     flags = trainer.flags("run", cache_dir="cache", tokenizer_name=builtin_tokenizer_dir(trainer.cache))
-    ranks = [Rank(n, 2, port, flags, tmp_path / f"rank-{n}.txt", host) for n, host in enumerate(hosts)]
-    try:
+    with ending([Rank(n, 2, port, flags, tmp_path / f"rank-{n}.txt", host) for n, host in enumerate(hosts)]) as ranks:
         codes = [rank.wait(START_SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.process.kill()
     said = [[line for line in rank.text.splitlines() if "could not be written" in line] for rank in ranks]
     assert codes == [1, 1], [rank.text for rank in ranks]
     assert all(len(lines) == 1 and "cache/texts" in lines[0] for lines in said), said
@@ -230,16 +226,12 @@ def test_a_log_on_a_full_disk_keeps_no_rank_from_ending(trainer: Trainer, tmp_pa
     """Rank 0 has something to say at the start, rank 1 when it has lost rank 0."""
     flags, port = trainer.flags("run", num_stages=2, max_steps=1_000_000), free_port()
     logs = [Path("/dev/full") if n == silent else tmp_path / f"rank-{n}.txt" for n in range(2)]
-    ranks = [Rank(n, 2, port, flags, logs[n]) for n in range(2)]
-    try:
+    with ending([Rank(n, 2, port, flags, logs[n]) for n in range(2)]) as ranks:
         if silent == 1:
             until_step(2, tmp_path / "run", 2, lambda: ranks[0].text)
             ranks[0].send(signal.SIGKILL)
         assert ranks[silent].wait(START_SECONDS) == 1
         assert ranks[1 - silent].wait(START_SECONDS) not in (None, 0)
-    finally:
-        for rank in ranks:
-            rank.process.kill()
 
 
 @pytest.fixture
