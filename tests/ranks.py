@@ -40,7 +40,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(pipe: Connection, function: Callable[..., Any], environ: dict[str, str], args: tuple) -> None:
+def _rank(
+    pipe: Connection, screen: list[Connection], function: Callable[..., Any], environ: dict[str, str], args: tuple
+) -> None:
+    for number, stream in enumerate(screen, start=1):  # the test's own, not those of the test that began the fork server
+        os.dup2(stream.fileno(), number)
     os.environ.update(environ)
     import torch
 
@@ -61,6 +65,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
     """The results of function(*args) on each rank, by rank; raises the first rank's traceback that arrives."""
     context, port = _context(), free_port()
     pipes, processes = [], []
+    screen = [Connection(os.dup(number), readable=False) for number in (1, 2)]
     for rank in range(world_size):
         environ = {
             "RANK": str(rank),
@@ -72,7 +77,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
             "OMP_NUM_THREADS": "1",
         }
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, function, environ, args), daemon=True)
+        process = context.Process(target=_rank, args=(theirs, screen, function, environ, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -80,6 +85,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
     try:
         return _collect(pipes, time.monotonic() + seconds, seconds)
     finally:
+        for stream in screen:
+            stream.close()
         for process in processes:
             process.kill()
             process.join()

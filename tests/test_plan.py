@@ -90,7 +90,7 @@ def test_a_thousand_stages(script: ModuleType, tmp_path: Path, capsys: pytest.Ca
         ("--method magic", "invalid choice: 'magic'"),
         ("--memory-gb 0.01", "Nothing fits: take more devices"),
         ("--model nowhere.json", "nowhere.json: no such file"),
-        ("--json nowhere/plan.json", "nowhere/plan.json: No such file or directory"),
+        ("--json nowhere/plan.json", "--json nowhere/plan.json: there is no folder nowhere; make it"),
     ],
 )
 def test_bad_input_is_one_clear_line(

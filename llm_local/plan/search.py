@@ -41,6 +41,11 @@ def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
         elif devices > 0 and devices % count:
             near = ", ".join(str(n) for n in _divisors(devices) if n <= 2 * count)
             problems.append(f"--num_stages {count} does not divide the {devices} devices; use one of {near}")
+    problems += [
+        f"--{name} {given[name]}: there is no folder {given[name].parent}; make it"
+        for name in ("json", "trace")
+        if given[name] and not given[name].parent.is_dir()
+    ]
     defaults = RunConfig().flat()
     problems += [
         f"--{name} is set by the plan; leave it out"
