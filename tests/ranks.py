@@ -43,7 +43,7 @@ def free_port() -> int:
 def _rank(
     pipe: Connection, screen: list[Connection], function: Callable[..., Any], environ: dict[str, str], args: tuple
 ) -> None:
-    for number, stream in enumerate(screen, start=1):  # the test's own, not those of the test that began the fork server
+    for number, stream in enumerate(screen, start=1):  # of this test, not of that which began the server
         os.dup2(stream.fileno(), number)
     os.environ.update(environ)
     import torch
