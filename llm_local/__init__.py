@@ -1,0 +1,51 @@
+"""Pretraining of Hugging Face models by local parallelism on DeepSpeed.
+
+    import llm_local as ll
+
+    config = ll.Config.load("configs/quickstart.yaml", num_stages=2, max_steps=2000)
+    with ll.prepare(config) as run:  # on every rank
+        run.train()
+        run.export("model")
+
+The names below are what can be relied on; everything else may change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_local.config import Config as Config
+    from llm_local.config import ConfigError as ConfigError
+    from llm_local.engine import NonFiniteLoss as NonFiniteLoss
+    from llm_local.engine import StepResult as StepResult
+    from llm_local.run import Run as Run
+    from llm_local.start import prepare as prepare
+    from llm_local.trainer import LocalTrainer as LocalTrainer
+    from llm_local.training_arguments import LocalTrainingArguments as LocalTrainingArguments
+    from llm_local.watchdog import LostPeer as LostPeer
+
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "LocalTrainer": "trainer",
+    "LocalTrainingArguments": "training_arguments",
+    "LostPeer": "watchdog",
+    "NonFiniteLoss": "engine",
+    "Run": "run",
+    "StepResult": "engine",
+    "prepare": "start",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when it is asked for: a command that needs only flags does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

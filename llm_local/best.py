@@ -8,13 +8,13 @@ from llm_local.checkpoint.loader import install_saved, load_engines
 from llm_local.data.feed import trained_tokens
 from llm_local.metrics import best_step, read_records
 from llm_local.model.stage import Block
-from llm_local.run import Run
+from llm_local.rank import Rank
 
 
-def load_best(run: Run) -> int:
-    """Puts the run where its best checkpoint stands; returns that step. Every rank must call, when all has been
-    evaluated and saved. Raises BrokenCheckpoint."""
-    world, place, last = run.world, run.world.place, run.config.train.max_steps
+def load_best(run: Rank, last: int) -> int:
+    """Puts the run, which has ended with the step `last`, where its best checkpoint stands; returns that step. Every
+    rank must call, when all has been evaluated and saved. Raises BrokenCheckpoint."""
+    world, place = run.world, run.world.place
     seconds = float(run.config.train.ddp_timeout)
     world.everybody("best/saved", seconds, "the others to save and evaluate")
     if place.is_last_stage and place.is_recorder:

@@ -55,6 +55,7 @@ class RunConfig:
 
     epoch: rows of the training data, and of a step, once they are known (checks/epochs.py).
     deepspeed_json: what the file of --deepspeed holds, once it is read (ds_config.load_json).
+    rows: data sets that were given as objects, by name (data/objects.py).
     """
 
     model: ModelArguments = field(default_factory=ModelArguments)
@@ -63,6 +64,16 @@ class RunConfig:
     train: TrainArguments = field(default_factory=TrainArguments)
     epoch: tuple[int, int] | None = None
     deepspeed_json: dict[str, Any] | None = None
+    rows: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def load(path: Path | str | None = None, **flags: Any) -> RunConfig:
+        """The flags of a YAML file, and those given here, which win; named as on the command line.
+
+        Raises ConfigError naming each that is unknown or of another type.
+        """
+        values = {} if path is None else _read_yaml(Path(path))
+        return from_flat(_merged(values, _typed_flags(flags, "")))
 
     def flat(self) -> dict[str, Any]:
         """All flags by name, in order: what run.yaml holds and what a YAML file may set."""
@@ -84,6 +95,11 @@ class RunConfig:
     @property
     def export_dtype(self) -> str:
         return self.precision if self.train.export_dtype == "auto" else self.train.export_dtype
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """Names of report_to."""
+        return tuple(name.strip() for name in self.train.report_to.split(",") if name.strip() not in ("", "none"))
 
     @property
     def is_pipelined(self) -> bool:
@@ -234,9 +250,14 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     refused = [f"--{name}" for name, value in others.items() if not is_passed_over(name, value)]
     if refused or unknown:
         raise ConfigError([_unknown("argument", text) for text in (*refused, *_without_values(unknown))])
+    return from_flat(_merged(values, given))
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings with those that win over them."""
     if "num_train_epochs" in given:  # and not the file's
-        values.pop("max_steps", None)
-    return from_flat(values | given)
+        values = {name: value for name, value in values.items() if name != "max_steps"}
+    return values | given
 
 
 def _without_values(unknown: Sequence[str]) -> list[str]:
@@ -266,17 +287,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path} holds {type(values).__name__}, not 'name: value' lines"])
+    return _typed_flags(values, f"{path}: ")
+
+
+def _typed_flags(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Settings as the flags' types. Raises ConfigError with the place of each that is none."""
     types = {name: hint for section in SECTIONS for name, hint in get_type_hints(section).items()}
     problems, typed = [], {}
     for name, value in values.items():
         if name not in types and is_passed_over(name, str(value)):
             continue
         if name not in types:
-            problems.append(f"{path}: {_unknown('setting', name)}")
+            problems.append(f"{place}{_unknown('setting', name)}")
             continue
         typed[name], problem = _typed(value, types[name])
         if problem:
-            problems.append(f"{path}: {name}: {value!r} is not {problem}")
+            problems.append(f"{place}{name}: {value!r} is not {problem}")
     if problems:
         raise ConfigError(problems)
     return typed
@@ -307,3 +333,6 @@ def _text(value: Any) -> tuple[Any, str]:
     if isinstance(value, bool):
         return str(value).lower(), ""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value), ""
+
+
+Config = RunConfig

@@ -19,6 +19,8 @@ Json = dict[str, Any]
 # DeepSpeed's monitors, and which of their settings tells the stages apart
 MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}
 
+REPORTERS = {"tensorboard": "tensorboard", "csv": "csv_monitor"}  # of these, by what --report_to calls them
+
 
 def load_json(config: RunConfig) -> Json:
     """What the file of --deepspeed holds, {} without one; read, unless the config has it. Raises ConfigError naming the
@@ -123,9 +125,9 @@ def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | N
     optimizer = settings.get("optimizer", {})
     if cpu and optimizer.get("type", "").lower() in ("adam", "adamw", "muon"):
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
-    chosen = {"tensorboard": "tensorboard", "csv": "csv_monitor"}.get(config.train.report_to)
-    if chosen:
-        settings.setdefault(chosen, {"enabled": True, "output_path": str(config.output_dir / config.train.report_to)})
+    for name, section in REPORTERS.items():
+        if name in config.reporters:
+            settings.setdefault(section, {"enabled": True, "output_path": str(config.output_dir / name)})
     for name in MONITORS:
         if monitor is None:
             settings.pop(name, None)

@@ -36,7 +36,7 @@ from llm_local.links.packet import CHECK
 from llm_local.model.shared_head import folded
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block
-from llm_local.run import Run, Start
+from llm_local.rank import Rank, Start
 from llm_local.setup import Setup
 from llm_local.world import Place, World
 
@@ -44,9 +44,9 @@ SAMPLE_TOKENS = 80
 CHECK_FILE = "check.safetensors"
 
 
-def finish(run: Run, step: int) -> None:
+def finish(run: Rank, step: int, is_evaluated: bool) -> None:
     """Exports and checks what the run is after `step`; every rank must call. Rank 0 composes what the stages wrote, and
-    reports.
+    reports. is_evaluated: whether the exits were measured at that step.
 
     Raises Unwritten where the disk takes no more, and WrongExport where the whole model is not the pipeline's;
     what was exported before is there in both cases.
@@ -55,7 +55,7 @@ def finish(run: Run, step: int) -> None:
     try:
         _export(run, draft_of(export))
         if run.start is not None:
-            _report(run, run.start, step, export)
+            _report(run, run.start, step, export, is_evaluated)
     except Unwritten as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
         raise Unwritten(f"{error}{_again(run.config)}", error.is_gone) from error
@@ -69,11 +69,11 @@ def _again(config: RunConfig) -> str:
     return f", from the checkpoint {found[-1]} (--resume_from_checkpoint true)"
 
 
-def _export(run: Run, export: Path) -> None:
+def _export(run: Rank, export: Path) -> None:
     config, world, engine, place = run.config, run.world, run.engine, run.world.place
     has_head = _has_exits(config) or place.is_last_stage
     logits = engine.check_logits()
-    bodies, head = _slices(engine)
+    bodies, head = slices_of(engine)
     seconds = float(config.train.ddp_timeout)
     tensors = collect(
         bodies,
@@ -112,7 +112,7 @@ def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
     compose(export, setup.partition, config.head_layers_schedule, model, _has_exits(config))
 
 
-def _slices(engine: Engine) -> tuple[list[Slice], Slice | None]:
+def slices_of(engine: Engine) -> tuple[list[Slice], Slice | None]:
     """The layers of this stage, and the head of its last block."""
     if isinstance(engine, BackpropEngine):
         return [engine.part.part], None
@@ -152,7 +152,7 @@ def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor
     return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
-def _report(run: Run, start: Start, step: int, export: Path) -> None:
+def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool) -> None:
     """Puts the checked exports in their place, and says what a person sees at the end: the exports, every stage's
     validation loss, and some text."""
     config, world, progress = run.config, run.world, run.progress
@@ -160,7 +160,7 @@ def _report(run: Run, start: Start, step: int, export: Path) -> None:
     for stage in stages if _has_exits(config) else stages[-1:]:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
-    sets = run.setup.eval_sets if config.train.eval_batches else ()
+    sets = run.setup.eval_sets if is_evaluated else ()
     found = [[_losses_at(step, config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
@@ -180,7 +180,7 @@ def _report(run: Run, start: Start, step: int, export: Path) -> None:
         progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
 
 
-def _better_exits(run: Run, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:
+def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:
     """Lines on the validation sets on which an exit is better than the whole model."""
     config = run.config
     if config.is_pipelined:
@@ -200,7 +200,7 @@ def _losses_at(step: int, config: RunConfig, world: World, each: EvalSet, stage:
     return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
 
 
-def _training(run: Run, step: int, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:
+def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:
     config = run.config
     assert run.feed is not None, "rank 0 reads the data"
     return Training(

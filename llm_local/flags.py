@@ -20,7 +20,6 @@ WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 SAVE_STEPS = 500  # of TrainingArguments
 STRATEGIES = ("no", "steps", "epoch")
-REPORTERS = ("none", "tensorboard", "csv")
 
 # what a flag decides: what is trained; on how much; where the layers run; where this start reads and writes; what is of
 # a machine; what is measured, saved and waited for
@@ -291,10 +290,13 @@ class TrainArguments:
     )
     report_to: str = _option(
         "none",
-        "Extra copies of the metrics by DeepSpeed's monitor: none, tensorboard, csv.",
-        choices=REPORTERS,
+        "Extra copies of the metrics, as 'wandb,csv': tensorboard and csv by DeepSpeed's monitor, or a tracker that "
+        "transformers knows (wandb, mlflow, trackio, comet_ml, ...); all; none.",
         decides=MACHINE,
     )
+    run_name: str | None = _option(None, "What trackers call the run; default: as output_dir.", decides=MACHINE)
+    project: str | None = _option(None, "Project of the run at trackio.", decides=MACHINE)
+    trackio_space_id: str | None = _option(None, "Space of the hub that trackio reports to.", decides=MACHINE)
     ddp_timeout: int = _option(
         1800, "Longest wait for start-up, in seconds; rank 0 may prepare data for longer.", POSITIVE, decides=MACHINE
     )

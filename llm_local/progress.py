@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +25,7 @@ class Progress:
         self._steps: list[tuple[int, float]] = []  # tokens and seconds
         self._shown = world.place.rank == 0
         self._bar = None
+        self.listener: Callable[[str, int, list[float]], None] | None = None  # to split, step, losses by stage
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=first_step, dynamic_ncols=True, bar_format=BAR)
 
@@ -49,14 +50,24 @@ class Progress:
             self._bar.update(1)
         self.show()
 
+    def show_all(self, seconds: float) -> None:
+        """Shows what is left when every stage has told of it, each within so many seconds. Raises LostPeer."""
+        for split, step in self._waiting:
+            for stage in range(self._world.place.num_stages):
+                self._world.fetch(f"{split}/{step}/{stage}", seconds, f"stage {stage} to be through with step {step}")
+        self.show()
+
     def show(self) -> None:
         """Shows the steps that every stage has told of by now."""
         while self._waiting:
             split, step = self._waiting[0]
-            losses = self._losses(split, step)
-            if losses is None:
+            found = self._losses(split, step)
+            if found is None:
                 return
             self._waiting.pop(0)
+            losses = " ".join(f"{loss:.3f}" for loss in found)  # '3.120 3.050'
+            if self.listener is not None:
+                self.listener(split, step, found)
             tokens, seconds = (sum(column) for column in zip(*self._steps, strict=True)) if self._steps else (0, 1.0)
             rate = tokens / seconds
             if split.startswith("eval"):
@@ -67,12 +78,10 @@ class Progress:
             else:
                 self.say(f"step {step}/{self._max_steps}  {rate:,.0f} tokens/s, loss by stage: {losses}")
 
-    def _losses(self, split: str, step: int) -> str | None:
-        """'3.120 3.050', one number a stage; None as long as one is missing."""
+    def _losses(self, split: str, step: int) -> list[float] | None:
+        """Of every stage's last block; None as long as one is missing."""
         found = [self._world.peek(f"{split}/{step}/{stage}") for stage in range(self._world.place.num_stages)]
-        return (
-            None if None in found else " ".join(f"{float(text.split()[-1]):.3f}" for text in found if text is not None)
-        )
+        return None if None in found else [float(text.split()[-1]) for text in found if text is not None]
 
     def close(self) -> None:
         """Takes the bar away and shows what is left to show, as far as it is known."""

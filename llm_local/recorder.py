@@ -66,8 +66,9 @@ class Recorder:
         """A step has ended, recorded or not; tokens: of all replicas, known where the progress is shown."""
         self._progress.step(time.perf_counter() - self._before.clock, tokens)
 
-    def record(self, step: int, result: StepResult) -> None:
-        """Writes the step's record, means and sums over the replicas; every replica must call."""
+    def record(self, step: int, result: StepResult) -> Record | None:
+        """The step's record, means and sums over the replicas, written on the stage's first replica; None on others.
+        Every replica must call."""
         synchronize(self._world.device)
         mine = self._read().since(self._before)
         values = torch.tensor([*result.losses.tolist(), *mine, float(result.tokens)], dtype=torch.float64)
@@ -77,30 +78,30 @@ class Recorder:
         replicas = self._world.place.num_replicas
         sent, received, gradients, refreshes = (round(bytes_ * replicas) if counted else None for bytes_ in moved)
         if self._metrics is None:
-            return
+            return None
         tokens, places = round(tokens_each * replicas), self._layout.sequences_per_step * self._layout.seq_length
         self._progress.publish("train", step, losses)
-        self._metrics.write(
-            Record(
-                step=step,
-                split="train",
-                stage=self._world.place.stage,
-                loss=losses[-1],
-                block_losses=losses,
-                tokens=tokens,
-                lr=result.lr,
-                grad_norm=total_norm(result.grad_norms),
-                step_seconds=seconds,
-                wait_seconds=wait if counted else None,
-                sent_bytes=sent,
-                received_bytes=received,
-                sent_gradient_bytes=gradients,
-                sent_refresh_bytes=refreshes,
-                save_seconds=self._saver.take_seconds(),
-                peak_memory_bytes=peak_memory_bytes(self._world.device),
-                padding=1 - tokens / places,
-            )
+        record = Record(
+            step=step,
+            split="train",
+            stage=self._world.place.stage,
+            loss=losses[-1],
+            block_losses=losses,
+            tokens=tokens,
+            lr=result.lr,
+            grad_norm=total_norm(result.grad_norms),
+            step_seconds=seconds,
+            wait_seconds=wait if counted else None,
+            sent_bytes=sent,
+            received_bytes=received,
+            sent_gradient_bytes=gradients,
+            sent_refresh_bytes=refreshes,
+            save_seconds=self._saver.take_seconds(),
+            peak_memory_bytes=peak_memory_bytes(self._world.device),
+            padding=1 - tokens / places,
         )
+        self._metrics.write(record)
+        return record
 
     def _read(self) -> _Meter:
         links, refresher = self._links, self._refresher

@@ -25,14 +25,14 @@ from llm_local.watchdog import LostPeer, StoreLine
 
 SETUP = "setup"
 SIGN_SECONDS = 1.0
-_TOLD, _SIGNS = "told", "signs"
+_TOLD, _SIGNS, _NO = "told", "signs", "no: "
 _OPENED = "llm_local/opened"
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 2.0
 
 
-class Refused(Exception):
-    """Rank 0 has refused the run, and says why."""
+class RunRefused(ConfigError):
+    """Rank 0 has refused the run: its problems, which it has printed."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,15 @@ class Rendezvous:
         """Whether an earlier life of this run, before a restart by torchrun, has opened the output folder."""
         return self._launch.restart > 0 and _below(self.store()).check([_OPENED])
 
-    def say_no(self, seconds: float) -> None:
-        """Rank 0 tells the others, who wait for it, that there is no run; leaves once they know."""
+    def say_no(self, error: Exception, seconds: float) -> None:
+        """Rank 0 tells the others, who wait for it, that there is no run and why; leaves once they know."""
         if self._launch.world_size == 1:
             return
         end = time.monotonic() + seconds
         with suppress(RuntimeError, ConfigError):  # a launcher may have ended the others
             store = self.store(seconds)
-            store.set(SETUP, "")
+            problems = error.problems if isinstance(error, ConfigError) else [f"rank 0 has failed: {error!r}"]
+            store.set(SETUP, _NO + json.dumps(problems))
             while store.add(_TOLD, 0) < self._launch.world_size - 1 and time.monotonic() < end:
                 time.sleep(0.05)
 
@@ -203,7 +204,7 @@ def fetch_setup(store: Any, seconds: float, silence_seconds: float | None = None
     """What rank 0 has published as the SETUP. It has `seconds` for that; from its first sign of life on as long as it
     wants, if it gives more of them.
 
-    Raises Refused where it has said no, LostPeer where it is gone, or silent for silence_seconds.
+    Raises RunRefused where it has said no, LostPeer where it is gone, or silent for silence_seconds.
     """
     line, start, signs, limit = StoreLine(store), time.monotonic(), 0, seconds
     seen = start
@@ -223,9 +224,9 @@ def fetch_setup(store: Any, seconds: float, silence_seconds: float | None = None
             silent = f"; no sign of life for {limit:g} s (--link_timeout_seconds {limit:g})" if signs else ""
             raise LostPeer(f"waited {now - start:.0f} s for rank 0's setup{silent}")
         time.sleep(min(_POLL_SECONDS, limit))
-    if not text:
+    if text.startswith(_NO):
         store.add(_TOLD, 1)
-        raise Refused
+        raise RunRefused(json.loads(text.removeprefix(_NO)))
     return text
 
 

@@ -1,225 +1,272 @@
-"""A rank's share of a run, put together: checked by rank 0, agreed with the others, ready to train."""
+"""A run: its steps, evaluations and checkpoints, the export at its end, and those who are told of them.
+
+    with prepare(config) as run:
+        run.train()
+        run.export()
+
+or with a loop of one's own:
+
+    with prepare(config) as run:
+        for step in run.steps():
+            result = run.train_step()
+            if step % 200 == 0:
+                run.evaluate()
+                run.save()
+        run.export()
+
+Each rank does the same. No stage waits for a later one, but by the packets in flight, and in `evaluate`.
+"""
 
 from __future__ import annotations
 
-import socket
-import sys
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import NoReturn
 
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback
 
-from llm_local.assembly import Engine, make_engine
-from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
-from llm_local.checkpoint.line import after_restart
-from llm_local.checkpoint.loader import load_shared_head, take_up
-from llm_local.checkpoint.saver import Saver
-from llm_local.checks.epochs import with_epochs
-from llm_local.checks.preflight import open_output, preflight
-from llm_local.config import ConfigError, RunConfig
-from llm_local.data.encoding import tokenizer_key
-from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
-from llm_local.data.packing import PackedSource
-from llm_local.data.sets import Data, prepare_all
-from llm_local.data.tokenizer import load_tokenizer
-from llm_local.evaluation import eval_sets
-from llm_local.files import writing
-from llm_local.launch import Launch
-from llm_local.links.ends import Links
-from llm_local.metrics import MetricsFile, best_step
-from llm_local.model.refresh import Refresher, make_refresher
-from llm_local.owner import claim_folder
-from llm_local.progress import Progress
-from llm_local.recorder import Recorder
-from llm_local.rendezvous import Rendezvous, fetch_setup
-from llm_local.run_trace import begin_trace
-from llm_local.setup import Setup
-from llm_local.trace import Tracer
-from llm_local.watchdog import Watchdog
-from llm_local.world import Place, World, connect, join_stage
+from llm_local.best import load_best
+from llm_local.callbacks import Callbacks, metrics_of
+from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
+from llm_local.checkpoint.line import checkpoint_of
+from llm_local.config import RunConfig, is_due
+from llm_local.engine import StepResult
+from llm_local.evaluation import EvalSet, over_replicas
+from llm_local.finish import finish
+from llm_local.rank import Rank
+from llm_local.run_trace import end_trace
+from llm_local.stopping import CALLBACK
+from llm_local.trace import REFRESH_WAIT, traced
+from llm_local.watchdog import leave
+from llm_local.world import Place
 
 
-@dataclass
 class Run:
-    """A stage's rank, ready to train. start: what rank 0 has brought."""
+    """One rank's share of a run, made by `prepare`. Close it, or use it in a `with`: its peers wait for its goodbye."""
 
-    config: RunConfig
-    setup: Setup
-    layout: Layout
-    world: World
-    engine: Engine
-    feed: Feed | None
-    links: Links
-    refresher: Refresher | None
-    metrics: MetricsFile | None
-    progress: Progress
-    saver: Saver
-    recorder: Recorder
-    tracer: Tracer | None
-    first_step: int
-    first_row: int
-    start: Start | None = None
-
-    def traced(self, split: str, step: int) -> AbstractContextManager[None]:
-        """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
-        return nullcontext() if self.tracer is None else self.tracer.batch(split, step)
+    def __init__(self, rank: Rank, callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()):
+        self._rank = rank
+        self._step = self._saved = rank.first_step
+        self._evaluated: int | None = None
+        self._is_training = self._is_open = True
+        self._callbacks = Callbacks(rank, callbacks)
+        rank.progress.listener = self._callbacks.of_all_stages
 
     @property
-    def sources(self) -> tuple[PackedSource, ...]:
-        """What rank 0 trains on."""
-        return tuple(source.facts() for source in self.start.data.sources) if self.start is not None else ()
+    def config(self) -> RunConfig:
+        """The flags, as rank 0 has checked them."""
+        return self._rank.config
 
-    def rows_after(self, step: int) -> int:
-        """Sequences of the training data that are used up after the step."""
-        return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
+    @property
+    def place(self) -> Place:
+        """This rank's stage and replica."""
+        return self._rank.world.place
 
-    def data_state(self) -> dict[str, Any] | None:
-        """What a checkpoint has of the training data."""
-        return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done, those before a resume included."""
+        return self._step
+
+    @property
+    def log_history(self) -> list[dict[str, float]]:
+        """What callbacks were told by on_log, if there are any: on rank 0 of all stages."""
+        return self._callbacks.state.log_history
+
+    @property
+    def output_dir(self) -> Path:
+        return self.config.output_dir
+
+    def train(self) -> None:
+        """All steps that are left, with the evaluations and checkpoints that the flags ask for.
+
+        A run that is told to stop by a signal saves, and the process ends here. Raises NonFiniteLoss, Unwritten,
+        LostPeer, and what a callback raises.
+        """
+        train = self.config.train
+        if train.eval_on_start and self._step == 0:
+            self._evaluate()
+        for step in self.steps():
+            self.train_step()
+            control = self._callbacks.control
+            is_due_now = is_due(step, self.config.eval_interval) or step == train.max_steps
+            if train.eval_batches and (is_due_now or control.should_evaluate):
+                self._evaluate()
+            if self._saves(step) or control.should_save:
+                self.save()
+        if train.eval_batches and self._evaluated != self._step:
+            self._evaluate()
+        if self.config.save_interval and self._saved != self._step:  # a callback has ended the run
+            self.save()
+
+    def steps(self) -> Iterator[int]:
+        """The number of each step that is to come, for `train_step` to train; ends early where a callback asks for it.
+
+        On a signal the run saves, and the process ends here.
+        """
+        world, train = self._rank.world, self.config.train
+        if self.config.save_interval:
+            world.watchdog.saves(train.signal_save_seconds)
+        self._callbacks.begin(self._step)
+        for step in range(self._step + 1, train.max_steps + 1):
+            if not world.watchdog.stop.begins(step):
+                if world.watchdog.stop.reason == CALLBACK:
+                    break
+                self._stop()
+            yield step
+            if self._step != step:
+                raise RuntimeError(f"step {step} was not trained; call train_step once for each of steps()")
+
+    def train_step(self) -> StepResult:
+        """Trains the next step: losses of this rank's blocks in order, learning rate, gradient norms, tokens."""
+        rank, train, step = self._rank, self.config.train, self._step + 1
+        rank.world.watchdog.step = step
+        self._callbacks.step_begins()
+        rank.recorder.begin()
+        with rank.traced("train", step):
+            result = _train_step(rank, step)
+        self._step = step
+        self._callbacks.step_ends(step)
+        is_first, is_last = step == 1 and train.logging_first_step, step == train.max_steps
+        records = is_due(step, self.config.logging_interval) or is_first or is_last
+        if records or self._callbacks.control.should_log:  # the device is waited for in no other step
+            rank.engine.check_finite()
+            self._callbacks.of_this_stage(rank.recorder.record(step, result))
+        rank.recorder.end(rank.feed.step_tokens if rank.feed else 0)
+        rank.saver.check()
+        return result
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation losses of all stages' exits with the weights of this step; every rank gets them.
+
+        eval_loss is the last stage's, eval_loss_stage_0 the first one's; of a named set they are eval_NAME_loss, ...
+        """
+        self._evaluate()
+        return self._losses_of_all()
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step beside the training; returns its folder, which is whole when the slowest
+        stage has written its part. Every rank must call."""
+        rank, step = self._rank, self._step
+        rank.engine.check_finite()
+        shared_head = rank.refresher.state() if rank.refresher else None
+        notes = {DATA_FILE: rank.data_state(), TRAINER_FILE: self._callbacks.saved_state()}
+        with rank.traced("save", step):
+            rank.saver.save(rank.engine.engines, step, rank.rows_after(step), shared_head, notes)
+        self._saved = step
+        self._callbacks.saved()
+        return checkpoint_of(self.output_dir, step)
+
+    def export(self, folder: Path | str | None = None) -> Path:
+        """The model as `from_pretrained` reads it, in OUTPUT/export, with the exits of all stages; returns the folder.
+
+        folder: where the whole model is copied to, too. With load_best_model_at_end it is the best checkpoint's. Every
+        rank must call, once, and no step follows. Raises Unwritten, and WrongExport where what transformers loads is
+        not what was trained.
+        """
+        self._end_training()
+        step = load_best(self._rank, self._step) if self.config.train.load_best_model_at_end else self._step
+        finish(self._rank, step, self._evaluated == self._step)
+        export = self.output_dir / "export"
+        if folder is None:
+            return export
+        if self.place.rank == 0:
+            shutil.copytree(export, folder, ignore=shutil.ignore_patterns("exits"), dirs_exist_ok=True)
+        return Path(folder)
+
+    def close(self) -> None:
+        """Says goodbye to the other ranks; nothing can be done with the run afterwards. Every rank must call."""
+        if not self._is_open:
+            return
+        self._end_training()
+        self._is_open = False
+        self._rank.links.close(self._step)
+        if self._rank.refresher is not None:
+            self._rank.refresher.close(self._step)
+        self._rank.world.finish()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks what has ended this one."""
+        if self._is_open:
+            self._is_open = False
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self._rank.world.watchdog.announce(reason)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail(error)
+
+    def _saves(self, step: int) -> bool:
+        interval = self.config.save_interval
+        return is_due(step, interval) or (interval > 0 and step == self.config.train.max_steps)
+
+    def _evaluate(self) -> None:
+        """Each stage by itself, unless a callback wants to know of all."""
+        for number, each in enumerate(self._rank.setup.eval_sets):
+            _measure(self._rank, self._step, number, each)
+        self._evaluated = self._step
+        if self._callbacks.wait_for_evaluations:
+            self._callbacks.evaluated(self._losses_of_all())
+
+    def _losses_of_all(self) -> dict[str, float]:
+        world, found = self._rank.world, {}
+        seconds = self.config.local.link_timeout_seconds
+        for each in self._rank.setup.eval_sets:
+            of_stages = [
+                world.fetch(f"{each.split}/{self._step}/{stage}", seconds, f"stage {stage} to evaluate")
+                for stage in range(self.place.num_stages)
+            ]
+            found |= metrics_of(each.split, [float(text.split()[-1]) for text in of_stages])
+        return found
+
+    def _end_training(self) -> None:
+        if not self._is_training:
+            return
+        self._is_training = False
+        self._rank.saver.wait()
+        end_trace(self._rank.tracer, self.config, self._rank.world)
+        self._rank.progress.close()
+        self._callbacks.end()
+
+    def _stop(self) -> NoReturn:
+        """Saves after the step on which the ranks agreed. None ends before all have: launchers then end the others."""
+        rank, step = self._rank, self._step
+        stop = rank.world.watchdog.stop
+        if step > rank.first_step and self._saved != step:
+            self.save()
+        self._end_training()
+        rank.world.everybody("stopped", self.config.train.signal_save_seconds, "the others to save")
+        rank.progress.say(
+            f"llm_local: {stop.reason}: stopped and saved at step {step}; --resume_from_checkpoint auto goes on"
+        )
+        rank.world.say_goodbye()
+        leave(stop.status)
 
 
-@dataclass(frozen=True)
-class Start:
-    """What rank 0 alone has. news: lines for a person. folder: the output folder's lock, held as long as this object
-    lives."""
-
-    setup: Setup
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-    news: tuple[str, ...]
-    folder: TextIO
+def _train_step(rank: Rank, step: int) -> StepResult:
+    if rank.refresher is not None:
+        with traced(rank.tracer, REFRESH_WAIT):
+            rank.refresher.before(step)
+    result = rank.engine.train_batch(step)
+    if rank.refresher is not None:
+        rank.refresher.after(step)
+    return result
 
 
-def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) -> Start:
-    """Rank 0's part of a start, while the others wait at the rendezvous; the output folder is touched when all is well.
-
-    Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
-    for all that is wrong with the run and its data.
-    """
-    print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
-    given = config.flat()
-    if meeting is not None and meeting.is_known():
-        config = after_restart(config)
-    with writing(config.cache_dir, reads=True):
-        with nullcontext() if meeting is None else meeting.kept_waiting():
-            config = with_epochs(config, launch.world_size)
-        setup = replace(preflight(config, launch.world_size), given=given)
-        with nullcontext() if meeting is None else meeting.kept_waiting():
-            tokenizer = load_tokenizer(setup.config)
-            data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
-    setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
-    with writing(config.output_dir / "run.yaml"):
-        folder = claim_folder(config.output_dir)
-        news = open_output(setup, launch.restart > 0)
-    return Start(setup, tokenizer, data, news, folder)
-
-
-def build(
-    config: RunConfig,
-    launch: Launch,
-    watchdog: Watchdog,
-    start: Start | None,
-    meeting: Rendezvous | None = None,
-) -> Run:
-    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the start."""
-    startup = float(config.train.ddp_timeout)
-    meeting = meeting or Rendezvous(launch, config.train.output_dir, startup)
-    store = meeting.store()
-    if start is not None:
-        meeting.publish(start.setup.to_json())
-    setup = Setup.from_json(fetch_setup(store, startup, config.local.link_timeout_seconds))
-    _say_other_flags(setup, config, launch)
-    config = setup.config
-    startup = float(config.train.ddp_timeout)
-    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
-    world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
-    join_stage(world, one_world=config.is_pipelined)
-    layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
-    catalog = Catalog(Path(setup.checkpoint)) if setup.checkpoint else None
-    first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
-    data = start.data if start is not None else None
-    feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
-    news = start.news if start is not None else ()
-    warnings_of_data = _go_on_reading(feed, catalog, data)
-    engine, links = make_engine(setup, world, feed)
-    tracer = begin_trace(config, world, engine, links)
-    news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
-    refresher = make_refresher(config, setup.partition, world, links, engine.engines)
-    if refresher is not None:
-        block: Any = engine.engines[-1].module
-        refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
-    metrics = None
-    if place.is_recorder:
-        samples = first_step * layout.sequences_per_step
-        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
-    progress = Progress(world, config.train.max_steps, first_step)
-    for warning in (*setup.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
-        progress.say(f"llm_local: warning: {warning}")
-    for line in news:
-        progress.say(f"llm_local: {line}")
-    layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
-    progress.say(f"llm_local: {layout_text}; {setup.partition.describe()}")
-    for source in data.sources if data is not None else ():
-        progress.say(f"llm_local: {source.describe()}")
-    saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages))
-    recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
-    return Run(
-        config=config,
-        setup=setup,
-        layout=layout,
-        world=world,
-        engine=engine,
-        feed=feed,
-        links=links,
-        refresher=refresher,
-        metrics=metrics,
-        progress=progress,
-        saver=saver,
-        recorder=recorder,
-        tracer=tracer,
-        first_step=first_step,
-        first_row=first_row,
-        start=start,
-    )
-
-
-def _say_other_flags(setup: Setup, config: RunConfig, launch: Launch) -> None:
-    """Where a host's YAML or command is not rank 0's; one rank of a host says it."""
-    if launch.local_rank == 0 and (other := setup.other_flags(config.flat())):
-        said = f"rank {launch.rank} on {socket.gethostname()} was given other flags; rank 0's hold: {other}"
-        print(f"llm_local: warning: {said}", file=sys.stderr, flush=True)
-
-
-def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
-    """Rank 0 has prepared the data before it published the setup; the other replicas find it in the cache, or prepare
-    their host's, which must be the same."""
-    config = setup.config
-    if data is None:
-        with writing(config.cache_dir, reads=True):
-            tokenizer = load_tokenizer(config)
-            data = prepare_all(config, tokenizer)
-        if problem := setup.other_data(tokenizer_key(tokenizer), data.counts()):
-            raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
-    validation = [each.sequences for each in data.validation]
-    train = config.train
-    rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start, setup.documents)
-
-
-def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:
-    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again, or where
-    it is not the same any more."""
-    if feed is None or catalog is None:
-        return ()
-    state = read_data_state(catalog.path)
-    goes_on = feed.restore(state)
-    feed.tokens = trained_tokens(state, catalog.manifest.rows, catalog.manifest.layout.seq_length)
-    lines = changed_since(data.sources if data is not None else (), state, catalog.path)
-    if goes_on:
-        return lines
-    rows = f"{catalog.manifest.rows:,} sequences"
-    again = f"it is read from its start, past {rows}, which may take long"
-    return (*lines, f"{catalog.path} has no place in this stream; {again}")
+def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
+    """This stage's exit on a validation set, that of this number in the feed; nobody waits for a later stage."""
+    batches, place = rank.config.train.eval_batches, rank.world.place
+    rows = batches * rank.config.train.per_device_train_batch_size * place.num_replicas
+    if rank.feed is not None:
+        rank.feed.validate_on(number)
+    with rank.traced(each.split, step):
+        losses, tokens = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
+    if rank.metrics is not None:
+        rank.progress.publish(each.split, step, losses)
+        padding = 1 - tokens / (rows * rank.config.data.seq_length)
+        rank.metrics.write(each.record(step, place.stage, losses, tokens, padding))

@@ -68,7 +68,7 @@ class Setup:
     def to_json(self) -> str:
         config = self.config
         found = {"deepspeed_json": config.deepspeed_json, "epoch": config.epoch}
-        return json.dumps(asdict(self) | {"config": config.flat(), "found": found})
+        return json.dumps(asdict(replace(self, config=RunConfig())) | {"config": config.flat(), "found": found})
 
     @staticmethod
     def from_json(text: str) -> Setup:

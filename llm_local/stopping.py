@@ -12,6 +12,7 @@ from typing import Any
 
 REQUEST, TOLD, LAST = "stop/request", "stop/told", "stop/last"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CALLBACK = "a callback"  # asks for a stop after which the run ends as it does after its last step
 
 
 class Stop:

@@ -72,7 +72,7 @@ DIFFERS = {
     "gradient_checkpointing": "the non-reentrant kind",
     "torch_compile": "each layer by itself",
     "logging_steps": "10 unless it is said",
-    "report_to": f"one of {', '.join(FLAGS['report_to'].choices)}; metrics are written in any case",
+    "report_to": "csv, too; names with commas between; metrics are written in any case",
     "logging_strategy": "the last step is recorded in any case",
     "logging_first_step": "true unless it is said",
     "eval_strategy": "as --eval_steps says unless it is said; at the end a run evaluates, too",
@@ -123,7 +123,7 @@ _BATCH = _no("use --per_device_train_batch_size: evaluation takes the same")
 _MIXED = _no("use --bf16 or --fp16")
 _WHOLE = _no("an evaluation computes losses alone, in the precision of the training; leave it out", *_OFF)
 _OPTIMIZER = _no("name an optimizer and its settings in the JSON of --deepspeed", *_OFF)
-_TRACKIO = _no("use --report_to tensorboard or csv", "huggingface", *_OFF)
+_TRACKIO = _no("use --trackio_space_id", *_OFF)
 _CPU = _no("hide the GPUs: CUDA_VISIBLE_DEVICES=", *_OFF)
 _LABELS = _no("the data is text, or tokens of prepare_data.py; leave it out", *_OFF)
 _TPU = _no("there is no support for TPUs; leave it out", *_OFF)
@@ -155,9 +155,6 @@ NOT_TAKEN: dict[str, Refusal] = {
     "log_level": _SCREEN,
     "log_level_replica": _SCREEN,
     "disable_tqdm": _no("there is a bar on a terminal alone; leave it out", *_OFF),
-    "run_name": _no("a run is named by --output_dir", *_OFF),
-    "project": _TRACKIO,
-    "trackio_space_id": _TRACKIO,
     "trackio_bucket_id": _TRACKIO,
     "trackio_static_space_id": _TRACKIO,
     "eval_delay": _no("evaluation begins after --eval_steps; leave it out", "0", "0.0"),
@@ -179,7 +176,7 @@ NOT_TAKEN: dict[str, Refusal] = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
     "ignore_data_skip": _no("a resumed run goes on in its data by itself; leave it out", "false"),
-    "restore_callback_states_from_checkpoint": _no("a run has no callbacks; leave it out", *_OFF),
+    "restore_callback_states_from_checkpoint": _no("a resumed run restores them by itself; leave it out", *_OFF),
     "full_determinism": _no("on a CPU runs are the same anyway; on a GPU use torch's own switches", *_OFF),
     "data_seed": _no("use --seed: it draws the order of the data, too", *_OFF),
     "use_cpu": _CPU,
@@ -246,6 +243,11 @@ NOT_TAKEN: dict[str, Refusal] = {
     "overwrite_cache": _no("data that has changed is tokenised anew by itself; else remove --cache_dir", "false"),
     "keep_linebreaks": _no("line breaks are kept; leave it out", "true"),
 }
+
+
+def instead_of(name: str) -> str:
+    """What to do without a flag that is not taken."""
+    return NOT_TAKEN[name].instead if name in NOT_TAKEN else "leave it out"
 
 
 def is_passed_over(name: str, value: str) -> bool:

@@ -32,7 +32,7 @@ import psutil
 
 from llm_local.ancestors import gone, is_running, launcher_pids, watch_over
 from llm_local.owner import machine
-from llm_local.stopping import REQUEST, SIGNALS, Stop
+from llm_local.stopping import CALLBACK, REQUEST, SIGNALS, Stop
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
@@ -186,6 +186,24 @@ class Watchdog:
         except (RuntimeError, Empty):  # the store is lost with its rank: what we know is all there is
             return text
 
+    def ask_to_stop(self, seconds: float) -> None:
+        """Asks all ranks for a stop that is none of the process; returns when this rank begins no further step.
+
+        Raises LostPeer where that takes longer than so many seconds.
+        """
+        assert self._line is not None
+        end = time.monotonic() + seconds
+        self._line.ask(lambda store: store.compare_set(REQUEST, "", CALLBACK), seconds)
+        while not self.stop.reason:  # the watchdog's next beat learns of it
+            if time.monotonic() > end:
+                raise LostPeer(f"no agreement on a last step within {seconds:g} s")
+            time.sleep(0.05)
+
+    def announce(self, reason: str) -> None:
+        """Tells the peers what ends this rank, as far as nothing has told them yet."""
+        self.report(f"{self._name} stopped: {reason}")
+        self._stopped.set()
+
     def explain(self, seconds: float = EXPLANATION_SECONDS) -> str | None:
         """What ended the run, as far as anybody knows within so many seconds."""
         end = time.monotonic() + seconds
@@ -219,7 +237,8 @@ class Watchdog:
 
     def _lets_it_save(self, number: int | None, reason: str) -> bool:
         """Whether the run stops by itself, which it is asked for here; ended at once by Ctrl-C or a second signal."""
-        if not self._save_seconds or self._line is None or number == signal.SIGINT:
+        is_ending = self.stop.reason == CALLBACK
+        if not self._save_seconds or self._line is None or number == signal.SIGINT or is_ending:
             return False
         if number is not None:
             reason, now = signal.Signals(number).name, time.monotonic()
@@ -234,7 +253,7 @@ class Watchdog:
         return True
 
     def _bound_the_stop(self) -> None:
-        if not self.stop.reason:
+        if self.stop.reason in ("", CALLBACK):
             return
         self._stopping = self._stopping or time.monotonic()
         if time.monotonic() - self._stopping > self._save_seconds:

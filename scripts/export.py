@@ -19,7 +19,7 @@ from llm_local.config import ConfigError
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.model.anatomy import SliceError
 from llm_local.offline_export import NoSuchExit, export_checkpoint
-from llm_local.train import quiet_libraries
+from llm_local.screen import quiet_libraries
 
 
 @ends_with_a_line(Unwritten)

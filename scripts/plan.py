@@ -26,7 +26,7 @@ from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
 from llm_local.plan.search import check_plan, search
 from llm_local.plan.stages import LOCAL_METHODS
-from llm_local.train import quiet_libraries
+from llm_local.screen import quiet_libraries
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import local_device
 from llm_local.examine import TrainedRun, compare_gradients, linear_losses, load_run
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.train import quiet_libraries
+from llm_local.screen import quiet_libraries
 
 COLUMNS = ("block", "stage", "layers", "loss", "linear_loss", "cosine", "local_norm", "true_norm")
 

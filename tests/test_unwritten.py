@@ -28,7 +28,7 @@ from llm_local.files import Unwritten, unwritten, write_whole, writing
 from llm_local.launch import Launch
 from llm_local.metrics import MetricsFile, Record
 from llm_local.owner import claim_folder
-from llm_local.run import check
+from llm_local.rank import check
 
 Full = Callable[..., Path]
 FULL = r"could not be written \(No space left on device\); "

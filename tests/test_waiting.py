@@ -14,8 +14,9 @@ from launching import Rank, by_hand, until
 from torch.distributed import TCPStore
 
 from llm_local import rendezvous
+from llm_local.config import ConfigError
 from llm_local.launch import Launch
-from llm_local.rendezvous import SETUP, Refused, Rendezvous, fetch_setup
+from llm_local.rendezvous import SETUP, Rendezvous, RunRefused, fetch_setup
 from llm_local.train import REFUSED
 from llm_local.watchdog import LostPeer
 
@@ -62,9 +63,9 @@ def test_a_store_that_is_gone_is_a_loss():
 
 def test_a_refusal_reaches_those_who_wait(store: Any, monkeypatch: pytest.MonkeyPatch):
     meeting = meeting_at(store, monkeypatch)
-    teller = threading.Thread(target=meeting.say_no, args=(10.0,))
+    teller = threading.Thread(target=meeting.say_no, args=(ConfigError(["no"]), 10.0))
     teller.start()
-    with pytest.raises(Refused):
+    with pytest.raises(RunRefused):
         fetch_setup(store.clone(), 10.0)
     teller.join(5)
     assert not teller.is_alive(), "it leaves once all others know"

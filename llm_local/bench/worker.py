@@ -28,8 +28,8 @@ from llm_local.engine import LocalEngine
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
-from llm_local.run import Run, build, check
-from llm_local.train import quiet_libraries
+from llm_local.rank import Rank, build, check
+from llm_local.screen import quiet_libraries
 from llm_local.watchdog import Watchdog
 
 LOCAL, DEEPSPEED = "local", "deepspeed"
@@ -60,7 +60,7 @@ def main(text: str) -> None:
     os._exit(0)  # process groups of peers need not be taken down in order
 
 
-def begin(task: Task) -> Run:
+def begin(task: Task) -> Rank:
     """A run as pretrain.py starts it, up to its first step."""
     flags = {"logging_steps": 1, "eval_batches": 0, "overwrite_output_dir": True, "max_grad_norm": 0.0, **task.flags}
     config: RunConfig = from_flat({**flags, "max_steps": 1_000_000, "lr_scheduler_type": "constant"})
@@ -70,7 +70,7 @@ def begin(task: Task) -> Run:
     return build(config, launch, watchdog, check(config, launch) if launch.rank == 0 else None)
 
 
-def leave(run: Run) -> None:
+def leave(run: Rank) -> None:
     """Nobody's links go while another still trains."""
     run.world.everybody("done", SECONDS, "all ranks to be done")
     run.world.finish()
@@ -169,7 +169,7 @@ def efficiency(task: Task) -> dict[str, Any]:
     return result
 
 
-def _waited(run: Run) -> float:
+def _waited(run: Rank) -> float:
     return sum(link.wait_seconds for link in run.links.all())
 
 

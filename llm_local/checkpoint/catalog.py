@@ -41,6 +41,7 @@ from llm_local.partition import Partition
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
 DATA_FILE = "data.json"  # of the first stage, which reads: see feed.py
+TRAINER_FILE = "trainer_state.json"  # of the first stage: what transformers' Trainer keeps of its callbacks
 
 
 _BYTES_AT_A_TIME = 32 * 2**20  # read in one go: the pages of the files stay mapped for as long as it lasts
@@ -127,7 +128,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def read_data_state(checkpoint: Path) -> dict[str, Any]:
     """Where the training data stood, beyond the number of rows; empty if that says it all. Raises BrokenCheckpoint."""
-    path = checkpoint / "stage-00" / DATA_FILE
+    return read_note(checkpoint, DATA_FILE)
+
+
+def read_note(checkpoint: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the first stage, beside its tensors; empty if there is none. Raises BrokenCheckpoint."""
+    path = checkpoint / "stage-00" / name
     if not path.exists():
         return {}
     try:

@@ -22,7 +22,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from llm_local.adapters.deepspeed_internals import base_optimizer
 from llm_local.checkpoint.catalog import (
-    DATA_FILE,
     MANIFEST,
     STATE_FILE,
     Layout,
@@ -70,13 +69,13 @@ class Saver:
         step: int,
         rows: int,
         shared_head: Mapping[str, torch.Tensor] | None = None,
-        data: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        shared_head: the state of the stage's Refresher. data: that of its Feed, if it has one. Raises Unwritten where
-        this save cannot begin or the one before has failed, and MisplacedWeights rather than save another model than is
-        trained.
+        shared_head: the state of the stage's Refresher. notes: further JSON files of the stage, by name. Raises
+        Unwritten where this save cannot begin or the one before has failed, and MisplacedWeights rather than save
+        another model than is trained.
         """
         start = time.perf_counter()
         self.wait()
@@ -97,8 +96,7 @@ class Saver:
             for name, matrix in (shared_head or {}).items():
                 tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
             files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
-            if data:
-                files[DATA_FILE] = json.dumps(data)
+            files |= {name: json.dumps(value) for name, value in (notes or {}).items() if value}
         manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
         arguments = (root, folder, tensors, starts, files, manifest)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)

@@ -51,6 +51,7 @@ from llm_local.model.token_ids import set_token_ids
 from llm_local.owner import folder_problems
 from llm_local.partition import Costs, Partition, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.reporting import report_problems
 from llm_local.setup import Setup, model_values
 from llm_local.trace import FOLDER as TRACE
 
@@ -66,7 +67,7 @@ def preflight(given: RunConfig, world_size: int) -> Setup:
         config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // max(1, config.local.num_stages))
-    problems += deepspeed_problems(config, num_replicas)
+    problems += report_problems(config) + deepspeed_problems(config, num_replicas)
     problems = problems or engine_problems(config, num_replicas)
     problems += data_problems(config) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)

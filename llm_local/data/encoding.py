@@ -27,6 +27,8 @@ CUT_SEARCHED, CUT_TRIES = 10_000, 32  # characters and places that are looked at
 LONG_RUN = re.compile(r"(.{1,4}?)\1{127}|\d{256}", re.DOTALL)  # may be divided by where it began, further away
 WORD_END = re.compile(r"\S(?=\s)")
 
+IDS = "input_ids"  # the column of token numbers
+
 Tokens = list[list[int]]
 
 
@@ -34,8 +36,11 @@ def encode(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | 
     """Token lists of documents, and the texts' sizes in UTF-8. Each is ended by `end`, and begun with BOS where the
     tokenizer does so (first_token), unless `end` is None.
 
-    A missing or empty text has none, and NUL is left out. What spells a special token is text.
+    A missing or empty text has none, and NUL is left out. What spells a special token is text. Documents that are token
+    numbers already (IDS) are ended alone; their size is that of the text that the tokenizer makes of them.
     """
+    if any(_is_ids(text) for text in texts):
+        return _encode_ids(texts, tokenizer, end)
     joined = [text for text in map(joined_text, texts) if text]
     bos = None if end is None else first_token(tokenizer)
     first, last = ([] if token is None else [token] for token in (bos, end))
@@ -58,6 +63,16 @@ def encode_running(
         return [], [], [before, text[len(before) :]]
     size = len(text[len(before) : stop].encode())
     return _encode_behind([(text[:stop], len(before))], tokenizer), [size], [text[:stop][-CONTEXT:], text[stop:]]
+
+
+def _is_ids(text: Any) -> bool:
+    return not isinstance(text, str) and text is not None and len(text) > 0 and not isinstance(text[0], str)
+
+
+def _encode_ids(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, end: int | None) -> tuple[Tokens, list[int]]:
+    found = [[int(number) for number in ids] for ids in texts if ids]
+    sizes = [len(text.encode()) for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+    return [ids if end is None or ids[-1] == end else [*ids, end] for ids in found], sizes
 
 
 def joined_text(text: Any) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import IterableDataset
 
 from llm_local.config import ConfigError, RunConfig, from_here
 from llm_local.data.text_files import format_of
@@ -29,6 +30,8 @@ from llm_local.problems import parse_named_files
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 BUILTIN = "builtin"
 TOKENS = "tokens"
+OBJECT = "<train_dataset>"  # what run.yaml names of a data set that was an object
+TRAIN, VALIDATION = "train", "validation"  # of config.rows; any other name is that of a set to validate on
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Source:
     """One source of documents. field: how a message names the place that asks for it.
 
     split, validation_split: of a data set; None: 'train', and 'validation' if there is one. running_text: the rows of
-    the data set are lines of one text, and not documents.
+    the data set are lines of one text, and not documents. rows: a data set that was given as an object.
     """
 
     field: str
@@ -49,14 +52,17 @@ class Source:
     streaming: bool = False
     running_text: bool = False
     weight: float = 1.0
+    rows: Any = None
 
     @property
     def named(self) -> str:
-        return f"{self.field}={self.source}"
+        return self.field if self.rows is not None else f"{self.field}={self.source}"
 
     @property
     def kind(self) -> str:
-        """'builtin', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk) or 'hub'."""
+        """'builtin', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk), 'hub' or 'object' (rows)."""
+        if self.source == OBJECT:
+            return "object"
         if self.field in ("train_file", "validation_file", "validation_files"):
             return "files"
         if self.source == BUILTIN:
@@ -81,6 +87,8 @@ def local_path(name: str) -> Path | None:
 def training_sources(config: RunConfig) -> list[Source]:
     """The sources of the training documents. Raises ConfigError for all that is wrong with a mixture file."""
     data = config.data
+    if (rows := config.rows.get(TRAIN)) is not None:
+        return [_of_object("train_dataset", rows)]
     if data.data_mixture:
         return _read_mixture(config, Path(data.data_mixture))
     field, source = "dataset_name", data.dataset_name or BUILTIN
@@ -102,9 +110,17 @@ def training_sources(config: RunConfig) -> list[Source]:
 def validation_sources(config: RunConfig) -> dict[str, Source]:
     """The files that are given to validate on, by name; none: a part of the training data is held out."""
     data = config.data
+    objects = {name: rows for name, rows in config.rows.items() if name != TRAIN}
+    if objects:
+        return {name: _of_object("eval_dataset", rows) for name, rows in objects.items()}
     files = {"validation": ("validation_file", data.validation_file)} if data.validation_file else {}
     files |= {name: ("validation_files", file) for name, file in parse_named_files(data.validation_files or "")}
     return {name: Source(field, file, data.text_column_name) for name, (field, file) in files.items()}
+
+
+def _of_object(field: str, rows: Any) -> Source:
+    (column,) = rows.column_names
+    return Source(field, OBJECT, column, streaming=isinstance(rows, IterableDataset), rows=rows)
 
 
 def _read_mixture(config: RunConfig, path: Path) -> list[Source]:
@@ -134,7 +150,7 @@ def _read_mixture(config: RunConfig, path: Path) -> list[Source]:
 def _entry_problems(entry: Any) -> list[str]:
     if not isinstance(entry, dict):
         return [f"{entry!r} is not 'key: value' lines; write 'source: ...'"]
-    types = {field.name: str(field.type) for field in dataclasses.fields(Source) if field.name != "field"}
+    types = {field.name: str(field.type) for field in dataclasses.fields(Source) if field.name not in ("field", "rows")}
     problems = [f"unknown key {key!r}; use one of {', '.join(types)}" for key in entry if key not in types]
     if not entry.get("source"):
         problems.append("no source; name a data set, a file, a directory or a glob")

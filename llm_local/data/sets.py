@@ -200,6 +200,8 @@ def _extent(source: Source, part: SourceData) -> str:
 
 def _title(source: Source) -> str:
     """What a source is called away from this machine."""
+    if source.kind == "object":
+        return source.field
     return source.source if source.kind in ("hub", BUILTIN) else Path(source.source).name
 
 

@@ -51,6 +51,9 @@ def data_problems(config: RunConfig) -> list[str]:
 
 def source_problems(source: Source) -> list[str]:
     """What is wrong with one source, as far as it is looked at before training."""
+    if source.kind == "object":
+        given = "give it again (llm_local.prepare), or name another data set"
+        return [] if source.rows is not None else [f"{source.named} was an object of a Python program; {given}"]
     if source.kind == BUILTIN:
         return builtin_problems(corpus.stdlib_folder())
     if source.kind == TOKENS:

@@ -47,7 +47,8 @@ UNREADABLE = (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSErro
 
 @dataclass(frozen=True)
 class Documents:
-    """Rows with a text column. `source` is how a message names them; `running_text`: rows are lines of one text.
+    """Rows with a column of text, or of token numbers (encoding.IDS). `source` is how a message names them;
+    `running_text`: rows are lines of one text.
 
     tokens: the folder of the rows where they are tokens already (prepared.py), and no text.
     """
@@ -80,7 +81,9 @@ def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Docu
 
 
 def load_validation(config: RunConfig, source: Source) -> Documents:
-    """The documents of validation_file or validation_files, all of them. Raises ConfigError."""
+    """The documents of validation_file, validation_files or eval_dataset, all of them. Raises ConfigError."""
+    if source.kind == "object":
+        return Documents(source.rows, source.text_column, source.named)
     return in_blocks(_read_files(config, replace(source, streaming=False)))
 
 
@@ -94,6 +97,8 @@ def in_blocks(documents: Documents) -> Documents:
 def _read(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
     if source.kind == "files":
         return _read_files(config, source), None
+    if source.kind == "object":
+        return Documents(source.rows, source.text_column, source.named), None
     if source.kind == BUILTIN:
         rows = builtin_corpus(config.cache_dir)
         return Documents(rows.to_iterable_dataset() if source.streaming else rows, "text", "the built-in corpus"), None

@@ -162,6 +162,14 @@ class Receiver(_End):
 
         Raises LinkError if the peer is lost, silent for link_timeout_seconds, or sends something else.
         """
+        packet = self.take()
+        if (packet.kind, packet.step, packet.index) != (kind, step, index):
+            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
+            raise LinkError(f"{self.name}: {self.peer} sent {packet.title}, expected was {expected}")
+        return packet
+
+    def take(self) -> Packet:
+        """The next packet, whatever it is. Raises LinkError if the peer is lost, or silent for link_timeout_seconds."""
         start = time.perf_counter()
         try:
             taken = self._ready.get(timeout=None if self._is_background else self._timeout.total_seconds())
@@ -176,9 +184,6 @@ class Receiver(_End):
         if packet.kind != END:
             self.bytes += num_bytes
             self._ask()
-        if (packet.kind, packet.step, packet.index) != (kind, step, index):
-            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
-            raise LinkError(f"{self.name}: {self.peer} sent {packet.title}, expected was {expected}")
         return packet
 
     def close(self, step: int) -> None:

@@ -29,7 +29,7 @@ from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.links.ends import Links, Receiver, Sender
-from llm_local.links.packet import REFRESH, Packet
+from llm_local.links.packet import END, REFRESH, Packet
 from llm_local.model.shared_head import install, installed
 from llm_local.model.stage import Block
 from llm_local.partition import Partition
@@ -66,11 +66,6 @@ class Timetable:
     def pending(self, step: int) -> list[int]:
         """The steps whose matrices are on their way after this one: at most one, with every=1 two."""
         return [t for t in range(max(1, step - self.delay), step + 1) if self.is_taken(t)]
-
-    def to_come(self, step: int) -> list[int]:
-        """The steps whose matrices arrive in the rest of a run that has done so many steps."""
-        first = max(1, step - self.delay)
-        return [t for t in range(first, self.max_steps) if self.is_taken(t) and self.is_sent(t)]
 
 
 @dataclass(frozen=True)
@@ -117,8 +112,8 @@ class Refresher:
         for taken, matrix in sorted(self._pending.items()):
             self._send(taken, matrix)
         if self._receiver is not None:
-            steps, ways = self.timetable.to_come(step), (self._receiver, self._sender)
-            self._thread = threading.Thread(target=self._relay, args=(steps, *ways), name="refresh", daemon=True)
+            ways = (self._receiver, self._sender)
+            self._thread = threading.Thread(target=self._relay, args=ways, name="refresh", daemon=True)
             self._thread.start()
 
     def before(self, step: int) -> None:
@@ -183,18 +178,18 @@ class Refresher:
         self.sent_bytes += arrival.relayed_bytes
         return packet.hidden[0]
 
-    def _relay(self, steps: Sequence[int], receiver: Receiver, sender: Sender | None) -> None:
+    def _relay(self, receiver: Receiver, sender: Sender | None) -> None:
+        """Until the last stage says that nothing follows: it alone knows, as a run may end before its last step."""
         try:
-            for step in steps:
-                packet, relayed = receiver.receive(REFRESH, step, 0), 0
+            while (packet := receiver.take()).kind != END:
+                relayed = 0
                 if sender is not None:
                     before = sender.bytes
                     sender.send(packet)
                     relayed = sender.bytes - before
                 self._arrived.put(_Arrival(packet, relayed))
-            receiver.close(self.timetable.max_steps)
             if sender is not None:
-                sender.close(self.timetable.max_steps)
+                sender.close(packet.step)
         except Exception as error:
             self._arrived.put(error)
 

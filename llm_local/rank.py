@@ -1,0 +1,228 @@
+"""A rank of a run, put together: checked by rank 0, agreed with the others."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import PreTrainedTokenizerBase
+
+from llm_local.assembly import Engine, make_engine
+from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
+from llm_local.checkpoint.line import after_restart
+from llm_local.checkpoint.loader import load_shared_head, take_up
+from llm_local.checkpoint.saver import Saver
+from llm_local.checks.epochs import with_epochs
+from llm_local.checks.preflight import open_output, preflight
+from llm_local.config import ConfigError, RunConfig
+from llm_local.data.encoding import tokenizer_key
+from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
+from llm_local.data.packing import PackedSource
+from llm_local.data.sets import Data, prepare_all
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.evaluation import eval_sets
+from llm_local.files import writing
+from llm_local.launch import Launch
+from llm_local.links.ends import Links
+from llm_local.metrics import MetricsFile, best_step
+from llm_local.model.refresh import Refresher, make_refresher
+from llm_local.owner import claim_folder
+from llm_local.progress import Progress
+from llm_local.recorder import Recorder
+from llm_local.rendezvous import Rendezvous, fetch_setup
+from llm_local.run_trace import begin_trace
+from llm_local.setup import Setup
+from llm_local.trace import Tracer
+from llm_local.watchdog import Watchdog
+from llm_local.world import Place, World, connect, join_stage
+
+
+@dataclass
+class Rank:
+    """All that a rank trains with. start: what rank 0 has brought."""
+
+    config: RunConfig
+    setup: Setup
+    layout: Layout
+    world: World
+    engine: Engine
+    feed: Feed | None
+    links: Links
+    refresher: Refresher | None
+    metrics: MetricsFile | None
+    progress: Progress
+    saver: Saver
+    recorder: Recorder
+    tracer: Tracer | None
+    first_step: int
+    first_row: int
+    local_rank: int = 0
+    start: Start | None = None
+
+    def traced(self, split: str, step: int) -> AbstractContextManager[None]:
+        """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
+        return nullcontext() if self.tracer is None else self.tracer.batch(split, step)
+
+    @property
+    def sources(self) -> tuple[PackedSource, ...]:
+        """What rank 0 trains on."""
+        return tuple(source.facts() for source in self.start.data.sources) if self.start is not None else ()
+
+    def rows_after(self, step: int) -> int:
+        """Sequences of the training data that are used up after the step."""
+        return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
+
+    def data_state(self) -> dict[str, Any] | None:
+        """What a checkpoint has of the training data."""
+        return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 alone has. news: lines for a person. folder: the output folder's lock, held as long as this object
+    lives."""
+
+    setup: Setup
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    news: tuple[str, ...]
+    folder: TextIO
+
+
+def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) -> Start:
+    """Rank 0's part of a start, while the others wait at the rendezvous; the output folder is touched when all is well.
+
+    Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
+    for all that is wrong with the run and its data.
+    """
+    print("llm_local: checking the configuration, the model and the data", file=sys.stderr, flush=True)
+    given = config.flat()
+    if meeting is not None and meeting.is_known():
+        config = after_restart(config)
+    with writing(config.cache_dir, reads=True):
+        with nullcontext() if meeting is None else meeting.kept_waiting():
+            config = with_epochs(config, launch.world_size)
+        setup = replace(preflight(config, launch.world_size), given=given)
+        with nullcontext() if meeting is None else meeting.kept_waiting():
+            tokenizer = load_tokenizer(setup.config)
+            data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
+    setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
+    with writing(config.output_dir / "run.yaml"):
+        folder = claim_folder(config.output_dir)
+        news = open_output(setup, launch.restart > 0)
+    return Start(setup, tokenizer, data, news, folder)
+
+
+def build(
+    config: RunConfig,
+    launch: Launch,
+    watchdog: Watchdog,
+    start: Start | None,
+    meeting: Rendezvous | None = None,
+) -> Rank:
+    """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the start."""
+    startup = float(config.train.ddp_timeout)
+    meeting = meeting or Rendezvous(launch, config.train.output_dir, startup)
+    store = meeting.store()
+    if start is not None:
+        meeting.publish(start.setup.to_json())
+    setup = Setup.from_json(fetch_setup(store, startup, config.local.link_timeout_seconds))
+    _say_other_flags(setup, config, launch)
+    setup = replace(setup, config=replace(setup.config, rows=config.rows))
+    config = setup.config
+    startup = float(config.train.ddp_timeout)
+    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
+    world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
+    join_stage(world, one_world=config.is_pipelined)
+    layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
+    catalog = Catalog(Path(setup.checkpoint)) if setup.checkpoint else None
+    first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
+    data = start.data if start is not None else None
+    feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
+    news = start.news if start is not None else ()
+    warnings_of_data = _go_on_reading(feed, catalog, data)
+    engine, links = make_engine(setup, world, feed)
+    tracer = begin_trace(config, world, engine, links)
+    news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
+    refresher = make_refresher(config, setup.partition, world, links, engine.engines)
+    if refresher is not None:
+        block: Any = engine.engines[-1].module
+        refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
+    metrics = None
+    if place.is_recorder:
+        samples = first_step * layout.sequences_per_step
+        metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
+    progress = Progress(world, config.train.max_steps, first_step)
+    for warning in (*setup.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
+        progress.say(f"llm_local: warning: {warning}")
+    for line in news:
+        progress.say(f"llm_local: {line}")
+    layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
+    progress.say(f"llm_local: {layout_text}; {setup.partition.describe()}")
+    for source in data.sources if data is not None else ():
+        progress.say(f"llm_local: {source.describe()}")
+    saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages))
+    recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
+    return Rank(
+        config=config,
+        setup=setup,
+        layout=layout,
+        world=world,
+        engine=engine,
+        feed=feed,
+        links=links,
+        refresher=refresher,
+        metrics=metrics,
+        progress=progress,
+        saver=saver,
+        recorder=recorder,
+        tracer=tracer,
+        first_step=first_step,
+        first_row=first_row,
+        local_rank=launch.local_rank,
+        start=start,
+    )
+
+
+def _say_other_flags(setup: Setup, config: RunConfig, launch: Launch) -> None:
+    """Where a host's YAML or command is not rank 0's; one rank of a host says it."""
+    if launch.local_rank == 0 and (other := setup.other_flags(config.flat())):
+        said = f"rank {launch.rank} on {socket.gethostname()} was given other flags; rank 0's hold: {other}"
+        print(f"llm_local: warning: {said}", file=sys.stderr, flush=True)
+
+
+def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
+    """Rank 0 has prepared the data before it published the setup; the other replicas find it in the cache, or prepare
+    their host's, which must be the same."""
+    config = setup.config
+    if data is None:
+        with writing(config.cache_dir, reads=True):
+            tokenizer = load_tokenizer(config)
+            data = prepare_all(config, tokenizer)
+        if problem := setup.other_data(tokenizer_key(tokenizer), data.counts()):
+            raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
+    validation = [each.sequences for each in data.validation]
+    train = config.train
+    rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start, setup.documents)
+
+
+def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:
+    """Puts the training data where the checkpoint left it; says so where that takes reading all of it again, or where
+    it is not the same any more."""
+    if feed is None or catalog is None:
+        return ()
+    state = read_data_state(catalog.path)
+    goes_on = feed.restore(state)
+    feed.tokens = trained_tokens(state, catalog.manifest.rows, catalog.manifest.layout.seq_length)
+    lines = changed_since(data.sources if data is not None else (), state, catalog.path)
+    if goes_on:
+        return lines
+    rows = f"{catalog.manifest.rows:,} sequences"
+    again = f"it is read from its start, past {rows}, which may take long"
+    return (*lines, f"{catalog.path} has no place in this stream; {again}")
