@@ -55,7 +55,7 @@ class RunConfig:
 
     epoch: rows of the training data, and of a step, once they are known (checks/epochs.py).
     deepspeed_json: what the file of --deepspeed holds, once it is read (ds_config.load_json).
-    rows: data sets that were given as objects, by name (data/objects.py).
+    rows: data sets that were given as objects, by name, each with its column that is read (data/objects.py).
     """
 
     model: ModelArguments = field(default_factory=ModelArguments)
@@ -64,7 +64,7 @@ class RunConfig:
     train: TrainArguments = field(default_factory=TrainArguments)
     epoch: tuple[int, int] | None = None
     deepspeed_json: dict[str, Any] | None = None
-    rows: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    rows: dict[str, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def load(path: Path | str | None = None, **flags: Any) -> RunConfig:

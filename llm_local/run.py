@@ -98,6 +98,7 @@ class Run:
             self._evaluate()
         if self.config.save_interval and self._saved != self._step:  # a callback has ended the run
             self.save()
+        self._end_training()
 
     def steps(self) -> Iterator[int]:
         """The number of each step that is to come, for `train_step` to train; ends early where a callback asks for it.
@@ -141,7 +142,8 @@ class Run:
 
         eval_loss is the last stage's, eval_loss_stage_0 the first one's; of a named set they are eval_NAME_loss, ...
         """
-        self._evaluate()
+        if self._evaluated != self._step:
+            self._evaluate()
         return self._losses_of_all()
 
     def save(self) -> Path:

@@ -47,6 +47,7 @@ def prepare(
     touched. A process has one run; after a ConfigError it may try again. From here on signals are the run's.
     """
     must_be_first()
+    quiet_libraries()
     watchdog = Watchdog(int(os.environ.get("RANK", "0")))
     watchdog.start()
     run = begin(with_objects(config, model, tokenizer, train_dataset, eval_dataset), watchdog, callbacks)
@@ -61,7 +62,6 @@ def begin(
     refused: Callable[[Exception], None] = lambda error: None,
 ) -> Run:
     """As `prepare`, of flags alone. refused: called on rank 0 with what it finds wrong, before the others know."""
-    quiet_libraries()
     os.environ.update(of_scheduler(os.environ, at_terminal=os.isatty(0)))
     launch = Launch.from_environment(os.environ)
     meeting = Rendezvous(launch, config.train.output_dir, float(config.train.ddp_timeout))

@@ -21,6 +21,7 @@ from llm_local.engine import NonFiniteLoss
 from llm_local.export.model_folder import WrongExport
 from llm_local.files import Unwritten
 from llm_local.rendezvous import RunRefused
+from llm_local.screen import quiet_libraries
 from llm_local.start import begin, has_begun, must_be_first
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         must_be_first()
     except ConfigError as error:
         return _refuse(0, error)
+    quiet_libraries()
     watchdog = Watchdog(rank)
     watchdog.start()
     try:

@@ -155,7 +155,7 @@ def test_early_stopping_goes_on_counting_after_a_resume(tmp_path: Path, cache: P
 def _raises(folder: Path, cache: Path) -> int:
     class Raises(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
-            if state.global_step == 4 and state.is_world_process_zero:
+            if state.global_step == 6 and not state.is_world_process_zero:
                 raise ValueError("the sky falls")
 
     config = config_of(folder, cache, num_stages=2, save_steps=2)
@@ -233,7 +233,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("kinds"),
+    "kinds",
     [["text", "ids", "list", "torch"], ["stream", "stream of ids", "torch stream"]],
     ids=["stored", "streams"],
 )
@@ -320,10 +320,7 @@ class TestRefusals:
 
     def test_data_of_no_known_kind(self):
         found = self.refused(train_dataset=7)
-        assert (
-            found
-            == "train_dataset is a int; give a Dataset or IterableDataset of datasets or torch, or a list of texts"
-        )
+        assert found.startswith("train_dataset is a int; give a Dataset or IterableDataset of datasets or torch, or")
 
     def test_data_without_rows_or_text(self, tmp_path: Path):
         config = ll.Config.load(cache_dir=str(tmp_path))
@@ -379,7 +376,7 @@ class TestRefusals:
 def _twice(folder: Path, cache: Path) -> list[str]:
     """Refused, tried again, and a second run."""
     said = []
-    for flags in ({"num_stages": 7}, {"max_steps": 1}, {"max_steps": 1}):
+    for flags in ({"seq_length": 9999}, {"max_steps": 1}, {"max_steps": 1}):
         try:
             with ll.prepare(config_of(folder, cache, **flags), LlamaConfig(**MODEL), train_dataset=texts()) as run:
                 run.train()
@@ -392,7 +389,7 @@ def _twice(folder: Path, cache: Path) -> list[str]:
 @pytest.mark.processes
 def test_a_process_tries_until_it_has_had_its_run(tmp_path: Path, cache: Path):
     ((refused, trained, again),) = run_ranks(_twice, 1, tmp_path / "run", cache)
-    assert refused.startswith("num_stages=7")
+    assert refused.startswith("seq_length=9999")
     assert trained == "1 step"
     assert again == "this process has had its run; start another process for the next one"
 

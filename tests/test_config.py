@@ -349,7 +349,6 @@ class TestStaticProblems:
                 "lr_scheduler_type='x' is unknown; choose one of linear, cosine, constant, constant_with_warmup, "
                 "polynomial, inverse_sqrt",
             ),
-            ({"report_to": "x"}, "report_to='x' is unknown; choose one of none, tensorboard, csv"),
             ({"head": "decoder"}, "head=decoder needs private layers; set head_layers=1 or more, or use head=linear"),
             ({"head_layers": 2}, "head=linear has no private layers, head_layers is 2; use head=decoder"),
             (

@@ -12,7 +12,7 @@ import llm_local
 # a line is a rung: modules, or a package and its modules
 LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
-ancestors files in_flight flags trainer_flags config partition costs head_plan head_problems problems schedule
+ancestors files screen in_flight flags trainer_flags config partition costs head_plan head_problems problems schedule
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends
@@ -20,14 +20,15 @@ model: gguf_header gguf_cache observation remote_code overrides token_ids anatom
 model: router_loss document_mask
 model: shared_head distillation lowrank windows head_start stage refresh
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
-data: source_problems sources sequences tokenizer_training streams prepared sets feed
-ds_config ds_problems block_engine engine backprop
+data: source_problems sources objects sequences tokenizer_training streams prepared sets feed
+ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages model_card
 metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
-examine assembly run_trace recorder run best finish train offline_export
+examine assembly run_trace recorder rank best finish training_arguments callbacks run start train trainer
+offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search

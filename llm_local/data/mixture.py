@@ -87,8 +87,8 @@ def local_path(name: str) -> Path | None:
 def training_sources(config: RunConfig) -> list[Source]:
     """The sources of the training documents. Raises ConfigError for all that is wrong with a mixture file."""
     data = config.data
-    if (rows := config.rows.get(TRAIN)) is not None:
-        return [_of_object("train_dataset", rows)]
+    if TRAIN in config.rows:
+        return [_of_object("train_dataset", *config.rows[TRAIN])]
     if data.data_mixture:
         return _read_mixture(config, Path(data.data_mixture))
     field, source = "dataset_name", data.dataset_name or BUILTIN
@@ -112,14 +112,13 @@ def validation_sources(config: RunConfig) -> dict[str, Source]:
     data = config.data
     objects = {name: rows for name, rows in config.rows.items() if name != TRAIN}
     if objects:
-        return {name: _of_object("eval_dataset", rows) for name, rows in objects.items()}
+        return {name: _of_object("eval_dataset", *rows) for name, rows in objects.items()}
     files = {"validation": ("validation_file", data.validation_file)} if data.validation_file else {}
     files |= {name: ("validation_files", file) for name, file in parse_named_files(data.validation_files or "")}
     return {name: Source(field, file, data.text_column_name) for name, (field, file) in files.items()}
 
 
-def _of_object(field: str, rows: Any) -> Source:
-    (column,) = rows.column_names
+def _of_object(field: str, column: str, rows: Any) -> Source:
     return Source(field, OBJECT, column, streaming=isinstance(rows, IterableDataset), rows=rows)
 
 

@@ -58,7 +58,7 @@ def with_objects(
     found = {name: _rows(name, each, config, tokenizer) for name, each in rows.items()}
     data = config.data
     if TRAIN in found:
-        data = replace(data, dataset_name=OBJECT, streaming=isinstance(found[TRAIN], IterableDataset))
+        data = replace(data, dataset_name=OBJECT, streaming=isinstance(found[TRAIN][1], IterableDataset))
     return replace(config, model=given, data=data, rows=found)
 
 
@@ -101,8 +101,8 @@ def _kept(thing: PretrainedConfig | PreTrainedTokenizerBase, folder: Path, kind:
             return target
 
 
-def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> Dataset | IterableDataset:
-    """One column of text, or of token numbers. Raises ConfigError for anything else."""
+def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> tuple[str, Dataset | IterableDataset]:
+    """A column of text, or of token numbers, and the rows with that alone. Raises ConfigError for anything else."""
     field = "train_dataset" if name == TRAIN else "eval_dataset"
     named = field if name in (TRAIN, VALIDATION) else f"{field} {name!r}"
     rows = _as_datasets(given, config)
@@ -116,7 +116,7 @@ def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> Dataset 
         raise ConfigError([f"{named} has no rows; give a data set with text"])
     text, columns = config.data.text_column_name, ", ".join(map(repr, first))
     if isinstance(first.get(text), str) or (text in first and first[text] is None):
-        return rows.select_columns([text])
+        return text, rows.select_columns([text])
     if IDS not in first:
         raise ConfigError([f"{named} has no text in {text!r} and no {IDS!r}, only {columns}; set text_column_name"])
     if tokenizer is None:
@@ -124,7 +124,7 @@ def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> Dataset 
     most = max(first[IDS], default=0)
     if isinstance(tokenizer, PreTrainedTokenizerBase) and most > (highest := highest_id(tokenizer)):
         raise ConfigError([f"{named} has the token {most}, the tokenizer none above {highest}; give its own"])
-    return rows.select_columns([IDS])
+    return IDS, rows.select_columns([IDS])
 
 
 def _as_datasets(given: Rows, config: RunConfig) -> Dataset | IterableDataset | None:
