@@ -17,7 +17,7 @@ DEVICE = $(shell $(BIN)/python -c \
 	"import torch; print('' if torch.accelerator.is_available() else 'DS_ACCELERATOR=cpu')")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock pretrain study bench test unit lint types check check-oldest check-newest clean
+.PHONY: help setup lock pretrain study bench docs test unit lint types check check-oldest check-newest clean
 # `make -j check` still runs lint, types and test in that order.
 .NOTPARALLEL:
 
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 # torch has no hashes: there is a build of it for each kind of device.
 lock:  ## requirements.lock anew: the newest versions that pyproject.toml allows, for Python 3.10 and later
-	$(BIN)/uv -q pip compile pyproject.toml --extra dev --extra eval --universal --python-version 3.10 --upgrade \
+	$(BIN)/uv -q pip compile pyproject.toml --extra dev --extra eval --extra docs --universal --python-version 3.10 --upgrade \
 		--generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
 	perl -0pi -e 's/^(torch==.*?) \\\n(?:    --hash=.*\n)+/$$1\n/m' requirements.lock
 
@@ -55,6 +55,11 @@ bench: setup  ## benchmarks beside other pipelines, into docs/bench
 	for name in throughput efficiency prediction traffic memory scaling data; do \
 		$(BIN)/python scripts/bench_$$name.py || exit 1; done
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python scripts/bench_slow_link.py; fi
+
+docs: setup  ## pages of docs/ with the reference of the public names, into build/docs
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python $(BIN)/python \
+		-c requirements.lock -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f configs/mkdocs.yml
 
 test: setup  ## all tests
 	$(BIN)/pytest

@@ -69,9 +69,10 @@ class _Arguments(TrainingArguments):
         for name, value in config.flat().items():
             if value is not None:
                 setattr(arguments, name, value)
-        for name in ("logging", "eval", "save"):
-            strategy = getattr(config.train, f"{name}_strategy")
-            strategy = strategy or ("steps" if getattr(config, f"{name}_interval") else "no")
+        # with a loop of one's own, evaluations come when it asks for them
+        comes = {"logging": config.logging_interval, "eval": config.train.eval_batches, "save": config.save_interval}
+        for name, ever in comes.items():
+            strategy = getattr(config.train, f"{name}_strategy") or ("steps" if ever else "no")
             setattr(arguments, f"{name}_strategy", IntervalStrategy(strategy))
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
         arguments.report_to, arguments._world = list(config.reporters), world
