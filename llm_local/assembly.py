@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +20,6 @@ from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
 from llm_local.model.stage import build_blocks
-from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.world import World
@@ -63,34 +63,19 @@ def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, 
             engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")
     local = config.local
-    schedule = DistillationSchedule if local.distillation_weight else LocalSchedule
-    if local.method == "overlapping":
-        schedule = OverlapSchedule
-    # a gradient's few large numbers would cost the others their digits; token numbers are among the soft targets
-    back_dtype = config.precision if config.wire_dtype == "int8" else config.wire_dtype
-    back_dtype = "fp32" if local.distillation_weight else back_dtype
-    sends_back = schedule is not LocalSchedule or local.final_backprop_steps > 0
     links = Links.join(
         world,
         config.wire_dtype,
         local.max_packets_in_flight,
-        back_dtype=back_dtype if sends_back else None,
+        back_dtype=config.method.back_dtype(local, config.precision, config.wire_dtype),
         refresh_dtype=config.precision if config.shares_head else None,
     )
-    micro_batches = config.train.gradient_accumulation_steps
-
-    def schedule_of(step: int) -> type[LocalSchedule]:
-        if config.is_global(step):
-            return GlobalSchedule
-        # heads that train alone send no gradient down
-        return LocalSchedule if schedule is OverlapSchedule and step <= local.head_warmup_steps else schedule
-
     engine = LocalEngine(
         engines,
         place.stage,
         place.num_stages,
-        micro_batches,
-        schedule_of,
+        config.train.gradient_accumulation_steps,
+        partial(config.method.schedule_at, local, config.train.max_steps),
         feed,
         links,
         HeadPlan.of(config, setup.partition, place.stage, place.replica, place.num_replicas),

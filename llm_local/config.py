@@ -21,6 +21,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from llm_local.flags import FLAGS, SAVE_STEPS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
+from llm_local.methods.method import Method
+from llm_local.registry import METHODS
 from llm_local.trainer_flags import NOT_TAKEN, is_passed_over
 
 
@@ -102,14 +104,19 @@ class RunConfig:
         return tuple(name.strip() for name in self.train.report_to.split(",") if name.strip() not in ("", "none"))
 
     @property
+    def method(self) -> Method:
+        """What trains; of an unknown name, which problems.py refuses, a plain one."""
+        return METHODS.get(self.local.method) or Method()
+
+    @property
     def is_pipelined(self) -> bool:
         """Whether DeepSpeed's own pipeline trains: backpropagation over several stages. On one the model is a block."""
-        return self.local.method == "backprop" and self.local.num_stages > 1
+        return self.method.is_pipelined(self.local)
 
     @property
     def head_layers_schedule(self) -> tuple[int, ...]:
         """Private layers of each block's head, as far as given; the baseline has one head, the model's own."""
-        if self.local.method == "backprop":
+        if not self.method.has_local_losses:
             return (0,)
         text = self.local.head_layers_schedule
         if text is None:
@@ -119,20 +126,7 @@ class RunConfig:
     @property
     def shares_head(self) -> bool:
         """Whether the heads read the last one's output matrix; the baseline has one head, and all of it is trained."""
-        return self.local.head == "shared" and self.local.method != "backprop"
-
-    @property
-    def block_layers(self) -> int | None:
-        """Layers of a block, or of a window; None: each stage, or with backprop the whole model, is one block."""
-        named = {"greedy": 1, "backprop": None, "overlapping": self.local.layers_per_block or 2}
-        return named.get(self.local.method, self.local.layers_per_block)
-
-    @property
-    def window_stride(self) -> int | None:
-        """Layers from window to window; by default half a window, rounded up: the paper's case of 2 and 1 layers."""
-        if self.local.method != "overlapping":
-            return None
-        return self.local.block_stride or ((self.block_layers or 2) + 1) // 2
+        return self.local.head == "shared" and self.method.has_local_losses
 
     @property
     def warmup_steps(self) -> int:
@@ -174,10 +168,6 @@ class RunConfig:
     def _steps(self, steps: float) -> int:
         """A number of steps, which below 1 is a share of all, rounded up as transformers' Trainer does it."""
         return math.ceil(self.train.max_steps * steps) if 0 < steps < 1 else int(steps)
-
-    def is_global(self, step: int) -> bool:
-        """Whether the step trains by backpropagation through all blocks."""
-        return step > self.train.max_steps - self.local.final_backprop_steps
 
     @property
     def cache_dir(self) -> Path:

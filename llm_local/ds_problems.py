@@ -44,19 +44,8 @@ def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
     stage = zero_stage(settings)
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage} in {config.train.deepspeed}; DeepSpeed has 0, 1, 2 and 3")
-    if config.is_pipelined and stage >= 2:
-        problems.append(f"ZeRO stage {stage} does not work with method=backprop (DeepSpeed's pipeline); use 0 or 1")
-    if config.local.method == "overlapping" and (stage == 3 or "offload_optimizer" in settings["zero_optimization"]):
-        what = "ZeRO stage 3" if stage == 3 else "offload_optimizer"
-        problems.append(
-            f"{what} does not work with method=overlapping, whose shared layers have two backward passes through one "
-            "graph; use ZeRO stage 0, 1 or 2 without offload"
-        )
-    if config.local.distillation_weight and stage == 3:
-        problems.append(
-            "ZeRO stage 3 does not work with distillation_weight, which reads a head outside its forward pass; "
-            "use 0, 1 or 2"
-        )
+    offloads = "offload_optimizer" in settings["zero_optimization"]
+    problems += config.method.zero_problems(config.local, stage, offloads)
     theirs = [name for name in ("optimizer", "scheduler") if name in settings]
     if config.local.head_warmup_steps > 0 and theirs:
         problems.append(

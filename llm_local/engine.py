@@ -19,11 +19,11 @@ from llm_local.device import seed_everything
 from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
+from llm_local.methods.schedule import EvalSchedule, Schedule
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
-from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalEvalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.trace import Tracer
 
 
@@ -75,7 +75,7 @@ class _MicroBatch:
 class LocalEngine:
     """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches.
 
-    schedule_of(step) is the kind of schedule that the step follows: local, overlapping or global.
+    schedule_of(step) makes the schedule that the step follows.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LocalEngine:
         stage: int,
         num_stages: int,
         micro_batches: int,
-        schedule_of: Callable[[int], type[LocalSchedule]],
+        schedule_of: Callable[[int], Callable[..., Schedule]],
         load: Callable[[int, int, int], Packet] | None,
         links: Links,
         heads: HeadPlan,
@@ -101,7 +101,6 @@ class LocalEngine:
         self._distillation = distillation
         self._kind = TRAIN
         self._step = 0
-        self._schedule: type[LocalSchedule] = LocalSchedule
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
@@ -162,11 +161,11 @@ class LocalEngine:
         """Mean loss of every block over so many validation micro-batches with today's weights."""
         for engine in self.engines:
             engine.eval()
-        losses = self._run(LocalEvalSchedule, EVAL, step, micro_batches)
+        losses = self._run(EvalSchedule, EVAL, step, micro_batches)
         return EvalResult(losses, self._tokens)
 
-    def _run(self, schedule: type[LocalSchedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
-        self._kind, self._step, self._schedule, self._num_entered = kind, step, schedule, 0
+    def _run(self, schedule: Callable[..., Schedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
+        self._kind, self._step, self._num_entered = kind, step, 0
         self._tokens = 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
         for commands in schedule(micro_batches, self.num_stages, self.stage, len(self.engines)).steps():
@@ -192,79 +191,83 @@ class LocalEngine:
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.engines[0].device) for name, tensor in packet.integer_parts().items()}
 
-    def _exec_forward(self, buffer_id: int, block: int) -> None:
+    def _exec_forward(
+        self,
+        buffer_id: int,
+        block: int,
+        keep_graph: bool = False,
+        learns: bool = False,
+        teaches: bool = False,
+        detach_head: bool = False,
+        body_waits: bool = False,
+    ) -> None:
+        """The block's loss and output; what else is kept, or made, is as methods/schedule.py has it."""
         batch = self._buffers[buffer_id]
         entering = batch.hidden
-        sends_back = self._schedule in (OverlapSchedule, GlobalSchedule)
-        if sends_back and entering is not None:
+        if keep_graph and entering is not None:
             entering.requires_grad_()
-        alone = self._schedule is GlobalSchedule or self._heads.is_warmup(self._step)
-        detach_head = alone and not self._is_last(block)
         inputs: dict[str, Any] = self._inputs(batch.packet)
         if self._kind == TRAIN:
             seed_everything(self._heads.dropout_seed(self._step, batch.index, block))
             inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs["input_ids"])
-        distils = self._schedule is DistillationSchedule
-        body_waits = detach_head and self._schedule is not GlobalSchedule
-        inputs |= {"detach_head": detach_head, "keep_normed": distils, "body_waits": body_waits}
+        inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
         loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
-        if sends_back:
+        if keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
             if seam := self._block(block).body.border.take_seam():
                 batch.seams[block] = seam
-        if distils:
+        if learns or teaches:
             part = self._block(block)
-            batch.normed[block] = part.take_normed()
-            if not part.body.is_first:
-                batch.from_above[block - 1] = soft_targets(part.head, batch.normed[block], self._distillation.top_k)
+            normed = part.take_normed()
+            if learns:
+                batch.normed[block] = normed
+            if teaches:
+                batch.from_above[block - 1] = soft_targets(part.head, normed, self._distillation.top_k)
         self._sums[block].add_(loss.detach(), alpha=batch.packet.weight)
 
     def _block(self, block: int) -> Block:
         module: Any = self.engines[block].module
         return module
 
-    def _is_last(self, block: int) -> bool:
-        """Whether no block stands behind this one."""
-        return self.stage == self.num_stages - 1 and block == len(self.engines) - 1
-
     def _exec_send(self, buffer_id: int) -> None:
         assert self.links.sender is not None, "the last stage does not send"
         batch = self._buffers[buffer_id]
         self.links.sender.send(dataclasses.replace(batch.packet, hidden=batch.hidden))
 
-    def _exec_backward(self, buffer_id: int, block: int, from_above: bool = False) -> None:
-        """The block's gradients from its own loss, or from the gradient of its output that the next block had.
-
-        What the next block down may use of it is kept: of the own loss, or in backpropagation of the last one.
-        """
+    def _exec_backward(
+        self,
+        buffer_id: int,
+        block: int,
+        from_above: bool = False,
+        beside_loss: bool = False,
+        learns: bool = False,
+        again: bool = False,
+        passes_down: bool = False,
+    ) -> None:
+        """The block's gradients from its own loss, or from the gradient of its output that the next block had, or from
+        both; the rest is as methods/schedule.py has it."""
         batch, engine = self._buffers[buffer_id], self.engines[block]
-        is_global = self._schedule is GlobalSchedule
-        if not from_above:
-            again = not is_global and block in batch.leaving and not self._is_last(block)
-            engine.backward(self._own_loss(batch, block), retain_graph=again)
-        elif is_global:
-            # one pass for body and head: ZeRO wants each parameter's gradient in the first pass of a step
-            loss = batch.losses.pop(block) / engine.gradient_accumulation_steps()
+        if from_above:
+            loss = batch.losses.pop(block) / engine.gradient_accumulation_steps() if beside_loss else 0.0
             _continue_backward(engine, batch.leaving.pop(block), batch.from_above.pop(block), loss)
         else:
-            _continue_backward(engine, batch.leaving.pop(block), batch.from_above.pop(block))
-        if block in batch.seams and (is_global or not from_above):
-            seam = batch.seams.pop(block)
-            _continue_backward(engine, seam.below, _gradient_of(engine, seam.above))
-        entering = batch.entering.get(block)
-        if entering is not None and (is_global or not from_above):
-            batch.from_above[block - 1] = _gradient_of(engine, entering)
+            loss = batch.losses.pop(block)
+            engine.backward(loss + self._divergence(batch, block) if learns else loss, retain_graph=again)
+        if passes_down:
+            if block in batch.seams:
+                seam = batch.seams.pop(block)
+                _continue_backward(engine, seam.below, _gradient_of(engine, seam.above))
+            entering = batch.entering.get(block)
+            if entering is not None:
+                batch.from_above[block - 1] = _gradient_of(engine, entering)
 
-    def _own_loss(self, batch: _MicroBatch, block: int) -> torch.Tensor:
-        """The local loss, and the divergence from the next block's soft targets where they are wanted."""
-        loss, normed = batch.losses.pop(block), batch.normed.pop(block, None)
-        if normed is None or self._is_last(block):
-            return loss
-        targets, mask = batch.from_above.pop(block), batch.packet.attention_mask
+    def _divergence(self, batch: _MicroBatch, block: int) -> torch.Tensor:
+        """From the next block's soft targets, weighted."""
+        normed, targets, mask = batch.normed.pop(block), batch.from_above.pop(block), batch.packet.attention_mask
         mask = None if mask is None else mask.to(normed.device)
         weight = self._distillation.weight * batch.packet.weight
-        return loss + weight * distillation_loss(self._block(block).head, normed, targets, mask)
+        return weight * distillation_loss(self._block(block).head, normed, targets, mask)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:
         assert self.links.gradient_sender is not None, "the first stage sends no gradient"

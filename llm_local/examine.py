@@ -67,8 +67,10 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     folder = find_committed(run, checkpoint)
     manifest = read_manifest(folder)
     config = manifest.config()
-    if manifest.layout.method == "backprop":
-        raise ValueError(f"{folder} was trained with method=backprop: one loss for all layers, no local gradient")
+    if not config.method.has_local_losses:
+        raise ValueError(
+            f"{folder} was trained with method={config.local.method}: one loss for all layers, no local gradient"
+        )
     catalog = Catalog(folder)
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)

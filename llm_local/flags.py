@@ -7,11 +7,12 @@ and others need to know of a flag stands here, and nowhere else is a list of nam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-METHODS = ("backprop", "greedy", "chunked", "overlapping")
+from llm_local.registry import METHODS
+
 HEADS = ("linear", "decoder", "shared")
 PARTITIONS = ("flops", "profile")
 PACKINGS = ("concat", "best_fit", "none")
@@ -53,7 +54,7 @@ class Flag:
 
     help: str
     range: Range | None = None
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     decides: str = TRAINING
     is_read: bool = False
     of_local_heads: bool = False

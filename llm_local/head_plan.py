@@ -46,8 +46,7 @@ class HeadPlan:
     """The heads of one rank's blocks in training, by their number in the stage.
 
     weights: of the blocks' losses. first_block: number of the stage's first block in the model, which has num_blocks.
-    fraction: share of the positions that all heads but the model's last see. warmup_steps: first steps in which those
-    heads train alone.
+    fraction: share of the positions that all heads but the model's last see.
     """
 
     weights: tuple[float, ...]
@@ -57,19 +56,13 @@ class HeadPlan:
     seed: int = 0
     replica: int = 0
     num_replicas: int = 1
-    warmup_steps: int = 0
 
     @staticmethod
     def of(config: RunConfig, partition: Partition, stage: int, replica: int, num_replicas: int) -> HeadPlan:
         blocks, count = partition.stages[stage], len(partition.blocks)
         weights = loss_weights(config, count)[blocks.start : blocks.stop]
         fraction = config.local.head_token_fraction
-        warmup = config.local.head_warmup_steps
-        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, replica, num_replicas, warmup)
-
-    def is_warmup(self, step: int) -> bool:
-        """Whether heads train alone in this step, but the model's last block as a whole."""
-        return step <= self.warmup_steps
+        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, replica, num_replicas)
 
     def dropout_seed(self, step: int, index: int, block: int) -> int:
         """Of the stage's block in micro-batch `index`: the same wherever the block runs, and after a resume."""

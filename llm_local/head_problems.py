@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llm_local.config import RunConfig
-from llm_local.flags import FLAGS
 from llm_local.head_plan import parse_weights
 from llm_local.partition import Partition
 
@@ -12,32 +11,14 @@ def head_problems(config: RunConfig) -> list[str]:
     """What the flags of the heads show without the model."""
     local = config.local
     problems = _schedule_problems(config)
-    if local.method == "backprop":
-        defaults = type(local)()
-        many = [name for name, flag in FLAGS.items() if flag.of_local_heads]
-        given = [name for name in many if getattr(local, name) != getattr(defaults, name)]
-        if given:
-            problems.append(f"method=backprop has one head, the model's own; leave out {', '.join(given)}")
+    if not config.method.has_local_losses:
         return problems
     if local.head_rank is not None and local.head == "linear":
         problems.append(
             f"head_rank={local.head_rank} is for the private layers of a head, head=linear has none; "
             "use head=decoder with head_layers, or leave it out"
         )
-    return problems + _weight_problems(config) + _distillation_problems(config)
-
-
-def _distillation_problems(config: RunConfig) -> list[str]:
-    local = config.local
-    if not local.distillation_weight > 0:
-        return []
-    given = f"distillation_weight={local.distillation_weight}"
-    problems = []
-    if local.method == "overlapping":
-        problems.append(f"{given} does not work with method=overlapping, which sends gradients back; use chunked")
-    if local.head_token_fraction < 1:
-        problems.append(f"{given} needs every position of both heads; leave out head_token_fraction")
-    return problems
+    return problems + _weight_problems(config)
 
 
 def _schedule_problems(config: RunConfig) -> list[str]:
@@ -90,7 +71,7 @@ def head_warnings(config: RunConfig) -> tuple[str, ...]:
 
 def cut_problems(config: RunConfig, partition: Partition) -> list[str]:
     """Where lists by block do not fit the blocks, or a head would have more private layers than the model has left."""
-    if config.local.method == "backprop":
+    if not config.method.has_local_losses:
         return []
     local, blocks = config.local, partition.blocks
     problems = []

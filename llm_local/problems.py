@@ -142,18 +142,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def _method_problems(config: RunConfig) -> list[str]:
     local = config.local
-    problems = []
-    if local.method in ("greedy", "backprop") and local.layers_per_block not in (None, 1):
-        problems.append(
-            f"layers_per_block={local.layers_per_block} is for method=chunked and overlapping, not {local.method}"
-        )
-    if local.method != "overlapping" and local.block_stride is not None:
-        problems.append(f"block_stride={local.block_stride} is for method=overlapping, not {local.method}")
-    if local.method == "overlapping":
-        problems += _window_problems(config.block_layers or 0, config.window_stride or 0)
-    steps = local.final_backprop_steps
-    if steps > 0 and local.method == "backprop":
-        problems.append(f"final_backprop_steps={steps}: every step of method=backprop is one; leave it out")
+    problems, steps = config.method.problems(local), local.final_backprop_steps
     warmup = local.head_warmup_steps
     if warmup > 0 and warmup + steps >= config.train.max_steps:
         after = f" after the {steps} of final_backprop_steps" if steps else ""
@@ -164,24 +153,6 @@ def _method_problems(config: RunConfig) -> list[str]:
     if steps > max(0, config.train.max_steps):
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
     return problems
-
-
-def _window_problems(layers: int, stride: int) -> list[str]:
-    given = f"layers_per_block={layers} with block_stride={stride}"
-    if layers < 1 or stride < 1:
-        return []  # said by value_problems
-    if layers == 1:
-        return [f"{given}: windows of one layer cannot overlap; use layers_per_block=2 or more, or method=greedy"]
-    if stride > layers:
-        return [f"{given} leaves layers between the windows; use a stride from {(layers + 1) // 2} to {layers - 1}"]
-    if stride == layers:
-        return [f"{given}: windows do not overlap; use a smaller stride, or method=chunked"]
-    if layers > 2 * stride:
-        return [
-            f"{given} puts layers into more than two windows, whose gradients would go further than one block; "
-            f"use a stride of {(layers + 1) // 2} or more"
-        ]
-    return []
 
 
 def _precision_problems(config: RunConfig, fp16_supported: bool, bf16_supported: bool) -> list[str]:

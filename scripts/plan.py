@@ -20,12 +20,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.flags import HEADS
+from llm_local.methods.method import local_methods
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
 from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
 from llm_local.plan.search import check_plan, search
-from llm_local.plan.stages import LOCAL_METHODS
 from llm_local.screen import quiet_libraries
 
 
@@ -49,7 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     machine.add_argument("--link-latency-us", type=float, default=20, help="microseconds from host to host (20)")
     what = p.add_argument_group("layouts")
     what.add_argument("--model", required=True, help="JSON of the model's config, or its directory")
-    what.add_argument("--method", nargs="+", default=["chunked"], choices=LOCAL_METHODS, help="local methods (chunked)")
+    what.add_argument(
+        "--method", nargs="+", default=["chunked"], choices=local_methods(), help="local methods (chunked)"
+    )
     what.add_argument("--head", nargs="+", choices=HEADS, help="heads (linear and shared)")
     what.add_argument("--num_stages", nargs="+", type=int, help="stages (all that divide the devices)")
     what.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4), help="ZeRO stages (all)")

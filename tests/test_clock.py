@@ -11,8 +11,11 @@ from deepspeed.runtime.pipe.schedule import (
     TrainSchedule,
 )
 
+from llm_local.methods.final_steps import GlobalSchedule
+from llm_local.methods.overlapping import OverlapSchedule
+from llm_local.methods.schedule import LocalSchedule
+from llm_local.methods.soft_targets import DistillationSchedule
 from llm_local.plan.times import StageSeconds, predict
-from llm_local.schedule import DistillationSchedule, GlobalSchedule, LocalSchedule, OverlapSchedule
 from llm_local.simulator.simulate import Durations, Timeline, simulate
 
 

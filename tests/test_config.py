@@ -10,6 +10,7 @@ import yaml
 
 from llm_local.config import ConfigError, RunConfig, from_flat, is_due, parse
 from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE, SOME_STEPS, STEPS
+from llm_local.methods.final_steps import GlobalSchedule
 from llm_local.problems import parse_stage_layers, static_problems
 
 
@@ -271,12 +272,14 @@ class TestRunConfig:
     )
     def test_blocks_and_windows_of_a_method(self, changes, layers, stride):
         config = from_flat(changes)
-        assert (config.block_layers, config.window_stride) == (layers, stride)
+        method, local = config.method, config.local
+        assert (method.block_layers(local), method.window_stride(local)) == (layers, stride)
 
     def test_the_last_steps_are_global(self):
         config = from_flat({"max_steps": 10, "final_backprop_steps": 3})
-        assert [step for step in range(1, 11) if config.is_global(step)] == [8, 9, 10]
-        assert not from_flat({"max_steps": 10}).is_global(10)
+        kinds = [config.method.schedule_at(config.local, 10, step) for step in range(1, 11)]
+        assert [step for step, kind in enumerate(kinds, 1) if kind is GlobalSchedule] == [8, 9, 10]
+        assert config.method.schedule_at(from_flat({}).local, 10, 10) is not GlobalSchedule
 
     def test_only_backprop_over_several_stages_is_deepspeeds_pipeline(self):
         assert from_flat({"method": "backprop", "num_stages": 2}).is_pipelined
@@ -341,7 +344,7 @@ class TestStaticProblems:
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
-            ({"method": "x"}, "method='x' is unknown; choose one of backprop, greedy, chunked, overlapping"),
+            ({"method": "x"}, "method='x' is unknown; choose one of backprop, chunked, greedy, overlapping"),
             ({"head": "x"}, "head='x' is unknown; choose one of linear, decoder, shared"),
             ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16, int8"),
             (

@@ -12,10 +12,10 @@ import pytest
 from transformers import LlamaConfig
 
 import llm_local
-from llm_local import schedule
 from llm_local.config import RunConfig, parse
 from llm_local.ds_config import resolve, zero_stage
 from llm_local.flags import ModelArguments
+from llm_local.methods import schedule
 from llm_local.metrics import Record
 from llm_local.problems import static_problems
 

@@ -12,7 +12,9 @@ import llm_local
 # a line is a rung: modules, or a package and its modules
 LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
-ancestors files screen in_flight flags trainer_flags config partition costs head_plan head_problems problems schedule
+ancestors files screen in_flight registry flags partition costs
+methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
+trainer_flags config head_plan head_problems problems
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends

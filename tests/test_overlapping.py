@@ -60,7 +60,7 @@ def reference(config: RunConfig) -> dict[str, list[torch.Tensor]]:
         for layer in layers:
             hidden.append(layer(hidden[-1], input_ids=ids)[0])
     found: dict[str, list[torch.Tensor]] = {}
-    window = (config.block_layers, config.window_stride)
+    window = (config.method.block_layers(config.local), config.method.window_stride(config.local))
     for (start, stop), block in zip(WINDOWS[window], blocks, strict=True):  # pyright: ignore[reportArgumentType]
         part = new_slice(model_config, anatomy, Span(start, stop), seed, has_head=False)
         block.readout(part(hidden[start], input_ids=ids)[0], ids).backward()

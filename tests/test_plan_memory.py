@@ -21,6 +21,7 @@ from transformers import (
 
 from llm_local.config import ConfigError, RunConfig
 from llm_local.flags import ModelArguments
+from llm_local.methods.method import local_schedules
 from llm_local.partition import Costs, make_partition
 from llm_local.plan.memory import (
     Memory,
@@ -35,7 +36,7 @@ from llm_local.plan.memory import (
     state_memory,
 )
 from llm_local.plan.model import read_model
-from llm_local.plan.times import LOCAL, PEERS, Pipe, StageSeconds
+from llm_local.plan.times import PEERS, Pipe, StageSeconds
 
 SMALL: dict[str, Any] = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 64}
 LLAMA = LlamaConfig(
@@ -174,7 +175,7 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     assert block_activations(sizes, 3, config) == 100 * (3 * 200 + 4000)
 
 
-@pytest.mark.parametrize("schedule", [s for s in (*LOCAL, *PEERS) if s != "distillation"])
+@pytest.mark.parametrize("schedule", [s for s in (*local_schedules(), *PEERS) if s != "distillation"])
 @pytest.mark.parametrize(("num_stages", "micro_batches"), [(1, 1), (1, 4), (2, 2), (3, 6), (4, 8), (6, 6)])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 def test_micro_batches_alive_are_those_of_the_simulation(

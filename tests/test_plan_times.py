@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from llm_local.methods.method import local_schedules
 from llm_local.plan.times import (
-    LOCAL,
     PEERS,
     Link,
     Pipe,
@@ -73,7 +73,7 @@ def test_latency_is_hidden_by_packets_in_flight():
 
 def _random_pipe(schedule: str, generator: random.Random) -> Pipe:
     stages = generator.randint(2, 8)
-    blocks = {"interleaved": 2}.get(schedule, generator.randint(1, 3) if schedule in LOCAL else 1)
+    blocks = {"interleaved": 2}.get(schedule, generator.randint(1, 3) if schedule in local_schedules() else 1)
 
     def times(least: float) -> tuple[float, ...]:
         return (least * (1 + 0.15 * generator.random()),) * blocks
@@ -85,7 +85,7 @@ def _random_pipe(schedule: str, generator: random.Random) -> Pipe:
     return Pipe(schedule, made, stages * generator.randint(2, 4), links, 2e7, 2e7)
 
 
-@pytest.mark.parametrize("schedule", [*LOCAL, *PEERS])
+@pytest.mark.parametrize("schedule", [*local_schedules(), *PEERS])
 def test_formulas_for_large_pipes_are_near_the_simulation(schedule: str):
     generator = random.Random(7)
     for _ in range(25):

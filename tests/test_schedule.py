@@ -16,14 +16,11 @@ from deepspeed.runtime.pipe.schedule import (
     TrainSchedule,
 )
 
-from llm_local import schedule
-from llm_local.schedule import (
-    DistillationSchedule,
-    GlobalSchedule,
-    LocalEvalSchedule,
-    LocalSchedule,
-    OverlapSchedule,
-)
+from llm_local.methods import schedule
+from llm_local.methods.final_steps import GlobalSchedule
+from llm_local.methods.overlapping import OverlapSchedule
+from llm_local.methods.schedule import EvalSchedule, LocalSchedule, Schedule
+from llm_local.methods.soft_targets import DistillationSchedule
 from llm_local.simulator.simulate import Durations, picture, simulate
 
 SHAPES = [(1, 1), (1, 4), (2, 1), (2, 4), (3, 2), (4, 4), (4, 8), (5, 3), (8, 16)]
@@ -110,7 +107,7 @@ def test_evaluation_is_the_forward_half(num_stages):
     skipped = (BackwardPass, ReduceGrads, OptimizerStep)
     for stage in range(num_stages):
         train = instructions(LocalSchedule(3, num_stages, stage, num_blocks=2))
-        evaluation = instructions(LocalEvalSchedule(3, num_stages, stage, num_blocks=2))
+        evaluation = instructions(EvalSchedule(3, num_stages, stage, num_blocks=2))
         kept = [repr(i) for i in train if not isinstance(i, skipped)]
         assert [repr(i) for i in evaluation] == kept
 
@@ -166,7 +163,7 @@ stage 2 |   FBFBO    FBFBO
 
 
 @pytest.mark.parametrize("make", GOLDEN)
-def test_pictures_of_what_sends_back(make: type[LocalSchedule]):
+def test_pictures_of_what_sends_back(make: type[Schedule]):
     """Three stages, two micro-batches, two steps."""
     drawn = picture(simulate(lambda stage: make(2, 3, stage), num_stages=3, num_steps=2, max_packets_in_flight=1))
     assert drawn == GOLDEN[make].rstrip()
@@ -175,7 +172,7 @@ def test_pictures_of_what_sends_back(make: type[LocalSchedule]):
 @pytest.mark.parametrize("make", GOLDEN)
 @pytest.mark.parametrize(("micro_batches", "stages"), SHAPES)
 @pytest.mark.parametrize("num_blocks", [1, 3])
-def test_every_micro_batch_comes_and_goes_once(make: type[LocalSchedule], micro_batches, stages, num_blocks):
+def test_every_micro_batch_comes_and_goes_once(make: type[Schedule], micro_batches, stages, num_blocks):
     """Every message meets its receive with one packet in flight, and no buffer is taken before it is free."""
     schedules = [make(micro_batches, stages, stage, num_blocks) for stage in range(stages)]
     simulate(lambda stage: schedules[stage], stages, num_steps=2, max_packets_in_flight=1)

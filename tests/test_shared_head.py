@@ -36,7 +36,8 @@ def built(kind: str = "llama", **flags: Any) -> list[Block]:
     config: RunConfig = from_flat(settings)
     model_config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"} | KINDS[kind])
     anatomy = probe(model_config, config.model)
-    partition = make_partition(4, 1, Costs(1.0, 1.0), config.block_layers, head_layers=config.head_layers_schedule)
+    layers = config.method.block_layers(config.local)
+    partition = make_partition(4, 1, Costs(1.0, 1.0), layers, head_layers=config.head_layers_schedule)
     return build_blocks(config, model_config, anatomy, partition, stage=0)
 
 

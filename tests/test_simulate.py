@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.schedule import (
     TrainSchedule,
 )
 
-from llm_local.schedule import LocalEvalSchedule, LocalSchedule
+from llm_local.methods.schedule import EvalSchedule, LocalSchedule
 from llm_local.simulator.simulate import Durations, Timeline, TimeSpan, picture, simulate
 
 
@@ -121,7 +121,7 @@ def test_stock_schedules_for_evaluation_and_ours_draw_the_same():
         return InferenceSchedule(3, 3, stage)
 
     def ours(stage):
-        return LocalEvalSchedule(3, 3, stage)
+        return EvalSchedule(3, 3, stage)
 
     expected = "stage 0 | FFF\nstage 1 |  FFF\nstage 2 |   FFF"
     assert picture(simulate(stock, 3)) == picture(simulate(ours, 3)) == expected

@@ -20,7 +20,8 @@ from torch.distributed import TCPStore
 from llm_local.checks.preflight import open_output, preflight
 from llm_local.config import ConfigError, parse
 from llm_local.files import Unwritten
-from llm_local.schedule import LocalSchedule, OverlapSchedule
+from llm_local.methods.overlapping import OverlapSchedule
+from llm_local.methods.schedule import LocalSchedule
 from llm_local.timeline.chrome_trace import meetings
 from llm_local.timeline.measured import Row, RunTrace, measured, read_trace, stage_times
 from llm_local.timeline.replay import simulated

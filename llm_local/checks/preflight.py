@@ -185,13 +185,13 @@ def plan_partition(
         num_layers=anatomy.num_layers,
         num_stages=local.num_stages,
         costs=costs,
-        layers_per_block=config.block_layers,
-        block_stride=config.window_stride,
+        layers_per_block=config.method.block_layers(local),
+        block_stride=config.method.window_stride(local),
         stage_layers=by_hand,
         local_heads=not config.is_pipelined,
         head_layers=config.head_layers_schedule,
         shared_head=config.shares_head,
-        token_fraction=config.local.head_token_fraction,
+        token_fraction=local.head_token_fraction,
     )
 
 

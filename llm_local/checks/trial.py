@@ -137,12 +137,4 @@ def router_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: 
         return [f"{given}: model type {kind!r} has no router loss ({_named(error)}); set it to false"]
     if not ours > 0 or not math.isclose(float((output.loss - plain).detach()), ours, rel_tol=1e-3, abs_tol=1e-6):
         return [f"{given}: model type {kind!r} adds no router loss to its own; set it to false"]
-    problems = []
-    if config.is_pipelined:
-        problems.append(
-            f"{given}: with method=backprop on several stages the router loss is one number of all their layers, which "
-            "no stage has; use num_stages=1, or set it to false"
-        )
-    if config.local.method == "overlapping" and config.local.final_backprop_steps:
-        problems.append(f"{given} does not go with final_backprop_steps and method=overlapping; use method=chunked")
-    return problems
+    return [f"{given}{problem}" for problem in config.method.router_problems(config.local)]

@@ -148,14 +148,7 @@ def _what_it_is(training: Training, stage: int | None) -> str:
             "As it has layers and vocabulary from the whole model, it also drafts for it (speculative decoding).",
             120,
         )
-    if config.local.method == "backprop":
-        how = "trained by backpropagation through all of its layers"
-    else:
-        how = (
-            f"trained by local parallelism (Laskin et al. 2020, arXiv 2012.03837): {len(partition.blocks)} blocks of "
-            "layers with a loss each, and no gradient between them"
-            + (", but between windows that overlap" if config.local.method == "overlapping" else "")
-        )
+    how = config.method.describe(len(partition.blocks))
     return textwrap.fill(f"{kind[0].upper()}{kind[1:]}, {how}.", 120)
 
 
@@ -229,7 +222,7 @@ def _sources(training: Training) -> str:
 
 
 def _head(config: RunConfig) -> str:
-    if config.local.method == "backprop":
+    if not config.method.has_local_losses:
         return "the model's own"
     layers = ", ".join(map(str, config.head_layers_schedule))
     private = f", private layers by block: {layers}" if any(config.head_layers_schedule) else ""
@@ -251,7 +244,7 @@ def perplexity(loss: float) -> float:
 def _shown_losses(training: Training, stage: int | None) -> dict[str, float]:
     """By what a reader knows them as; of the baseline only the whole model's."""
     last = len(training.losses) - 1
-    wanted = range(last + 1) if training.config.local.method != "backprop" else [last]
+    wanted = range(last + 1) if training.config.method.has_local_losses else [last]
     named = {
         f"stage {k}{' (the whole model)' if k == last else ''}{' (this exit)' if k == stage else ''}": k for k in wanted
     }

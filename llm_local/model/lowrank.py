@@ -98,7 +98,7 @@ def rank_problems(
     schedule = config.head_layers_schedule
     spans = [partition.private_layers(index, schedule) for index in range(len(partition.blocks))]
     private = sorted({layer for span in spans for layer in range(span.start, span.stop)})
-    if rank is None or config.local.method == "backprop" or config.local.head == "linear":
+    if rank is None or not config.method.has_local_losses or config.local.head == "linear":
         return []
     if not private:
         return [f"head_rank={rank}: no head has private layers; set head_layers=1 or more, or leave it out"]

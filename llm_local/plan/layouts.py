@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llm_local.config import RunConfig
+from llm_local.methods.method import PLAIN_ZERO, local_methods
 from llm_local.model.anatomy import Anatomy
 from llm_local.plan.machine import Machine
 from llm_local.plan.memory import Memory, ModelSizes
-from llm_local.plan.stages import LOCAL_METHODS, PEER_METHODS, Layout, Stages
+from llm_local.plan.stages import PEER_METHODS, Layout, Stages
 from llm_local.plan.times import Pipe, Prediction, predict_pipe
+from llm_local.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,22 @@ class Planner:
         """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, and one block is
         backpropagation."""
         for method in methods:
-            is_one_block = method == "chunked" and self.config.local.layers_per_block is None
+            is_local = method in local_methods()
+            is_one_block = is_local and METHODS[method].block_layers(self.config.local) is None
             for count in [1] if method == "data_parallel" else stages:
                 if count == 1 and (is_one_block or method in PEER_METHODS[1:]):
                     continue
                 replicas = self.machine.devices // count
                 shards = [stage for stage in zero if stage <= self._most_zero(method)]
                 for stage in shards if replicas > 1 else shards[:1]:
-                    for head in heads if method in LOCAL_METHODS else ("",):
+                    for head in heads if is_local else ("",):
                         yield Layout(method, count, replicas, stage, head)
 
     def _most_zero(self, method: str) -> int:
-        """As ds_config.py has it."""
-        if method == "overlapping" or (method in LOCAL_METHODS and self.config.local.distillation_weight > 0):
-            return 2
-        return 3 if method in (*LOCAL_METHODS, "data_parallel") else 1
+        """As ds_problems.py has it."""
+        if method in local_methods():
+            return METHODS[method].most_zero(self.config.local)
+        return PLAIN_ZERO if method == "data_parallel" else 1
 
     def evaluate(self, layout: Layout) -> Outcome:
         """With an estimated step. Where the flags' micro-batch does not fit, of fewer rows, or with checkpointing:

@@ -18,6 +18,7 @@ from math import prod
 from llm_local.config import RunConfig
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.links.wire import expected
+from llm_local.methods.method import local_schedules
 from llm_local.model.heads import chunk_rows
 from llm_local.partition import Partition
 
@@ -130,10 +131,7 @@ def alive_passes(schedule: str, num_stages: int, stage: int, micro_batches: int,
         return min(num_stages, micro_batches)
     if schedule == "interleaved":
         return min(2 * behind + (num_blocks - 1) * num_stages + 1, micro_batches * num_blocks)
-    if schedule == "local":
-        return 1
-    # the block before waits for this one; the last block waits, beside the next micro-batch, for the next stage
-    return min(2, num_blocks) + (behind > 0 and micro_batches > 1)
+    return local_schedules()[schedule].alive_passes(behind, micro_batches, num_blocks)
 
 
 def head_memory(sizes: ModelSizes, precision: str, is_trained: bool) -> float:

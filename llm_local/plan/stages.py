@@ -12,6 +12,8 @@ from llm_local.checks.preflight import plan_partition
 from llm_local.config import RunConfig
 from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters, setting_of
 from llm_local.head_problems import cut_problems
+from llm_local.methods.method import local_methods
+from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
 from llm_local.model.anatomy import Anatomy
 from llm_local.partition import Partition
 from llm_local.plan.machine import Machine
@@ -32,7 +34,6 @@ from llm_local.plan.memory import (
 )
 from llm_local.plan.times import Pipe, StageSeconds
 
-LOCAL_METHODS = ("chunked", "greedy", "overlapping")
 PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
 CHUNKS = 2  # of a stage of the interleaved schedule
 # read and written for a parameter: its gradient, float32 weight and two moments, and the weight that computes
@@ -51,7 +52,7 @@ class Layout:
 
     @property
     def is_local(self) -> bool:
-        return self.method in LOCAL_METHODS
+        return self.method in local_methods()
 
     @property
     def num_chunks(self) -> int:
@@ -86,9 +87,14 @@ class Stages:
     @property
     def schedule(self) -> str:
         """As plan/times.py names it."""
-        if self.layout.method == "overlapping" or self.layout.method not in (*LOCAL_METHODS, "data_parallel"):
-            return self.layout.method
-        return "distillation" if self.config.local.distillation_weight > 0 else "local"
+        if self.layout.is_local:
+            return self._own_schedule.name
+        return "local" if self.layout.method == "data_parallel" else self.layout.method
+
+    @property
+    def _own_schedule(self) -> type[Schedule]:
+        """Of a local layout, as a step before the final ones has it."""
+        return self.config.method.schedule(self.config.local)
 
     def traffic(self) -> tuple[float, float]:
         """Bytes of a token over each boundary, forward and back."""
@@ -98,9 +104,13 @@ class Stages:
         if not self.layout.is_local:
             return plain, plain
         hidden = float(wire_bytes(self.sizes, self.config.wire_dtype))
-        gradient = plain if self.config.wire_dtype == "int8" else hidden  # as assembly.py has it
-        back = {"overlapping": gradient, "distillation": 8.0 * self.config.local.distillation_top_k}
-        return hidden + TOKEN_IDS, back.get(self.schedule, 0.0)
+        dtype = self.config.method.back_dtype(self.config.local, self.config.precision, self.config.wire_dtype)
+        back = {
+            None: 0.0,
+            GRADIENT: float(wire_bytes(self.sizes, dtype or self.config.wire_dtype)),
+            SOFT_TARGETS: 2.0 * BYTES["fp32"] * self.config.local.distillation_top_k,
+        }
+        return hidden + TOKEN_IDS, back[self._own_schedule.back]
 
     def refresh_bytes(self) -> float:
         """Of a shared head's matrix over each boundary, back, for one step on average."""

@@ -10,20 +10,21 @@ where it has more passes than a person would wait for, it is estimated by the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from deepspeed.runtime.pipe.schedule import PipeSchedule, TrainSchedule
+from deepspeed.runtime.pipe.schedule import PipeInstruction, TrainSchedule
 
 from llm_local.in_flight import packets_asked_for
-from llm_local.schedule import DistillationSchedule, LocalSchedule, OverlapSchedule
+from llm_local.methods.method import local_schedules
+from llm_local.methods.schedule import Schedule
 from llm_local.simulator.peer_schedules import GPipeSchedule, InterleavedSchedule, ZeroBubbleSchedule
 from llm_local.simulator.simulate import Durations, Timeline, simulate
 
-LOCAL = ("local", "overlapping", "distillation")
 PEERS = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 MOST_PASSES = 20_000  # of all stages in a step that a simulation takes on by default: about a second
-_STEPS = {"local": 4, "overlapping": 4, "distillation": 4}  # until the pipe is full; backpropagation drains in each
+_STEPS, _PEER_STEPS = 4, 2  # until the pipe is full; backpropagation drains in each
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StageSeconds:
     """Seconds that a stage takes for a micro-batch through each of its blocks, or chunks, and once a step.
 
     weights: the part of each backward pass that computes gradients of weights, which zero_bubble puts off; None: half.
-    from_above: a pass for the gradient that the next block sends back (overlapping); None: as backward.
+    from_above: a pass for the gradient that the next block sends back; None: as backward.
     optimizer: the step itself, and the collectives that do not run beside the passes.
     """
 
@@ -99,8 +100,9 @@ class Pipe:
     num_cores: int | None = None
 
     def __post_init__(self):
-        if self.schedule not in (*LOCAL, *PEERS):
-            raise ValueError(f"schedule={self.schedule!r} is unknown; choose one of {', '.join((*LOCAL, *PEERS))}")
+        known = (*local_schedules(), *PEERS)
+        if self.schedule not in known:
+            raise ValueError(f"schedule={self.schedule!r} is unknown; choose one of {', '.join(known)}")
         if not self.stages:
             raise ValueError("there is no stage; give the seconds of one or more")
         if self.micro_batches < 1:
@@ -111,6 +113,11 @@ class Pipe:
             )
         if min(self.forward_bytes, self.backward_bytes) < 0:
             raise ValueError("a message has 0 bytes or more")
+
+    @property
+    def local(self) -> type[Schedule] | None:
+        """The schedule, where it is one of local learning."""
+        return local_schedules().get(self.schedule)
 
     @property
     def num_stages(self) -> int:
@@ -127,13 +134,12 @@ class Pipe:
             return self.links[boundary if len(self.links) > 1 else 0]
         return max(self.links, key=lambda link: link.seconds(self.forward_bytes))
 
-    def make(self, stage: int) -> PipeSchedule:
+    def make(self, stage: int) -> Iterable[Sequence[PipeInstruction]]:
         """The instructions of a stage."""
         count, blocks = self.micro_batches, len(self.stages[stage].forward)
-        local = {"local": LocalSchedule, "overlapping": OverlapSchedule, "distillation": DistillationSchedule}
         peers = {"gpipe": GPipeSchedule, "1f1b": TrainSchedule, "zero_bubble": ZeroBubbleSchedule}
-        if self.schedule in local:
-            return local[self.schedule](count, self.num_stages, stage, blocks)
+        if self.local is not None:
+            return self.local(count, self.num_stages, stage, blocks)
         if self.schedule == "interleaved":
             return InterleavedSchedule(count, self.num_stages, stage, blocks)
         return peers[self.schedule](count, self.num_stages, stage)
@@ -151,13 +157,13 @@ class Pipe:
             link_back=back.latency_seconds,
             transfer_back=back.seconds_per_byte * self.backward_bytes,
             weight=weights if splits else 0,
-            from_above=own.from_above if self.schedule == "overlapping" else None,
+            from_above=own.from_above,
         )
 
     def simulate(self, num_steps: int | None = None) -> Timeline:
         """Every instruction of so many steps; by default as many as it takes until each is like the one before."""
-        bound = self.max_packets_in_flight if self.schedule in LOCAL else None
-        steps = num_steps or _STEPS.get(self.schedule, 2)
+        bound = None if self.local is None else self.max_packets_in_flight
+        steps = num_steps or (_PEER_STEPS if self.local is None else _STEPS)
         durations = [self.durations(k) for k in range(self.num_stages)]
         return simulate(self.make, self.num_stages, steps, durations, bound, self.num_cores)
 
@@ -172,7 +178,7 @@ def predict(
     max_packets_in_flight: int = 4,
     num_cores: int | None = None,
 ) -> Prediction:
-    """A step of the full pipe. schedule: one of LOCAL or PEERS; the rest, and what is refused, as in Pipe."""
+    """A step of the full pipe. schedule: of local_schedules() or PEERS; the rest, and what is refused, as in Pipe."""
     made = (tuple(stages), micro_batches, tuple(links), forward_bytes, backward_bytes, max_packets_in_flight, num_cores)
     return predict_pipe(Pipe(schedule, *made))
 
@@ -193,7 +199,7 @@ def work_seconds(pipe: Pipe) -> tuple[float, ...]:
     found = []
     for number, stage in enumerate(pipe.stages):
         again = 0.0
-        if pipe.schedule == "overlapping":
+        if pipe.local is not None and pipe.local.passes_again:
             above = stage.backward if stage.from_above is None else stage.from_above
             again = sum(above[:-1] if number == pipe.num_stages - 1 else above)
         found.append(pipe.micro_batches * (sum(stage.once) + again) + stage.optimizer)
@@ -205,7 +211,7 @@ def estimate_seconds(pipe: Pipe) -> float:
     boundaries = range(pipe.num_stages - 1)
     ahead = [pipe.link(k).seconds(pipe.forward_bytes) for k in boundaries]
     back = [pipe.link(k).seconds(pipe.backward_bytes) for k in boundaries]
-    if pipe.schedule not in LOCAL:
+    if pipe.local is None:
         slowest = max(map(sum, zip(ahead, back, strict=True)), default=0.0)
         return _estimates[pipe.schedule](pipe, sum(ahead) + sum(back), slowest)
     step = max(work_seconds(pipe))
@@ -215,19 +221,11 @@ def estimate_seconds(pipe: Pipe) -> float:
         there_and_back = seconds + link.latency_seconds
         each = there_and_back / packets_asked_for(pipe.max_packets_in_flight)
         step = max(step, pipe.micro_batches * max(link.seconds_per_byte * pipe.forward_bytes, each))
-    if pipe.schedule == "local":
-        return step
-    return step + max((_last_wait(pipe, k, ahead[k] + back[k]) for k in boundaries), default=0.0)
-
-
-def _last_wait(pipe: Pipe, stage: int, there_and_back: float) -> float:
-    """At a step's end, for what the next stage sends back of the last micro-batch."""
-    own, behind = pipe.stages[stage], pipe.stages[stage + 1]
-    beside = own.backward[-1]
-    if pipe.schedule == "distillation":
-        return max(0.0, behind.forward[0] + there_and_back - beside)
-    above = own.backward[-1] if own.from_above is None else own.from_above[-1]
-    return max(0.0, behind.forward[0] + behind.backward[0] + there_and_back - beside - above)
+    waits = []
+    for k, (own, behind) in enumerate(pairwise(pipe.stages)):
+        backward = (own.backward[-1], (own.from_above or own.backward)[-1])
+        waits.append(pipe.local.last_wait(backward, (behind.forward[0], behind.backward[0]), ahead[k] + back[k]))
+    return step + max(waits, default=0.0)
 
 
 def _of_gpipe(pipe: Pipe, links: float, _slowest: float) -> float:

@@ -77,7 +77,7 @@ def curve(point: Point, result: Result) -> list[dict[str, float]]:
 def baseline(study: Study) -> Point | None:
     """The point that trains the whole model by backpropagation."""
     whole = (
-        p for p in study.points if p.config.local.method == "backprop" and p.config.model == study.base.config.model
+        p for p in study.points if not p.config.method.has_local_losses and p.config.model == study.base.config.model
     )
     return next(whole, None)
 

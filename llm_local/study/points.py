@@ -32,10 +32,11 @@ from llm_local.checks.preflight import plan_partition
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.device import supports
-from llm_local.flags import AMOUNT, HEADS, LAYOUT, METHODS, START, DataArguments, ModelArguments, deciding
+from llm_local.flags import AMOUNT, HEADS, LAYOUT, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.problems import static_problems
+from llm_local.registry import METHODS
 
 KEYS = ("base", "seeds", "grid", "points", "builtin_vocab_size")
 GRID_KEYS = ("method", "head", "blocks", "head_layers")
@@ -137,25 +138,20 @@ def expand_grid(grid: Any, num_layers: int) -> tuple[list[tuple[str, Flags]], li
         return [], problems
     named: list[tuple[str, Flags]] = []
     for method in grid["method"]:
-        if method == "backprop":
+        if not METHODS[method].has_local_losses:
             named.append((method, {"method": method}))
             continue
-        for blocks in [None] if method == "greedy" else grid["blocks"]:
+        for blocks in grid["blocks"] if METHODS[method].is_cut_by_hand else [None]:
             for head in grid["head"]:
                 layers = 0 if head == "linear" else grid.get("head_layers", 1)
-                flags = {"method": method, "head": head, "head_layers": layers, **_cut(method, num_layers, blocks)}
+                flags = {
+                    "method": method,
+                    "head": head,
+                    "head_layers": layers,
+                }
+                flags |= METHODS[method].block_flags(num_layers // blocks) if blocks else {}
                 named.append(("-".join(str(part) for part in (method, blocks, head) if part is not None), flags))
     return named, []
-
-
-def _cut(method: str, num_layers: int, blocks: int | None) -> Flags:
-    """The flags that make so many blocks; greedy needs none."""
-    if blocks is None:
-        return {}
-    each = num_layers // blocks
-    if method == "chunked":
-        return {"layers_per_block": each}
-    return {"layers_per_block": each + (each + 1) // 2, "block_stride": each}
 
 
 def _grid_problems(grid: Any, num_layers: int) -> list[str]:
@@ -166,8 +162,9 @@ def _grid_problems(grid: Any, num_layers: int) -> list[str]:
     methods = grid.get("method")
     methods = methods if isinstance(methods, list) else []
     needed = ["method"]
-    needed += ["head"] if set(methods) - {"backprop"} else []
-    needed += ["blocks"] if {"chunked", "overlapping"} & set(methods) else []
+    known_methods = [METHODS[method] for method in methods if method in METHODS]
+    needed += ["head"] if any(method.has_local_losses for method in known_methods) else []
+    needed += ["blocks"] if any(method.is_cut_by_hand for method in known_methods) else []
     for key in needed:
         values = grid.get(key)
         if not isinstance(values, list) or not values:
@@ -258,7 +255,7 @@ def _measures(config: RunConfig) -> tuple[Shape, Setting]:
         partition,
         config.head_layers_schedule,
         private_parameters=low_rank,
-        frozen_heads=local.head == "shared" and local.method != "backprop",
+        frozen_heads=config.shares_head,
         token_fraction=local.head_token_fraction,
         final_backprop_share=local.final_backprop_steps / config.train.max_steps,
     )
