@@ -19,7 +19,8 @@ from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
-from llm_local.model.stage import build_blocks
+from llm_local.model.slices import Slice
+from llm_local.model.stage import Block, build_blocks
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.world import World
@@ -30,6 +31,16 @@ class Engine(Protocol):
 
     @property
     def engines(self) -> Sequence[DeepSpeedEngine]: ...
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """Those of the stage; none where only the whole model has a loss."""
+        ...
+
+    @property
+    def bodies(self) -> list[Slice]:
+        """The stage's layers, and the model's head where it belongs to them."""
+        ...
 
     def trace(self, tracer: Tracer) -> None: ...
 

@@ -29,7 +29,8 @@ from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.heads import head_logits, head_loss
-from llm_local.model.stage import build_slice
+from llm_local.model.slices import Slice
+from llm_local.model.stage import build_slice, named_once
 from llm_local.partition import Partition, Span
 from llm_local.trace import Tracer
 
@@ -114,8 +115,26 @@ class PipeSlice(nn.Module):
         return loss * weight_of(integers) if self.num_integers > 1 else loss
 
 
+class Pipeline(PipelineModule):
+    """The stage's slice, as DeepSpeed's engine and checkpoints know it."""
+
+    span = None
+
+    @property
+    def part(self) -> PipeSlice:
+        return next(m for m in self.modules() if isinstance(m, PipeSlice))
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        return named_once([("", self.part.model)])
+
+    def tied_names(self) -> dict[str, str]:
+        return {}
+
+
 class BackpropEngine:
     """The stock pipeline behind LocalEngine's interface. Every rank calls every method."""
+
+    blocks = ()
 
     def __init__(self, engine: PipelineEngine, load: Callable[[int, int, int], Packet] | None, seed: int):
         self.engines = [engine]
@@ -128,7 +147,11 @@ class BackpropEngine:
     def part(self) -> PipeSlice:
         """This stage's slice."""
         module: Any = self._engine.module
-        return next(m for m in module.modules() if isinstance(m, PipeSlice))
+        return module.part
+
+    @property
+    def bodies(self) -> list[Slice]:
+        return [self.part.part]
 
     def trace(self, tracer: Tracer) -> None:
         set_instructions(self._engine, tracer.wrap(instructions_of(self._engine)))
@@ -197,7 +220,7 @@ def make_backprop_engine(
     """Every rank must call; only this stage's slice is built."""
     specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span, documents) for span in partition.blocks]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
-        module = PipelineModule(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
+        module = Pipeline(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     arguments = engine_arguments(config, module, settings)
     mpu: Any = module.mpu()

@@ -7,7 +7,6 @@ from llm_local.checkpoint.line import checkpoint_of
 from llm_local.checkpoint.loader import install_saved, load_engines
 from llm_local.data.feed import trained_tokens
 from llm_local.metrics import best_step, read_records
-from llm_local.model.stage import Block
 from llm_local.rank import Rank
 
 
@@ -25,9 +24,8 @@ def load_best(run: Rank, last: int) -> int:
         return step
     catalog = Catalog(checkpoint_of(run.config.output_dir, step))
     load_engines(catalog, run.engine.engines, place.replica)
-    for engine in run.engine.engines:
-        if isinstance(engine.module, Block):
-            install_saved(catalog, engine.module)
+    for block in run.engine.blocks:
+        install_saved(catalog, block)
     if run.metrics is not None:  # what an earlier life of the run measured
         for record in read_records(run.metrics.path):
             if record["step"] == step and record["split"].startswith("eval"):

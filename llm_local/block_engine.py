@@ -6,7 +6,7 @@ blocks train alike wherever they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -82,17 +82,15 @@ def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
     return make
 
 
-def parameter_groups(config: RunConfig, module: torch.nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(config: RunConfig, module: torch.nn.Module, waiting: Collection[str] = ()) -> list[dict[str, Any]]:
     """Weight decay on all but biases and norms, as transformers' Trainer has it, and the numbers of a block's own.
 
-    Where a block's head is to train alone at first, the body is in groups of its own, behind the head's.
+    waiting: names of parameters that are not trained at first. They are in groups of their own, behind the others.
     """
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     forbidden += [r"^temperature\.", r"^feature_scale$"]
     decayed = set(get_parameter_names(module, [torch.nn.LayerNorm], forbidden))
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    # what head and body share, tied embeddings, is the body's
-    waiting = {n for n, _ in trained if n.startswith("body_model.")} if _waits(config, module) else set()
     groups = []
     for waits in (False, True):
         some = [(name, p) for name, p in trained if (name in waiting) == waits]
@@ -103,9 +101,12 @@ def parameter_groups(config: RunConfig, module: torch.nn.Module) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _waits(config: RunConfig, module: torch.nn.Module) -> bool:
-    """Whether the body of the block waits while heads train alone; that of the last one does not."""
-    return config.local.head_warmup_steps > 0 and isinstance(module, Block) and not module.body.is_last
+def waiting_parameters(config: RunConfig, block: Block) -> set[str]:
+    """Names of those that wait while heads train alone: all of the body, if there is a block behind this one."""
+    if not config.local.head_warmup_steps or block.body.is_last:
+        return set()
+    # what head and body share, tied embeddings, is the body's
+    return {name for name, _ in block.named_parameters() if name.startswith("body_model.")}
 
 
 def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
@@ -129,12 +130,14 @@ def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
     return make
 
 
-def engine_arguments(config: RunConfig, module: torch.nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+def engine_arguments(
+    config: RunConfig, module: torch.nn.Module, settings: dict[str, Any], waiting: Collection[str] = ()
+) -> dict[str, Any]:
     """What every DeepSpeed engine gets; an optimizer or scheduler in the JSON wins over the flags' own."""
     own_optimizer = "optimizer" not in settings
     _tag_for_muon(settings, module)
     trained = [p for p in module.parameters() if p.requires_grad]
-    parameters = parameter_groups(config, module) if own_optimizer else trained
+    parameters = parameter_groups(config, module, waiting) if own_optimizer else trained
     return {
         "args": None,
         "model": module,
@@ -168,8 +171,9 @@ def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimize
 def make_block_engine(config: RunConfig, block: Block, settings: dict[str, Any]) -> BlockEngine:
     """A DeepSpeed engine around one block. Every replica of the stage must call."""
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    engine = BlockEngine(config_class=DeepSpeedConfig(settings), **engine_arguments(config, block, settings))
-    engine.waiting_steps = config.local.head_warmup_steps if _waits(config, block) else 0
+    waiting = waiting_parameters(config, block)
+    engine = BlockEngine(config_class=DeepSpeedConfig(settings), **engine_arguments(config, block, settings, waiting))
+    engine.waiting_steps = config.local.head_warmup_steps if waiting else 0
     restore_buffers(block, buffers)
     undo_dummy_step(engine)
     link_as_laid_out(engine)

@@ -21,6 +21,7 @@ from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.methods.schedule import EvalSchedule, Schedule
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
+from llm_local.model.slices import Slice
 from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
@@ -117,6 +118,15 @@ class LocalEngine:
             instructions.ReduceGrads: self._exec_reduce,
             instructions.OptimizerStep: self._exec_step,
         }
+
+    @property
+    def blocks(self) -> list[Block]:
+        modules: list[Any] = [engine.module for engine in self.engines]
+        return modules
+
+    @property
+    def bodies(self) -> list[Slice]:
+        return [block.body for block in self.blocks]
 
     def trace(self, tracer: Tracer) -> None:
         self._instruction_map = tracer.wrap(self._instruction_map)
@@ -215,20 +225,16 @@ class LocalEngine:
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
         if keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
-            if seam := self._block(block).body.border.take_seam():
+            if seam := self.blocks[block].body.border.take_seam():
                 batch.seams[block] = seam
         if learns or teaches:
-            part = self._block(block)
+            part = self.blocks[block]
             normed = part.take_normed()
             if learns:
                 batch.normed[block] = normed
             if teaches:
                 batch.from_above[block - 1] = soft_targets(part.head, normed, self._distillation.top_k)
         self._sums[block].add_(loss.detach(), alpha=batch.packet.weight)
-
-    def _block(self, block: int) -> Block:
-        module: Any = self.engines[block].module
-        return module
 
     def _exec_send(self, buffer_id: int) -> None:
         assert self.links.sender is not None, "the last stage does not send"
@@ -267,7 +273,7 @@ class LocalEngine:
         normed, targets, mask = batch.normed.pop(block), batch.from_above.pop(block), batch.packet.attention_mask
         mask = None if mask is None else mask.to(normed.device)
         weight = self._distillation.weight * batch.packet.weight
-        return weight * distillation_loss(self._block(block).head, normed, targets, mask)
+        return weight * distillation_loss(self.blocks[block].head, normed, targets, mask)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:
         assert self.links.gradient_sender is not None, "the first stage sends no gradient"

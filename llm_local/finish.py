@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm_local.assembly import Engine
-from llm_local.backprop import BackpropEngine
 from llm_local.checkpoint.line import committed
 from llm_local.config import RunConfig
 from llm_local.data.encoding import prompt_ids
@@ -33,9 +32,7 @@ from llm_local.export.model_folder import (
 from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
 from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
-from llm_local.model.shared_head import folded
 from llm_local.model.slices import Slice
-from llm_local.model.stage import Block
 from llm_local.rank import Rank, Start
 from llm_local.setup import Setup
 from llm_local.world import Place, World
@@ -114,16 +111,12 @@ def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
 
 def slices_of(engine: Engine) -> tuple[list[Slice], Slice | None]:
     """The layers of this stage, and the head of its last block."""
-    if isinstance(engine, BackpropEngine):
-        return [engine.part.part], None
-    blocks = [engine.module for engine in engine.engines if isinstance(engine.module, Block)]
-    return [block.body for block in blocks], blocks[-1].head
+    return engine.bodies, engine.blocks[-1].head if engine.blocks else None
 
 
 def _folded(engine: Engine) -> dict[str, torch.Tensor]:
     """What the exit's output matrix is where it is not the one that the head reads."""
-    last: Any = engine.engines[-1].module
-    return folded(last.head, last.temperature) if isinstance(last, Block) else {}
+    return engine.blocks[-1].folded() if engine.blocks else {}
 
 
 def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) -> str:

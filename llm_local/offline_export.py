@@ -14,7 +14,6 @@ import torch
 
 from llm_local.checkpoint.catalog import Catalog, read_data_state
 from llm_local.checkpoint.loader import fill, fill_block
-from llm_local.checkpoint.shards import EXITS
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.preflight import plan_partition
 from llm_local.config import RunConfig
@@ -38,8 +37,7 @@ from llm_local.export.model_folder import (
 from llm_local.export.stages import collect, exit_name, trimmed
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
-from llm_local.model.shared_head import folded
-from llm_local.model.stage import build_block, build_slice
+from llm_local.model.stage import EXITS, build_block, build_slice
 from llm_local.partition import Partition
 
 
@@ -119,7 +117,7 @@ def _write_stage(
             block = build_block(config, model_config, anatomy, partition, index)
             fill_block(catalog, block)
             body = block.body
-            found = collect([body], block.head, False, True, folded(block.head, block.temperature), dtype)
+            found = collect([body], block.head, False, True, block.folded(), dtype)
             heads = found.head
         else:
             body = build_slice(config, model_config, anatomy, partition.blocks[index], has_head=False)

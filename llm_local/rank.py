@@ -149,10 +149,9 @@ def build(
     engine, links = make_engine(setup, world, feed)
     tracer = begin_trace(config, world, engine, links)
     news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
-    refresher = make_refresher(config, setup.partition, world, links, engine.engines)
+    refresher = make_refresher(config, setup.partition, world, links, engine.blocks)
     if refresher is not None:
-        block: Any = engine.engines[-1].module
-        refresher.start(first_step, load_shared_head(catalog, block.head) if catalog else None)
+        refresher.start(first_step, load_shared_head(catalog, engine.blocks[-1].head) if catalog else None)
     metrics = None
     if place.is_recorder:
         samples = first_step * layout.sequences_per_step

@@ -11,7 +11,7 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_local.block_engine import WAITS, make_optimizer, make_scheduler, parameter_groups
+from llm_local.block_engine import WAITS, make_optimizer, make_scheduler, parameter_groups, waiting_parameters
 from llm_local.config import from_flat
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.flags import ModelArguments
@@ -37,7 +37,8 @@ class TestTheLearningRate:
 
     def rates(self, index: int, **flags: Any) -> list[list[float]]:
         config = from_flat({"config_name": "x.json", "head_warmup_steps": 2, "max_steps": 5, **flags})
-        groups = parameter_groups(config, block(index))
+        some = block(index)
+        groups = parameter_groups(config, some, waiting_parameters(config, some))
         optimizer = make_optimizer(config)(groups)
         scheduler = make_scheduler(config)(optimizer)
         rates = []
@@ -60,7 +61,7 @@ class TestTheLearningRate:
 
     def test_every_parameter_is_in_one_group_and_the_head_alone_does_not_wait(self):
         config, some = from_flat({"config_name": "x.json", "head_warmup_steps": 2}), block(0, head="shared")
-        groups = parameter_groups(config, some)
+        groups = parameter_groups(config, some, waiting_parameters(config, some))
         assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in some.parameters())
         waiting = {id(p) for g in groups if g.get(WAITS) for p in g["params"]}
         assert waiting == {id(p) for p in some.body_model.parameters()}

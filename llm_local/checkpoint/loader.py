@@ -16,12 +16,11 @@ from llm_local.adapters.deepspeed_internals import forget_second_copies
 from llm_local.checkpoint.catalog import BrokenCheckpoint, Catalog, Layout, layout_changes
 from llm_local.checkpoint.saver import SHARED, loss_scales
 from llm_local.checkpoint.shards import (
-    EXITS,
     SCALAR,
     STATE,
     Shard,
     Stretch,
-    named_tensors,
+    saved_module,
     shards,
     states_of,
     whole,
@@ -30,7 +29,7 @@ from llm_local.config import RunConfig, some_of
 from llm_local.model.refresh import INSTALLED
 from llm_local.model.shared_head import install, installed, matrix_name
 from llm_local.model.slices import Slice
-from llm_local.model.stage import Block
+from llm_local.model.stage import EXITS, Block
 from llm_local.world import World
 
 
@@ -136,7 +135,7 @@ def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def fill_block(catalog: Catalog, block: Block) -> None:
     """As fill, for all that a block has."""
-    fill(catalog, named_tensors(block))
+    fill(catalog, block.saved_tensors())
     install_saved(catalog, block)
 
 
@@ -162,8 +161,8 @@ def load_shared_head(catalog: Catalog, head: Slice) -> dict[str, torch.Tensor]:
 
 def _load_position(catalog: Catalog, engine: DeepSpeedEngine) -> None:
     """Schedule, counters and loss scale: those of the same block, or where there is none of the first one."""
-    module: Any = engine.module
-    span = [module.body.span.start, module.body.span.stop] if isinstance(module, Block) else None
+    span = saved_module(engine).span
+    span = None if span is None else [span.start, span.stop]
     saved = next((block for block in catalog.blocks if block["span"] == span), catalog.blocks[0])
     position = saved["scheduler"]
     stand_at(engine.lr_scheduler, position.get("last_epoch", position.get("last_batch_iteration", -1) + 1))

@@ -30,11 +30,10 @@ from llm_local.checkpoint.catalog import (
     save_tensors,
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
-from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, shards, states_of, tied_names
+from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, saved_module, shards, states_of
 from llm_local.config import RunConfig
 from llm_local.ds_config import load_json
 from llm_local.files import unwritten, writing
-from llm_local.model.stage import Block
 from llm_local.world import World
 
 SHARED = "shared/"
@@ -186,11 +185,10 @@ def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     position = {"last_epoch": getattr(scheduler, "last_epoch", None)}
     if position["last_epoch"] is None:  # DeepSpeed's own count from -1
         position["last_epoch"] = scheduler.last_batch_iteration + 1
-    module: Any = engine.module
-    span = module.body.span if isinstance(module, Block) else None
+    module = saved_module(engine)
+    span = None if module.span is None else [module.span.start, module.span.stop]
     scales = {f"{number}.{name}": value for number, name, _, value in loss_scales(engine)}
-    span = None if span is None else [span.start, span.stop]
-    return {"span": span, "tied": tied_names(module), "scheduler": position, "loss_scale": scales}
+    return {"span": span, "tied": module.tied_names(), "scheduler": position, "loss_scale": scales}
 
 
 def loss_scales(engine: DeepSpeedEngine) -> list[tuple[int, str, Any, float]]:

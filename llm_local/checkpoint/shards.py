@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
 from llm_local.adapters.deepspeed_internals import (
     base_optimizer,
@@ -31,10 +30,9 @@ from llm_local.adapters.deepspeed_internals import (
     partition_of,
     whole_numel,
 )
-from llm_local.backprop import PipeSlice
-from llm_local.model.stage import Block
+from llm_local.partition import Span
 
-STATE, SCALAR, EXITS = "/state/", "/scalar/", "exits."
+STATE, SCALAR = "/state/", "/scalar/"
 
 
 class MisplacedWeights(RuntimeError):
@@ -94,42 +92,21 @@ class Shard:
         return self.holder.new_zeros(numel).view(-1 if self.momentum else self.holder.shape)
 
 
-def head_prefix(module: Block) -> str:
-    """What the names of a block's head begin with: nothing, if it is the model's own."""
-    return "" if module.body.is_last else f"{EXITS}{module.body.span.stop}."
+class SavedModule(Protocol):
+    """What a checkpoint needs of a module that an engine trains. span: of a block; None where it has no loss of its
+    own."""
+
+    @property
+    def span(self) -> Span | None: ...
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]: ...
+
+    def tied_names(self) -> dict[str, str]: ...
 
 
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers of a block, or of a slice in the stock pipeline, by their names in a checkpoint.
-
-    A parameter that two places share has the name of the first.
-    """
-    if isinstance(module, Block):
-        prefix = head_prefix(module)
-        places = [("", module.body_model), (prefix, module.head_model)]
-        own = {f"{prefix}{name}": p for name, p in module.named_parameters(recurse=False)}
-        if module.temperature is not None:
-            own[f"{prefix}temperature"] = module.temperature.scale
-    else:
-        places = [("", part.model) for part in module.modules() if isinstance(part, PipeSlice)] or [("", module)]
-        own = {}
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for prefix, model in places:
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[f"{prefix}{name}"] = tensor
-    return found | own
-
-
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Names of a block's head that stand for a parameter of its body, and that one's name: tied embeddings."""
-    if not isinstance(module, Block):
-        return {}
-    body = {id(tensor): name for name, tensor in module.body_model.state_dict(keep_vars=True).items()}
-    head = module.head_model.state_dict(keep_vars=True).items()
-    return {f"{head_prefix(module)}{name}": body[id(tensor)] for name, tensor in head if id(tensor) in body}
+def saved_module(engine: DeepSpeedEngine) -> SavedModule:
+    module: Any = engine.module
+    return module
 
 
 def states_of(engine: DeepSpeedEngine) -> Any:
@@ -139,8 +116,7 @@ def states_of(engine: DeepSpeedEngine) -> Any:
 
 def shards(engine: DeepSpeedEngine, replica: int) -> Iterator[Shard]:
     """This rank's part of every tensor of the engine's block."""
-    module: Any = engine.module
-    for name, tensor in named_tensors(module).items():
+    for name, tensor in saved_module(engine).saved_tensors().items():
         if is_partitioned(tensor):
             yield _of_zero3(engine.optimizer, name, tensor, replica)
         elif not tensor.requires_grad:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 
-from llm_local.checkpoint.shards import check_masters, named_tensors, shards
+from llm_local.checkpoint.shards import check_masters, saved_module, shards
 
 Masters = Callable[[torch.Tensor], "torch.Tensor | None"]
 
@@ -23,8 +22,7 @@ def masters_of(engines: Sequence[DeepSpeedEngine], replica: int) -> Masters:
     check_masters(engines, replica)
     copies: dict[int, torch.Tensor] = {}
     for engine in engines:
-        module: Any = engine.module
-        tensors = named_tensors(module)
+        tensors = saved_module(engine).saved_tensors()
         for shard in shards(engine, replica):
             tensor = tensors[shard.name]
             if shard.is_replicated and shard.master is not None and shard.holder is not None:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Any
 
 import deepspeed
 import torch
@@ -195,10 +194,9 @@ class Refresher:
 
 
 def make_refresher(
-    config: RunConfig, partition: Partition, world: World, links: Links, engines: Sequence[Any]
+    config: RunConfig, partition: Partition, world: World, links: Links, blocks: Sequence[Block]
 ) -> Refresher | None:
-    """Of the blocks that the engines train; None where no head is shared."""
-    blocks = [engine.module for engine in engines if isinstance(engine.module, Block)]
+    """Of a stage's blocks; None where no head is shared."""
     if not config.shares_head or len(partition.blocks) == 1:
         return None
     timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,10 +18,21 @@ from llm_local.model.heads import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
 from llm_local.model.router_loss import Routers, want_none, wants_router_loss
-from llm_local.model.shared_head import Temperature, make_read_only
+from llm_local.model.shared_head import Temperature, folded, make_read_only
 from llm_local.model.slices import Slice, new_slice
 from llm_local.model.windows import cut, cut_inputs
 from llm_local.partition import Partition, Span
+
+EXITS = "exits."  # in a checkpoint, the heads that are not the model's own
+
+
+def named_once(places: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers of modules, each behind its prefix; what two places share has the first name."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for prefix, module in places:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            found.setdefault(id(tensor), (f"{prefix}{name}", tensor))
+    return dict(found.values())
 
 
 class Block(nn.Module):
@@ -134,6 +146,33 @@ class Block(nn.Module):
             of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
             loss = loss + of_head + (0.0 if body_waits else of_body)
         return loss, leaving, features
+
+    @property
+    def span(self) -> Span:
+        """The layers of the body."""
+        return self.body.span
+
+    @property
+    def _head_prefix(self) -> str:
+        """What the names of the head begin with in a checkpoint: nothing, if it is the model's own."""
+        return "" if self.body.is_last else f"{EXITS}{self.span.stop}."
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and saved buffers by their names in a checkpoint."""
+        own = {f"{self._head_prefix}{name}": p for name, p in self.named_parameters(recurse=False)}
+        if self.temperature is not None:
+            own[f"{self._head_prefix}temperature"] = self.temperature.scale
+        return named_once([("", self.body_model), (self._head_prefix, self.head_model)]) | own
+
+    def tied_names(self) -> dict[str, str]:
+        """Names of the head that stand for a parameter of the body, and that one's name: tied embeddings."""
+        body = {id(tensor): name for name, tensor in self.body_model.state_dict(keep_vars=True).items()}
+        head = self.head_model.state_dict(keep_vars=True).items()
+        return {f"{self._head_prefix}{name}": body[id(tensor)] for name, tensor in head if id(tensor) in body}
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """What the exit's output matrix is where it is not the one that the head reads; all replicas must call."""
+        return folded(self.head, self.temperature)
 
     def take_normed(self) -> torch.Tensor:
         """(B, T, D) what the output matrix read in the last forward pass, with its graph."""
