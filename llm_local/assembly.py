@@ -19,6 +19,7 @@ from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
+from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block, build_blocks
 from llm_local.setup import Setup
@@ -79,7 +80,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, 
         config.wire_dtype,
         local.max_packets_in_flight,
         back_dtype=config.method.back_dtype(local, config.precision, config.wire_dtype),
-        refresh_dtype=config.precision if config.shares_head else None,
+        refresh_dtype=config.precision if head_of(config).shares_matrix else None,
     )
     engine = LocalEngine(
         engines,

@@ -28,7 +28,7 @@ from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.heads import head_logits, head_loss
+from llm_local.model.loss import head_logits, head_loss
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice, named_once
 from llm_local.partition import Partition, Span

@@ -88,7 +88,7 @@ def parameter_groups(config: RunConfig, module: torch.nn.Module, waiting: Collec
     waiting: names of parameters that are not trained at first. They are in groups of their own, behind the others.
     """
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    forbidden += [r"^temperature\.", r"^feature_scale$"]
+    forbidden += [r"^transform\.", r"^feature_scale$"]
     decayed = set(get_parameter_names(module, [torch.nn.LayerNorm], forbidden))
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = []

@@ -124,11 +124,6 @@ class RunConfig:
         return tuple(int(part) for part in text.split(",") if part.strip().isdecimal()) or (0,)  # see problems.py
 
     @property
-    def shares_head(self) -> bool:
-        """Whether the heads read the last one's output matrix; the baseline has one head, and all of it is trained."""
-        return self.local.head == "shared" and self.method.has_local_losses
-
-    @property
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
         return self._steps(self.train.warmup_steps or self.train.warmup_ratio)

@@ -26,7 +26,7 @@ from llm_local.config import RunConfig
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
-from llm_local.model.heads import IGNORED, LossLinear
+from llm_local.model.loss import IGNORED, LossLinear
 from llm_local.model.slices import Seam
 from llm_local.model.stage import Block, build_blocks
 from llm_local.partition import Partition

@@ -11,9 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_local.registry import METHODS
+from llm_local.registry import HEADS, METHODS
 
-HEADS = ("linear", "decoder", "shared")
 PARTITIONS = ("flops", "profile")
 PACKINGS = ("concat", "best_fit", "none")
 EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")

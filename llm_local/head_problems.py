@@ -4,43 +4,23 @@ from __future__ import annotations
 
 from llm_local.config import RunConfig
 from llm_local.head_plan import parse_weights
+from llm_local.model.heads.head import Head
 from llm_local.partition import Partition
+from llm_local.registry import HEADS
 
 
 def head_problems(config: RunConfig) -> list[str]:
     """What the flags of the heads show without the model."""
     local = config.local
-    problems = _schedule_problems(config)
-    if not config.method.has_local_losses:
-        return problems
-    if local.head_rank is not None and local.head == "linear":
-        problems.append(
-            f"head_rank={local.head_rank} is for the private layers of a head, head=linear has none; "
-            "use head=decoder with head_layers, or leave it out"
-        )
-    return problems + _weight_problems(config)
-
-
-def _schedule_problems(config: RunConfig) -> list[str]:
-    """Private layers: none where there must be some, some where there are none."""
-    local, text = config.local, config.local.head_layers_schedule
-    if text is None:
-        if local.head == "decoder" and local.head_layers == 0:
-            return ["head=decoder needs private layers; set head_layers=1 or more, or use head=linear"]
-        if local.head == "linear" and local.head_layers > 0:
-            return [f"head=linear has no private layers, head_layers is {local.head_layers}; use head=decoder"]
-        return []
-    given = f"head_layers_schedule={text!r}"
-    if not is_schedule(text):
-        return [f"{given} is not a list of whole numbers such as 2,1,1"]
-    problems = []
-    if local.head_layers > 0:
-        problems.append(f"both head_layers={local.head_layers} and {given} are given; keep one")
-    if local.head == "linear":
-        problems.append(f"head=linear has no private layers, {given} is given; use head=decoder")
-    if local.head == "decoder" and not any(config.head_layers_schedule):
-        problems.append(f"head=decoder needs private layers, {given} has none; use 1 or more, or head=linear")
-    return problems
+    text = local.head_layers_schedule
+    if text is not None and not is_schedule(text):
+        problems = [f"head_layers_schedule={text!r} is not a list of whole numbers such as 2,1,1"]
+    else:
+        problems = (HEADS.get(local.head) or Head()).problems(config)
+        if text is not None and local.head_layers > 0:
+            given = f"head_layers={local.head_layers} and head_layers_schedule={text!r}"
+            problems.append(f"both {given} are given; keep one")
+    return problems + (_weight_problems(config) if config.method.has_local_losses else [])
 
 
 def is_schedule(text: str) -> bool:

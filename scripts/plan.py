@@ -19,13 +19,13 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.flags import HEADS
 from llm_local.methods.method import local_methods
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
 from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
 from llm_local.plan.search import check_plan, search
+from llm_local.registry import HEADS
 from llm_local.screen import quiet_libraries
 
 

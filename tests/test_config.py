@@ -345,7 +345,7 @@ class TestStaticProblems:
         ("changes", "line"),
         [
             ({"method": "x"}, "method='x' is unknown; choose one of backprop, chunked, greedy, overlapping"),
-            ({"head": "x"}, "head='x' is unknown; choose one of linear, decoder, shared"),
+            ({"head": "x"}, "head='x' is unknown; choose one of decoder, linear, shared"),
             ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16, int8"),
             (
                 {"lr_scheduler_type": "x"},

@@ -14,10 +14,10 @@ from transformers import AutoConfig
 from llm_local.config import parse
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.flags import ModelArguments
-from llm_local.model import heads
+from llm_local.model import loss
 from llm_local.model.anatomy import probe
 from llm_local.model.distillation import distillation_loss, soft_targets
-from llm_local.model.heads import fit_head, head_logits
+from llm_local.model.loss import fit_head, head_logits
 from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
 
@@ -34,7 +34,7 @@ def head_of(stop: int, kind: str) -> Slice:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_loss_and_gradients_are_those_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
     student, teacher = head_of(2, kind), head_of(4, kind)
     normed, ids = torch.randn(2, 24, 32, requires_grad=True), torch.zeros(2, 24, dtype=torch.int64)
     taught = torch.randn(2, 24, 32)
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(kind: str, monkeypatch: py
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_padding_is_no_position(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Of padded rows it is the mean over the positions of the same rows without: loss and gradient."""
-    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 16 * 4096)  # several chunks
     student, teacher = head_of(2, kind), head_of(4, kind)
     normed, targets = torch.randn(2, 24, 32, requires_grad=True), soft_targets(teacher, torch.randn(2, 24, 32), TOP_K)
     real = (24, 9)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from llm_local.flags import ModelArguments
-from llm_local.model import heads
+from llm_local.model import loss
 from llm_local.model.anatomy import SliceError, probe
-from llm_local.model.heads import LossLinear, fit_head, head_logits, head_loss
+from llm_local.model.loss import LossLinear, fit_head, head_logits, head_loss
 from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
 
@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_the_models_own(
     kind: str, older: bool, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     """older: with a torch that has no product and loss in one."""
-    monkeypatch.setattr(heads, "_CHUNK_LOGITS", 7 * 4096)  # several chunks
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 7 * 4096)  # several chunks
     if older:
         monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     part = fitted(kind)
@@ -65,11 +65,11 @@ def test_the_chunked_product_is_used_only_where_it_is_the_head():
 def test_ignored_labels_do_not_count(ids: torch.Tensor):
     part = fitted("llama")
     labels = ids.clone()
-    labels[:, :12] = heads.IGNORED
+    labels[:, :12] = loss.IGNORED
     normed = part(None, input_ids=ids)[1]
     wanted = part.model(input_ids=ids, labels=labels, use_cache=False).loss
     torch.testing.assert_close(head_loss(part, normed, ids, labels), wanted, rtol=1e-6, atol=0.0)
-    nothing = torch.full_like(ids, heads.IGNORED)
+    nothing = torch.full_like(ids, loss.IGNORED)
     assert head_loss(part, normed, ids, nothing) == 0.0
 
 
@@ -101,7 +101,7 @@ def test_logits_are_never_whole(ids: torch.Tensor):
 
     with Watch():
         head_loss(part, normed, rows, None).backward()
-    assert largest <= heads._CHUNK_LOGITS < rows.numel() * 4096
+    assert largest <= loss._CHUNK_LOGITS < rows.numel() * 4096
 
 
 def test_a_head_that_needs_more_than_hidden_states_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -14,13 +14,15 @@ LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
 ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
-trainer_flags config head_plan head_problems problems
+trainer_flags config head_plan
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends
-model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained heads
-model: router_loss document_mask
-model: shared_head distillation lowrank windows head_start stage refresh
+model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
+model: router_loss document_mask distillation
+model.heads: head decoder linear shared
+model: lowrank windows head_start stage refresh
+head_problems problems
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources objects sequences tokenizer_training streams prepared sets feed
 ds_config ds_problems reporting block_engine engine backprop

@@ -60,7 +60,7 @@ def stage_of_one_block(world: Any, is_last: bool) -> Any:
     weight = torch.nn.Parameter(torch.zeros(V, D)) if is_last else torch.zeros(V, D)
     output = SimpleNamespace(weight=weight)
     head = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: output))
-    return SimpleNamespace(head=head, temperature=None if is_last else "a temperature")
+    return SimpleNamespace(head=head, kind=SimpleNamespace(shares_matrix=not is_last))
 
 
 def relay(every: int, max_steps: int, resume_at: int) -> Any:

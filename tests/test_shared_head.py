@@ -15,7 +15,7 @@ from llm_local.block_engine import parameter_groups
 from llm_local.checks.preflight import preflight
 from llm_local.config import RunConfig, from_flat, parse
 from llm_local.model.anatomy import SliceError, probe
-from llm_local.model.shared_head import install, installed, make_read_only, matrix_name
+from llm_local.model.heads.shared import install, installed, make_read_only, matrix_name
 from llm_local.model.stage import Block, build_blocks
 from llm_local.partition import Costs, make_partition
 
@@ -63,8 +63,8 @@ def test_loss_and_gradients_are_those_of_plain_autograd(kind: str, ids: torch.Te
     block = built(kind)[1]
     block.train()
     hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(1))
-    assert block.temperature is not None
-    block.temperature.scale.data.fill_(1.3)
+    assert block.transform is not None
+    block.transform.temperature.data.fill_(1.3)
     loss, _, _ = block(ids, hidden)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
@@ -72,14 +72,14 @@ def test_loss_and_gradients_are_those_of_plain_autograd(kind: str, ids: torch.Te
 
     output, text = block.head.model.get_output_embeddings(), block.head.model.config.get_text_config()
     normed = block.head(block.body(hidden, input_ids=ids)[0], input_ids=ids)[1]
-    logits = F.linear(normed * block.temperature.scale, installed(block.head).detach(), output.bias)
+    logits = F.linear(normed * block.transform.temperature, installed(block.head).detach(), output.bias)
     logits = logits / (getattr(text, "logits_scaling", None) or 1.0)
     cap = getattr(text, "final_logit_softcapping", None)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     wanted = F.cross_entropy(logits[:, :-1].reshape(-1, 4096), ids[:, 1:].reshape(-1))
     wanted.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0.0)
-    assert {"temperature.scale"} < set(grads)
+    assert {"transform.temperature"} < set(grads)
     for name, p in block.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-7)
 
@@ -89,7 +89,7 @@ def test_all_heads_start_with_the_last_ones_matrix_which_alone_is_trained(kind: 
     blocks = built(kind)
     *readers, last = [block.head.model.get_output_embeddings() for block in blocks]
     assert isinstance(last.weight, torch.nn.Parameter)
-    assert blocks[-1].temperature is None
+    assert blocks[-1].transform is None
     for block, output in zip(blocks, readers, strict=False):
         assert torch.equal(output.weight, last.weight)
         assert not output.weight.requires_grad
@@ -149,9 +149,9 @@ def test_the_weight_gradient_is_not_computed(ids: torch.Tensor):
 def test_the_temperature_has_no_weight_decay():
     config: RunConfig = from_flat({"head": "shared", "weight_decay": 0.1})
     block = built()[0]
-    assert block.temperature is not None
+    assert block.transform is not None
     decays = {id(p): group["weight_decay"] for group in parameter_groups(config, block) for p in group["params"]}
-    assert decays[id(block.temperature.scale)] == 0.0
+    assert decays[id(block.transform.temperature)] == 0.0
     assert 0.1 in decays.values()
     assert len(decays) == len(list(block.parameters())), "what is read is no parameter"
 
@@ -175,7 +175,7 @@ def test_a_pretrained_models_matrix_is_read_by_all(tmp_path: Path):
 
 def test_one_block_shares_nothing():
     (block,) = built(layers_per_block=4)
-    assert block.temperature is None
+    assert block.transform is None
     assert isinstance(block.head.model.get_output_embeddings().weight, torch.nn.Parameter)
 
 
@@ -183,10 +183,10 @@ def test_logits_follow_what_is_installed_and_the_temperature(ids: torch.Tensor):
     block = built()[1]
     block.eval()
     hidden = torch.randn(2, 24, 32)
-    assert block.temperature is not None
+    assert block.transform is not None
     with torch.no_grad():
         before = block(ids, hidden, return_logits=True)[0]
-        block.temperature.scale.fill_(2.0)
+        block.transform.temperature.fill_(2.0)
         assert torch.equal(block(ids, hidden, return_logits=True)[0], 2 * before)
         install(block.head, installed(block.head) * 2)
         assert torch.equal(block(ids, hidden, return_logits=True)[0], 4 * before)

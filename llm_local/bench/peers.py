@@ -22,7 +22,7 @@ from llm_local.config import RunConfig, from_flat
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config, probe
-from llm_local.model.heads import head_loss
+from llm_local.model.loss import head_loss
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice
 from llm_local.partition import Span

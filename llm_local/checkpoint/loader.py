@@ -26,8 +26,8 @@ from llm_local.checkpoint.shards import (
     whole,
 )
 from llm_local.config import RunConfig, some_of
+from llm_local.model.heads.shared import install, installed, matrix_name
 from llm_local.model.refresh import INSTALLED
-from llm_local.model.shared_head import install, installed, matrix_name
 from llm_local.model.slices import Slice
 from llm_local.model.stage import EXITS, Block
 from llm_local.world import World
@@ -141,7 +141,7 @@ def fill_block(catalog: Catalog, block: Block) -> None:
 
 def install_saved(catalog: Catalog, block: Block) -> None:
     """Puts the matrix that a shared head reads, which is no parameter, into the block's; nothing into another head."""
-    if block.temperature is not None:
+    if block.kind.shares_matrix:
         now = installed(block.head)
         install(block.head, load_shared_head(catalog, block.head)[INSTALLED].to(now.device, now.dtype))
 

@@ -18,6 +18,7 @@ from llm_local.config import RunConfig
 from llm_local.export.model_folder import describe, relative_difference
 from llm_local.export.stages import exit_name, trim_config
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.heads.head import head_of
 from llm_local.model.standins import prune
 from llm_local.partition import Partition, Span
 
@@ -31,6 +32,8 @@ def refused_exits(
     """The exits that are no models of their own, by name, and why. {} where the small model cannot be made or run."""
     if config.is_pipelined or config.local.head_features:
         return {}
+    if reason := head_of(config).exit_problem:
+        return {exit_name(stage): reason for stage in range(partition.num_stages - 1)}
     depths = exit_depths(partition, config.head_layers_schedule)
     shallower = {stage: depth for stage, depth in depths.items() if depth < partition.num_layers}
     tried = dict(list(shallower.items())[:MOST_TRIED])

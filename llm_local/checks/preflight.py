@@ -43,6 +43,7 @@ from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
+from llm_local.model.heads.head import head_of
 from llm_local.model.lowrank import rank_problems
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
@@ -190,7 +191,7 @@ def plan_partition(
         stage_layers=by_hand,
         local_heads=not config.is_pipelined,
         head_layers=config.head_layers_schedule,
-        shared_head=config.shares_head,
+        shared_head=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
     )
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from llm_local.config import RunConfig
 from llm_local.device import DTYPES, local_device, synchronize
 from llm_local.model.anatomy import Anatomy
-from llm_local.model.heads import head_loss
+from llm_local.model.loss import head_loss
 from llm_local.model.slices import model_without_weights
 from llm_local.model.stage import build_slice
 from llm_local.partition import Costs, Span

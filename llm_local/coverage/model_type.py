@@ -32,7 +32,7 @@ from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
-from llm_local.model.heads import head_loss
+from llm_local.model.loss import head_loss
 from llm_local.model.slices import new_slice, try_slices
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span

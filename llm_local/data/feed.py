@@ -14,7 +14,7 @@ from llm_local.data.sequences import Sequences
 from llm_local.data.sets import SourceData
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.heads import count_scored
+from llm_local.model.loss import count_scored
 from llm_local.world import Place
 
 CHECK_TOKENS = 64

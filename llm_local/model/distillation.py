@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llm_local.model.heads import chunk_rows, head_logits, text_vocab_size
+from llm_local.model.loss import chunk_rows, head_logits, text_vocab_size
 from llm_local.model.slices import Slice
 
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from llm_local.config import RunConfig
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice, model_without_weights
 from llm_local.partition import Partition
 
@@ -98,7 +99,7 @@ def rank_problems(
     schedule = config.head_layers_schedule
     spans = [partition.private_layers(index, schedule) for index in range(len(partition.blocks))]
     private = sorted({layer for span in spans for layer in range(span.start, span.stop)})
-    if rank is None or not config.method.has_local_losses or config.local.head == "linear":
+    if rank is None or not config.method.has_local_losses or not head_of(config).takes_private_layers:
         return []
     if not private:
         return [f"head_rank={rank}: no head has private layers; set head_layers=1 or more, or leave it out"]

@@ -29,7 +29,8 @@ from llm_local.config import RunConfig
 from llm_local.device import DTYPES
 from llm_local.links.ends import Links, Receiver, Sender
 from llm_local.links.packet import END, REFRESH, Packet
-from llm_local.model.shared_head import install, installed
+from llm_local.model.heads.head import head_of
+from llm_local.model.heads.shared import install, installed
 from llm_local.model.stage import Block
 from llm_local.partition import Partition
 from llm_local.world import World
@@ -86,7 +87,7 @@ class Refresher:
         self.timetable = timetable
         self.wait_seconds = 0.0
         self.sent_bytes = 0
-        self._readers = [block.head for block in blocks if block.temperature is not None]
+        self._readers = [block.head for block in blocks if block.kind.shares_matrix]
         self._source = None if links.refresh_receiver else blocks[-1].head.model.get_output_embeddings()
         self._receiver = links.refresh_receiver
         self._sender = links.refresh_sender
@@ -197,7 +198,7 @@ def make_refresher(
     config: RunConfig, partition: Partition, world: World, links: Links, blocks: Sequence[Block]
 ) -> Refresher | None:
     """Of a stage's blocks; None where no head is shared."""
-    if not config.shares_head or len(partition.blocks) == 1:
+    if not head_of(config).shares_matrix or len(partition.blocks) == 1:
         return None
     timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)
     return Refresher(blocks, timetable, world, links, config.precision)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llm_local.adapters.torch_internals import modules_of
-from llm_local.model.heads import IGNORED, text_vocab_size, without_layers
+from llm_local.model.loss import IGNORED, text_vocab_size, without_layers
 from llm_local.model.slices import Slice
 
 

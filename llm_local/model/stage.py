@@ -14,11 +14,11 @@ from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.head_start import quieten
-from llm_local.model.heads import fit_head, head_logits, head_loss
+from llm_local.model.heads.head import Head, head_of
+from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
 from llm_local.model.router_loss import Routers, want_none, wants_router_loss
-from llm_local.model.shared_head import Temperature, folded, make_read_only
 from llm_local.model.slices import Slice, new_slice
 from llm_local.model.windows import cut, cut_inputs
 from llm_local.partition import Partition, Span
@@ -39,7 +39,7 @@ class Block(nn.Module):
     """A body, the block's layers of the model, and the head that turns its output into a loss.
 
     Body and head are slices of the model: the head's are the private layers, the norm and the output matrix.
-    shares: the matrix is a copy of the last block's, read through a temperature (shared_head.py).
+    kind: what the head is beside that (model/heads).
     mixes: the head also reads, times a learned number that is 0 at first, what entered the block; such an exit is no
     model of the class. After the contextual supervision of local learning: earlier features go to the head alone.
     documents: how packed documents are kept apart, if they are. routed: in training the loss has the router losses of
@@ -50,13 +50,14 @@ class Block(nn.Module):
         self,
         body: Slice,
         head: Slice,
-        shares: bool = False,
+        kind: Head | None = None,
         mixes: bool = False,
         documents: DocumentMask | None = None,
         routed: bool = False,
     ):
         super().__init__()
-        self.temperature = Temperature() if shares else None
+        self.kind = kind or Head()
+        self.transform = self.kind.transform(head)
         self.feature_scale = nn.Parameter(torch.zeros(1)) if mixes else None
         self.kept: torch.Tensor | None = None
         self.body = body
@@ -98,7 +99,7 @@ class Block(nn.Module):
     def normed(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """What the output matrix reads of features (B, T, D)."""
         _, normed = self.head(features, input_ids=input_ids, **self._inputs_of(self.head, input_ids, inputs))
-        return normed if self.temperature is None else self.temperature(normed)
+        return normed if self.transform is None else self.transform(normed)
 
     def forward(
         self,
@@ -160,9 +161,8 @@ class Block(nn.Module):
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and saved buffers by their names in a checkpoint."""
         own = {f"{self._head_prefix}{name}": p for name, p in self.named_parameters(recurse=False)}
-        if self.temperature is not None:
-            own[f"{self._head_prefix}temperature"] = self.temperature.scale
-        return named_once([("", self.body_model), (self._head_prefix, self.head_model)]) | own
+        places = [("", self.body_model), (self._head_prefix, self.head_model)]
+        return named_once(places) | own | named_once([(self._head_prefix, self.transform)] if self.transform else [])
 
     def tied_names(self) -> dict[str, str]:
         """Names of the head that stand for a parameter of the body, and that one's name: tied embeddings."""
@@ -172,7 +172,7 @@ class Block(nn.Module):
 
     def folded(self) -> dict[str, torch.Tensor]:
         """What the exit's output matrix is where it is not the one that the head reads; all replicas must call."""
-        return folded(self.head, self.temperature)
+        return self.kind.folded(self.head, self.transform)
 
     def take_normed(self) -> torch.Tensor:
         """(B, T, D) what the output matrix read in the last forward pass, with its graph."""
@@ -230,23 +230,16 @@ def build_block(
     span = partition.blocks[index]
     private = partition.private_layers(index, config.head_layers_schedule)
     body = build_slice(config, model_config, anatomy, span, has_head=False)
-    shares = config.shares_head and index + 1 < len(partition.blocks)
-    output_of = anatomy.num_layers if shares else None
+    kind = head_of(config) if index + 1 < len(partition.blocks) else Head()
+    output_of = kind.output_of(anatomy)
     head = build_slice(config, model_config, anatomy, private, has_head=True, head_of=span.stop, output_of=output_of)
     if partition.overlap and index + 1 < len(partition.blocks) and partition.overlap < len(span):
         body.add_seam(span.stop - partition.overlap)
     if config.local.head_rank is not None:
         make_low_rank(head, config.local.head_rank, config.train.seed, is_new=not config.model.model_name_or_path)
-    if shares:
-        make_read_only(head)
-    elif body.is_first and anatomy.tied:
-        output: Any = head.model.get_output_embeddings()
-        embedding: Any = body.model.get_input_embeddings()
-        # files that hold two different ones are believed before the config, as transformers does it
-        if not config.model.model_name_or_path or torch.equal(output.weight, embedding.weight):
-            output.weight = embedding.weight
+    kind.connect(config, head, body)
     mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
-    return Block(body, head, shares, mixes, documents, wants_router_loss(model_config))
+    return Block(body, head, kind, mixes, documents, wants_router_loss(model_config))
 
 
 def build_blocks(

@@ -19,7 +19,8 @@ from llm_local.config import RunConfig
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.links.wire import expected
 from llm_local.methods.method import local_schedules
-from llm_local.model.heads import chunk_rows
+from llm_local.model.heads.head import head_of
+from llm_local.model.loss import chunk_rows
 from llm_local.partition import Partition
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -168,12 +169,12 @@ def stage_parameters(
     last = len(partition.blocks) - 1
     copies = 0
     for block in range(blocks.start, blocks.stop):
-        if config.shares_head and block != last:
+        if head_of(config).shares_matrix and block != last:
             copies = sizes.head_parameters
         else:
             trained += sizes.head_parameters
     if stage == 0:
-        first_reads_it = sizes.is_tied and (last == 0 or not config.shares_head)
+        first_reads_it = sizes.is_tied and (last == 0 or not head_of(config).shares_matrix)
         trained += 0 if first_reads_it else sizes.embedding_parameters
     return Parameters(trained, copies, max(2 * sizes.layer_parameters, sizes.head_parameters))
 

@@ -11,6 +11,7 @@ from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.report import Plan
 from llm_local.plan.stages import PEER_METHODS, Layout
 from llm_local.problems import static_problems
+from llm_local.registry import HEADS
 
 POSITIVE = (
     "devices",
@@ -60,9 +61,9 @@ def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
 
 
 def default_heads(config: RunConfig) -> tuple[str, ...]:
-    """Those that the flags leave: a decoder head has private layers."""
+    """Those that the flags leave: some have private layers."""
     private = config.local.head_layers or config.local.head_layers_schedule
-    return ("linear", "decoder", "shared") if private else ("linear", "shared")
+    return tuple(name for name, head in HEADS.items() if private or not head.needs_private_layers)
 
 
 def _positive(name: str, value: float) -> str:

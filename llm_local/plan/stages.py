@@ -15,6 +15,7 @@ from llm_local.head_problems import cut_problems
 from llm_local.methods.method import local_methods
 from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.heads.head import head_of
 from llm_local.partition import Partition
 from llm_local.plan.machine import Machine
 from llm_local.plan.memory import (
@@ -33,6 +34,7 @@ from llm_local.plan.memory import (
     wire_bytes,
 )
 from llm_local.plan.times import Pipe, StageSeconds
+from llm_local.registry import HEADS
 
 PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
 CHUNKS = 2  # of a stage of the interleaved schedule
@@ -66,8 +68,9 @@ class Layout:
         """Those of `config` as a run of this layout has them; of a peer those of its model's cut."""
         local = replace(type(config.local)(), method="backprop", num_stages=self.num_stages * self.num_chunks)
         if self.is_local:
-            plain = {"head_layers": 0, "head_layers_schedule": None, "head_rank": None} if self.head == "linear" else {}
-            local = replace(config.local, method=self.method, head=self.head, num_stages=self.num_stages, **plain)
+            local = replace(config.local, method=self.method, head=self.head, num_stages=self.num_stages)
+            if not HEADS[self.head].takes_private_layers:
+                local = replace(local, head_layers=0, head_layers_schedule=None, head_rank=None)
         return replace(config, local=local)
 
 
@@ -114,7 +117,7 @@ class Stages:
 
     def refresh_bytes(self) -> float:
         """Of a shared head's matrix over each boundary, back, for one step on average."""
-        if not self.config.shares_head or self.layout.num_stages == 1:
+        if not head_of(self.config).shares_matrix or self.layout.num_stages == 1:
             return 0.0
         return self.sizes.head_parameters * BYTES[self.config.precision] / self.config.local.head_refresh_steps
 
@@ -167,7 +170,7 @@ class Stages:
     def _memory(self, parameters: Parameters, kept: float, has_before: bool, has_behind: bool) -> Memory:
         precision, is_local = self.config.precision, self.layout.is_local
         states = state_memory(parameters, precision, self.layout.zero, self.layout.num_replicas)
-        trains_matrix = not (is_local and self.config.shares_head and has_behind)
+        trains_matrix = not (is_local and head_of(self.config).shares_matrix and has_behind)
         logits = head_memory(self.sizes, precision, trains_matrix) if is_local or not has_behind else 0.0
         packets = packet_memory(self.sizes, self.config, has_before, has_behind) if is_local else 0.0
         return Memory(*states, block_activations(self.sizes, kept, self.config), logits, packets)
@@ -182,7 +185,7 @@ class Stages:
             return count_passes(shape, Setting(self.partition.blocks, token_fraction=0.0))
         options = {
             "private_parameters": None if local.head_rank is None else self._private_parameters(),
-            "frozen_heads": self.config.shares_head,
+            "frozen_heads": head_of(self.config).shares_matrix,
             "token_fraction": local.head_token_fraction,
         }
         return count_passes(shape, setting_of(self.partition, self.config.head_layers_schedule, **options))

@@ -32,11 +32,12 @@ from llm_local.checks.preflight import plan_partition
 from llm_local.config import ConfigError, RunConfig, parse
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.device import supports
-from llm_local.flags import AMOUNT, HEADS, LAYOUT, START, DataArguments, ModelArguments, deciding
+from llm_local.flags import AMOUNT, LAYOUT, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
+from llm_local.model.heads.head import head_of
 from llm_local.problems import static_problems
-from llm_local.registry import METHODS
+from llm_local.registry import HEADS, METHODS
 
 KEYS = ("base", "seeds", "grid", "points", "builtin_vocab_size")
 GRID_KEYS = ("method", "head", "blocks", "head_layers")
@@ -143,7 +144,7 @@ def expand_grid(grid: Any, num_layers: int) -> tuple[list[tuple[str, Flags]], li
             continue
         for blocks in grid["blocks"] if METHODS[method].is_cut_by_hand else [None]:
             for head in grid["head"]:
-                layers = 0 if head == "linear" else grid.get("head_layers", 1)
+                layers = grid.get("head_layers", 1) if HEADS[head].takes_private_layers else 0
                 flags = {
                     "method": method,
                     "head": head,
@@ -255,7 +256,7 @@ def _measures(config: RunConfig) -> tuple[Shape, Setting]:
         partition,
         config.head_layers_schedule,
         private_parameters=low_rank,
-        frozen_heads=config.shares_head,
+        frozen_heads=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
         final_backprop_share=local.final_backprop_steps / config.train.max_steps,
     )

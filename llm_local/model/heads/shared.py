@@ -20,8 +20,10 @@ from torch import nn
 
 from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.adapters.torch_internals import parameters_of
-from llm_local.model.anatomy import SliceError
-from llm_local.model.heads import head_logits
+from llm_local.config import RunConfig
+from llm_local.model.anatomy import Anatomy, SliceError
+from llm_local.model.heads.head import Head, register_head
+from llm_local.model.loss import head_logits
 from llm_local.model.slices import Slice
 
 
@@ -30,11 +32,11 @@ class Temperature(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
+        self.temperature = nn.Parameter(torch.ones(1))
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """(B, T, D) → (B, T, D) in the same dtype."""
-        return normed * self.scale.to(normed.dtype)
+        return normed * self.temperature.to(normed.dtype)
 
 
 def make_read_only(head: Slice) -> None:
@@ -79,13 +81,26 @@ def matrix_name(head: Slice) -> str:
     return next(f"{name}.weight" for name, module in head.model.named_modules() if module is output)
 
 
-def folded(head: Slice, temperature: Temperature | None) -> dict[str, torch.Tensor]:
-    """The head's matrix with its temperature in it, by the name that it has in the model; {} without a temperature.
+class Shared(Head):
+    """Private layers if wanted, a norm, a temperature, and the copy."""
 
-    Every replica must call under ZeRO-3, which may have to gather the temperature.
-    """
-    if temperature is None:
-        return {}
-    scale, matrix = temperature.scale, installed(head)
-    with deepspeed.zero.GatheredParameters([scale], enabled=is_partitioned(scale)):
-        return {matrix_name(head): (matrix.float() * scale.detach().float()).to(matrix.dtype).cpu()}
+    shares_matrix = True
+
+    def output_of(self, anatomy: Anatomy) -> int | None:
+        return anatomy.num_layers
+
+    def connect(self, config: RunConfig, head: Slice, body: Slice) -> None:
+        make_read_only(head)
+
+    def transform(self, head: Slice) -> nn.Module:
+        return Temperature()
+
+    def folded(self, head: Slice, transform: nn.Module | None) -> dict[str, torch.Tensor]:
+        """The head's matrix with its temperature in it, by the name that it has in the model."""
+        assert isinstance(transform, Temperature)
+        scale, matrix = transform.temperature, installed(head)
+        with deepspeed.zero.GatheredParameters([scale], enabled=is_partitioned(scale)):
+            return {matrix_name(head): (matrix.float() * scale.detach().float()).to(matrix.dtype).cpu()}
+
+
+register_head("shared", Shared())
