@@ -68,8 +68,8 @@ class Head:
             output.weight = embedding.weight
 
     def transform(self, head: Slice) -> nn.Module | None:
-        """What stands between the norm and the output matrix, (B, T, D) → (B, T, D); its tensors are in checkpoints
-        under their own names, and have no weight decay."""
+        """What stands between the norm and the output matrix, (B, T, D) → (B, T, D); its tensors, which must be
+        contiguous, are in checkpoints under their own names, and have no weight decay."""
         return None
 
     def folded(self, head: Slice, transform: nn.Module | None) -> dict[str, torch.Tensor]:
