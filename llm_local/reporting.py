@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATIONS
-from transformers.integrations.integration_utils import get_available_reporting_integrations as installed_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from llm_local.config import RunConfig
 from llm_local.ds_config import REPORTERS
@@ -13,20 +13,20 @@ ALL = "all"
 
 
 def report_problems(config: RunConfig) -> list[str]:
-    """What is wrong with report_to."""
+    """What is wrong with report_to. Imports the packages of the trackers."""
     named, known = f"report_to={config.train.report_to}", ", ".join(sorted({*REPORTERS, *INTEGRATIONS}))
-    problems = []
-    for name in config.reporters:
-        if name not in (ALL, *REPORTERS, *INTEGRATIONS):
-            problems.append(f"{named}: {name!r} is unknown; use none, all, or some of {known}")
-        elif name not in (ALL, *REPORTERS, *installed_integrations()):
-            problems.append(f"{named}: the package of {name} is not installed, or not set up; install it")
+    unknown = [name for name in config.reporters if name not in (ALL, *REPORTERS, *INTEGRATIONS)]
+    problems = [f"{named}: {name!r} is unknown; use none, all, or some of {known}" for name in unknown]
+    for tracker in [] if unknown else trackers(config):
+        try:
+            tracker()
+        except Exception as error:  # of whatever package it is
+            reason = " ".join(str(error).split())
+            problems.append(f"{named}: {tracker.__name__} cannot be used ({reason}); install what it needs")
     return problems
 
 
 def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
     """The callbacks of transformers that report_to asks for; 'all': of every tracker that is installed."""
-    names = config.reporters
-    if ALL in names:
-        names = installed_integrations()
+    names = get_available_reporting_integrations() if ALL in config.reporters else config.reporters
     return [INTEGRATIONS[name] for name in names if name not in REPORTERS]

@@ -362,8 +362,8 @@ class TestRefusals:
         [
             ("wandbb", "report_to=wandbb: 'wandbb' is unknown; use none, all, or some of azure_ml, "),
             (
-                "csv,neptune",
-                "report_to=csv,neptune: the package of neptune is not installed, or not set up; install it",
+                "csv,codecarbon",
+                "report_to=csv,codecarbon: CodeCarbonCallback cannot be used (CodeCarbonCallback requires",
             ),
         ],
     )
