@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from llm_local.config import ConfigError as ConfigError
     from llm_local.engine import NonFiniteLoss as NonFiniteLoss
     from llm_local.engine import StepResult as StepResult
+    from llm_local.methods.method import Method as Method
+    from llm_local.methods.method import register_method as register_method
+    from llm_local.methods.schedule import Schedule as Schedule
+    from llm_local.model.heads.head import Head as Head
+    from llm_local.model.heads.head import register_head as register_head
     from llm_local.run import Run as Run
     from llm_local.start import prepare as prepare
     from llm_local.trainer import LocalTrainer as LocalTrainer
@@ -29,13 +34,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
+    "Head": "model.heads.head",
     "LocalTrainer": "trainer",
     "LocalTrainingArguments": "training_arguments",
     "LostPeer": "watchdog",
+    "Method": "methods.method",
     "NonFiniteLoss": "engine",
     "Run": "run",
+    "Schedule": "methods.schedule",
     "StepResult": "engine",
     "prepare": "start",
+    "register_head": "model.heads.head",
+    "register_method": "methods.method",
 }
 __all__ = list(_HOMES)
 

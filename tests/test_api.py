@@ -411,8 +411,22 @@ def test_a_refusal_is_the_same_on_every_rank(tmp_path: Path, cache: Path):
 
 
 def test_the_public_names():
-    names = ["Config", "ConfigError", "LocalTrainer", "LocalTrainingArguments", "LostPeer", "NonFiniteLoss", "Run"]
-    assert sorted(ll.__all__) == [*names, "StepResult", "prepare"]
+    assert sorted(ll.__all__) == [
+        "Config",
+        "ConfigError",
+        "Head",
+        "LocalTrainer",
+        "LocalTrainingArguments",
+        "LostPeer",
+        "Method",
+        "NonFiniteLoss",
+        "Run",
+        "Schedule",
+        "StepResult",
+        "prepare",
+        "register_head",
+        "register_method",
+    ]
     for name in ll.__all__:
         assert getattr(ll, name).__doc__, name
     assert set(ll.__all__) <= set(dir(ll))

@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "docs/examples"
     [
         ("own_model_and_data", "load it with AutoModelForCausalLM.from_pretrained("),
         ("own_loop", "step 30: validation "),
+        ("adding_a_method", "stage 1: loss "),
     ],
 )
 def test_an_example_trains_and_its_model_loads(tmp_path: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch):
@@ -45,5 +46,7 @@ def test_the_pages_are_built_without_a_warning_and_have_all_public_names(tmp_pat
     environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environ)
     assert (ended.returncode, ended.stderr) == (0, "")
+    examples = (tmp_path / "pages/examples/index.html").read_text()
+    assert examples.count("prepare") >= len([*EXAMPLES.glob("*.py")]), "the programs are in their page"
     page = (tmp_path / "pages/api/index.html").read_text()
     assert all(f'id="llm_local.{name}"' in page for name in ll.__all__ if name != "LocalTrainingArguments")
