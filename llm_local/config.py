@@ -22,6 +22,7 @@ import yaml
 
 from llm_local.flags import FLAGS, SAVE_STEPS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.methods.method import Method
+from llm_local.program import program
 from llm_local.registry import METHODS
 from llm_local.trainer_flags import NOT_TAKEN, is_passed_over
 
@@ -48,7 +49,8 @@ def from_here(path: Path | str) -> str:
 
 def _unknown(kind: str, name: Any) -> str:
     plain = str(name).lstrip("-").partition("=")[0]
-    return f"unknown {kind} {name!r}; {NOT_TAKEN[plain].instead if plain in NOT_TAKEN else 'see pretrain.py --help'}"
+    instead = NOT_TAKEN[plain].instead if plain in NOT_TAKEN else f"see {program('pretrain.py')} --help"
+    return f"unknown {kind} {name!r}; {instead}"
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,17 @@ def is_due(step: int, interval: Fraction) -> bool:
     return interval > 0 and step // interval > (step - 1) // interval
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are ConfigErrors."""
+
     def error(self, message: str):  # argparse would print usage for ninety flags and exit from every rank
-        raise ConfigError([f"{message}; see pretrain.py --help"])
+        raise ConfigError([f"{message}; see {self.prog} --help"])
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     """Takes every flag, with hyphens as well; of those that are not given the namespace has nothing."""
     usage = "%(prog)s [CONFIG.yaml] [--name value ...]"
-    parser = _Parser(allow_abbrev=False, prog="pretrain.py", usage=usage, argument_default=argparse.SUPPRESS)
+    parser = Parser(allow_abbrev=False, prog=program("pretrain.py"), usage=usage, argument_default=argparse.SUPPRESS)
     for section in SECTIONS:
         group, hints = parser.add_argument_group(section.__doc__.rstrip(".")), get_type_hints(section)
         for each in dataclasses.fields(section):

@@ -17,6 +17,8 @@ from typing import Any, ParamSpec
 
 from safetensors import SafetensorError
 
+from llm_local.program import program
+
 _P = ParamSpec("_P")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
@@ -77,7 +79,7 @@ def ends_with_a_line(*kinds: type[Exception]) -> Callable[[Callable[_P, int]], C
             try:
                 return main(*args, **kwargs)
             except kinds as error:
-                print(f"{Path(getfile(main)).name}: {error}", file=sys.stderr)
+                print(f"{program(getfile(main))}: {error}", file=sys.stderr)
                 return 1
 
         return tells

@@ -1,54 +1,8 @@
-"""Makes a Hugging Face model of a checkpoint, on one CPU, without the ranks that wrote it.
+"""Makes a Hugging Face model of a checkpoint, on one CPU, without the ranks that wrote it."""
 
-python scripts/export.py runs/quickstart/checkpoints/step-00000200 OUT [--exit stage-00] [--dtype fp32]
-
-Without --exit it is the whole model. An OUT that exists is replaced once the new one is complete.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
-
-from llm_local.checkpoint.catalog import MANIFEST, BrokenCheckpoint
-from llm_local.config import ConfigError
-from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.model.anatomy import SliceError
-from llm_local.offline_export import NoSuchExit, export_checkpoint
-from llm_local.screen import quiet_libraries
-
-
-@ends_with_a_line(Unwritten)
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="Folder of a checkpoint, with a manifest.json.")
-    parser.add_argument("out", type=Path, help="Folder of the model.")
-    parser.add_argument("--exit", help="Stage whose exit is wanted, as stage-00; default: the whole model.")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="Of the weights.")
-    given = parser.parse_args(arguments)
-    quiet_libraries()
-    try:
-        if not (given.checkpoint / MANIFEST).is_file():
-            raise ConfigError([f"{given.checkpoint} has no {MANIFEST}: it is no checkpoint, or half written"])
-        with writing(given.out, reads=True):
-            export_checkpoint(given.checkpoint, given.out, given.exit, given.dtype, say)
-    except ConfigError as error:
-        say("; ".join(error.problems))
-        return 2
-    except (BrokenCheckpoint, NoSuchExit, SliceError) as error:
-        say(str(error))
-        return 2
-    say(f"model: {given.out}")
-    return 0
-
-
-def say(line: str) -> None:
-    print(f"export.py: {line}", file=sys.stderr, flush=True)
-
+from llm_local.commands.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

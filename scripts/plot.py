@@ -1,82 +1,8 @@
-"""Draws the losses of every stage of one run, or of several side by side: RUN/metrics/loss.png.
+"""Draws the losses of every stage of one run, or of several side by side: RUN/metrics/loss.png."""
 
-python scripts/plot.py runs/quickstart [runs/other ...] [--output loss.png]
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
-from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.metrics import read_records
-
-WINDOWS = 15
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fifteenth of the values, without a bias at the start."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / WINDOWS)
-    averages, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1.0
-        averages.append(total / weight)
-    return averages
-
-
-def load(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """Records of each stage by its file name. Raises ValueError if the folder holds no metrics."""
-    stages = {path.stem: read_records(path) for path in sorted((run / "metrics").glob("stage-*.jsonl"))}
-    if not any(stages.values()):
-        raise ValueError(f"{run} has no metrics/stage-*.jsonl with a record; name the --output_dir of a run")
-    return stages
-
-
-def draw(runs: list[Path], output: Path) -> None:
-    """Training loss (thin: as recorded, thick: smoothed) and validation loss (dots), one panel a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(runs), sharey=True, squeeze=False, figsize=(1 + 6 * len(runs), 4.5))
-    for run, panel in zip(runs, panels[0], strict=True):
-        for number, (stage, records) in enumerate(load(run).items()):
-            train = [r for r in records if r["split"] == "train"]
-            tested = [r for r in records if r["split"] == "eval"]
-            steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-            panel.plot(steps, losses, color=f"C{number}", linewidth=0.6, alpha=0.35)
-            panel.plot(steps, smoothed(losses), color=f"C{number}", label=f"{stage}, training")
-            last = f"{tested[-1]['loss']:.3f}" if tested else "none"
-            where = [r["step"] for r in tested], [r["loss"] for r in tested]
-            panel.plot(*where, "o", color=f"C{number}", markeredgecolor="white", label=f"{stage}, validation: {last}")
-        panel.set_title(str(run))
-        panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    panels[0][0].set_ylabel("loss (nats a token)")
-    figure.tight_layout()
-    with writing(output):
-        figure.savefig(output, dpi=120)
-
-
-@ends_with_a_line(Unwritten)
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument("--output", type=Path, help="picture to write; default: metrics/loss.png of the first run")
-    given = parser.parse_args(arguments)
-    output = given.output or given.runs[0] / "metrics" / "loss.png"
-    try:
-        draw(given.runs, output)
-    except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        return 2
-    print(f"losses by stage: {output}")
-    return 0
-
+from llm_local.commands.plot import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

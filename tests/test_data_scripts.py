@@ -7,6 +7,8 @@ import torch
 from conftest import Trainer
 from documents import write_jsonl
 
+from llm_local.commands import inspect_data
+
 
 @pytest.fixture
 def data(tmp_path, texts, cache) -> list[str]:
@@ -93,8 +95,7 @@ def test_a_stream_is_shown_as_far_as_it_is_known(script, data, tmp_path, capsys)
     assert "a stream, packed as it is read; tokens unknown, 100.0% of what is read" in said
 
 
-def test_a_cut_document_and_a_long_one(script, tokenizer):
-    inspect_data = script("inspect_data")
+def test_a_cut_document_and_a_long_one(tokenizer):
     ids = tokenizer.encode("alpha beta gamma delta " * 30)
     (line,) = inspect_data.describe_row(torch.tensor(ids), tokenizer, 40)
     assert line.startswith("alpha beta gamma del")

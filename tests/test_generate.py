@@ -12,14 +12,11 @@ from types import ModuleType
 import pytest
 from conftest import TINY, Trainer
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from llm_local.commands import generate
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import generate
-
+def script() -> ModuleType:
     return generate
 
 
@@ -93,9 +90,9 @@ class TestGenerate:
 
     def test_it_needs_transformers_alone(self, export: Path):
         code = (
-            f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import generate\n"
+            "import sys; from llm_local.commands import generate\n"
             f"assert generate.main(['--export', {str(export)!r}, '--prompt', 'x', '--max_new_tokens', '2']) == 0\n"
-            "assert 'deepspeed' not in sys.modules and 'llm_local' not in sys.modules\n"
+            "assert not {'deepspeed', 'datasets', 'llm_local.train'} & {*sys.modules}\n"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ import llm_local
 # a line is a rung: modules, or a package and its modules
 LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
-ancestors files screen in_flight registry flags partition costs
+program ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
 trainer_flags config head_plan
 simulator: peer_schedules channel clock simulate
@@ -37,6 +37,9 @@ coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search
 bench: saved_bytes peers worker cases calibration relay
+commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export generate plot probe
+commands: timeline study
+cli
 """
 PACKAGE = Path(llm_local.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")

@@ -17,20 +17,17 @@ from conftest import Trainer, records
 from transformers import AutoModelForCausalLM
 
 from llm_local.checkpoint.catalog import BrokenCheckpoint, Layout, Manifest
+from llm_local.commands import probe
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.examine import compare_gradients, find_committed, linear_losses, load_run
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 SAVED = {"num_stages": 2, "max_steps": 6, "save_steps": 3}
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import probe
-
+def script() -> ModuleType:
     return probe
 
 
