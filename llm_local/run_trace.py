@@ -11,7 +11,7 @@ from llm_local.device import finish_queued_work
 from llm_local.links.ends import Links
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import read_trace
-from llm_local.trace import Header, Tracer, read_clock
+from llm_local.trace import TraceHeader, Tracer, read_clock
 from llm_local.world import World
 
 _RUN = "trace/run"
@@ -24,7 +24,7 @@ def begin_trace(config: RunConfig, world: World, engine: Engine, links: Links) -
     place, seconds = world.place, float(config.train.ddp_timeout)
     if place.rank == 0:
         world.publish(_RUN, uuid.uuid4().hex)
-    header = Header(
+    header = TraceHeader(
         run=world.fetch(_RUN, seconds, "rank 0 to begin the trace"),
         stage=place.stage,
         replica=place.replica,

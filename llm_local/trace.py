@@ -74,7 +74,7 @@ _DEFAULTS = {field.name: field.default for field in fields(Event)}
 
 
 @dataclass(frozen=True)
-class Header:
+class TraceHeader:
     """Whose events follow. run: the same in all files of a run. max_packets_in_flight: None where nothing bounds it."""
 
     run: str
@@ -98,7 +98,7 @@ def trace_file(stage: int, replica: int) -> str:
 class Tracer:
     """Writes one rank's file. Events of several threads are kept in memory until a step ends with enough of them."""
 
-    def __init__(self, folder: Path, header: Header, finish_work: Callable[[], None] | None):
+    def __init__(self, folder: Path, header: TraceHeader, finish_work: Callable[[], None] | None):
         """finish_work: waits for the device, where instructions return before their work is done."""
         self.header = header
         self.path = folder / FOLDER / header.file_name

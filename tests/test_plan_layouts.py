@@ -16,7 +16,7 @@ from llm_local.plan.machine import Machine
 from llm_local.plan.memory import ModelSizes
 from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, verdict
-from llm_local.plan.stages import PEER_METHODS, Layout
+from llm_local.plan.stages import PEER_METHODS, Candidate
 from llm_local.plan.times import Link
 
 MACHINE = Machine(
@@ -84,7 +84,7 @@ def test_passes_of_a_block_add_up_to_its_flops():
 
 
 def test_a_lone_stage_takes_its_flops_and_the_optimizer(planner: Planner):
-    found = made(planner, devices=1).evaluate(Layout("data_parallel", 1, 1, 0))
+    found = made(planner, devices=1).evaluate(Candidate("data_parallel", 1, 1, 0))
     sizes = planner.sizes
     shape = Shape(1024, 1024, sizes.layer_parameters, sizes.head_parameters)
     flops = count_flops(shape, Setting((Span(0, 8),))).backprop * 32 * 1024
@@ -97,7 +97,7 @@ def test_a_lone_stage_takes_its_flops_and_the_optimizer(planner: Planner):
 )
 def test_bytes_of_a_token_over_a_boundary(planner: Planner, method: str, ahead: int, back: int):
     head = "linear" if method != "1f1b" else ""
-    found = planner.evaluate(Layout(method, 4, 2, 0, head))
+    found = planner.evaluate(Candidate(method, 4, 2, 0, head))
     assert (found.forward_bytes, found.backward_bytes) == (ahead, back)
     assert found.pipe is not None
     messages = found.pipe.simulate(1).messages
@@ -107,13 +107,13 @@ def test_bytes_of_a_token_over_a_boundary(planner: Planner, method: str, ahead: 
 
 def test_eight_bits_halve_what_goes_ahead_and_leave_gradients(planner: Planner):
     config = replace(planner.config, local=replace(planner.config.local, wire_dtype="int8"))
-    found = replace(planner, config=config).evaluate(Layout("overlapping", 4, 2, 0, "linear"))
+    found = replace(planner, config=config).evaluate(Candidate("overlapping", 4, 2, 0, "linear"))
     assert (found.forward_bytes, found.backward_bytes) == (1024 + 4 + 4, 2 * 1024)
 
 
 def test_soft_targets_are_a_few_numbers_a_token(planner: Planner):
     config = replace(planner.config, local=replace(planner.config.local, distillation_weight=1.0))
-    found = replace(planner, config=config).evaluate(Layout("chunked", 4, 2, 0, "linear"))
+    found = replace(planner, config=config).evaluate(Candidate("chunked", 4, 2, 0, "linear"))
     assert (found.forward_bytes, found.backward_bytes) == (2 * 1024 + 4, 8 * 16)
 
 
@@ -123,9 +123,9 @@ def test_every_peer_is_slower_on_free_links_by_its_bubble(planner: Planner):
     small = made(
         replace(small, anatomy=replace(small.anatomy, head_parameters=1000)), link_gbps=1e9, link_latency_seconds=0
     )
-    layouts = {method: Layout(method, 4, 2, 0) for method in PEER_METHODS[1:]}
+    layouts = {method: Candidate(method, 4, 2, 0) for method in PEER_METHODS[1:]}
     steps = {m: fastest([small.evaluate(layout)], 1)[0].step_seconds for m, layout in layouts.items()}
-    local = fastest([small.evaluate(Layout("chunked", 4, 2, 0, "linear"))], 1)[0].step_seconds
+    local = fastest([small.evaluate(Candidate("chunked", 4, 2, 0, "linear"))], 1)[0].step_seconds
     assert steps["1f1b"] / local == pytest.approx(11 / 8, rel=0.02)
     assert steps["gpipe"] / local == pytest.approx(11 / 8, rel=0.02)
     assert steps["interleaved"] / local == pytest.approx(9.5 / 8, rel=0.02)
@@ -136,7 +136,7 @@ def test_zero_2_and_3_hide_what_they_move_as_far_as_passes_last(planner: Planner
     def step(zero: int, gbps: float) -> float:
         return (
             made(planner, link_gbps=gbps, local_link_gbps=1e6)
-            .evaluate(Layout("data_parallel", 1, 8, zero))
+            .evaluate(Candidate("data_parallel", 1, 8, zero))
             .step_seconds
         )
 
@@ -149,7 +149,7 @@ def test_zero_2_and_3_hide_what_they_move_as_far_as_passes_last(planner: Planner
 
 
 def test_what_does_not_fit_is_tried_with_fewer_rows_and_checkpointing(planner: Planner):
-    layout = Layout("data_parallel", 1, 8, 3)
+    layout = Candidate("data_parallel", 1, 8, 3)
     whole = planner.evaluate(layout)
     assert (whole.rows, whole.micro_batches, whole.recomputes) == (4, 1, False)
     less = made(planner, memory_bytes=whole.most_total - 1).evaluate(layout)
@@ -175,12 +175,12 @@ def test_layouts_are_those_that_deepspeed_runs(planner: Planner):
 @pytest.mark.parametrize(
     ("layout", "problem"),
     [
-        (Layout("chunked", 4, 3, 0, "linear"), "32 rows a step are no multiple of 3 replicas x 4 rows"),
-        (Layout("chunked", 16, 1, 0, "linear"), "num_stages=16 is more than the model's 8 layers"),
-        (Layout("interleaved", 3, 1, 0), "interleaving needs a multiple of 3 micro-batches, not 8"),
+        (Candidate("chunked", 4, 3, 0, "linear"), "32 rows a step are no multiple of 3 replicas x 4 rows"),
+        (Candidate("chunked", 16, 1, 0, "linear"), "num_stages=16 is more than the model's 8 layers"),
+        (Candidate("interleaved", 3, 1, 0), "interleaving needs a multiple of 3 micro-batches, not 8"),
     ],
 )
-def test_a_layout_that_cannot_be_says_why(planner: Planner, layout: Layout, problem: str):
+def test_a_layout_that_cannot_be_says_why(planner: Planner, layout: Candidate, problem: str):
     found = planner.evaluate(layout)
     assert problem in found.problem
     assert fastest([found], 1) == []
@@ -188,14 +188,14 @@ def test_a_layout_that_cannot_be_says_why(planner: Planner, layout: Layout, prob
 
 def test_a_head_with_more_private_layers_than_there_are_is_no_layout(planner: Planner):
     config = replace(planner.config, local=replace(planner.config.local, head_layers=7))
-    found = replace(planner, config=config).evaluate(Layout("chunked", 2, 4, 0, "decoder"))
+    found = replace(planner, config=config).evaluate(Candidate("chunked", 2, 4, 0, "decoder"))
     assert "head_layers=7 is more than the 1 layers above the first block" in found.problem
-    assert not replace(planner, config=config).evaluate(Layout("chunked", 2, 4, 0, "linear")).problem
+    assert not replace(planner, config=config).evaluate(Candidate("chunked", 2, 4, 0, "linear")).problem
 
 
 def test_verdicts_where_only_one_side_fits(planner: Planner):
-    local = fastest([planner.evaluate(Layout("chunked", 4, 2, 0, "linear"))], 1)
-    peer = fastest([planner.evaluate(Layout("1f1b", 4, 2, 0))], 1)
+    local = fastest([planner.evaluate(Candidate("chunked", 4, 2, 0, "linear"))], 1)
+    peer = fastest([planner.evaluate(Candidate("1f1b", 4, 2, 0))], 1)
     assert (
         verdict(Plan((), tuple(peer), ())) == "No local layout fits; use backpropagation (1f1b, 4 stages x 2, ZeRO 0)."
     )
@@ -203,7 +203,7 @@ def test_verdicts_where_only_one_side_fits(planner: Planner):
     assert alone.startswith("Data-parallel backpropagation does not fit. A step of local learning is not worth")
     both = verdict(Plan(tuple(local), tuple(peer), ()))
     assert "times as fast as the best pipeline of backpropagation (1f1b, 4 stages x 2, ZeRO 0)" in both
-    nothing = Outcome(Layout("chunked", 4, 2, 0, "linear"), "it is too large")
+    nothing = Outcome(Candidate("chunked", 4, 2, 0, "linear"), "it is too large")
     assert "Nearest is chunked, 4 stages x 2, ZeRO 0, linear heads: it is too large" in verdict(
         Plan((), (), (nothing,))
     )

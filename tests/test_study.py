@@ -18,7 +18,7 @@ from llm_local.files import write_whole
 from llm_local.partition import Span
 from llm_local.study.comparison import Result, baseline, compare, curve, front, mean_curve, summarise, table
 from llm_local.study.points import Study, expand, expand_grid, read_study
-from llm_local.study.runs import Run, arguments_of, runs_of, stale_runs, train_all
+from llm_local.study.runs import StudyRun, arguments_of, runs_of, stale_runs, train_all
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "study.py"
@@ -340,7 +340,7 @@ class TestComparison:
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def finish(run: Run, **changes: Any) -> None:
+def finish(run: StudyRun, **changes: Any) -> None:
     """As if the run had been trained."""
     run.folder.mkdir(parents=True)
     write_whole(run.folder / "flags.json", json.dumps(run.flags | changes))

@@ -13,7 +13,7 @@ import pytest
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import measured, read_trace, stage_times
 from llm_local.timeline.replay import simulated
-from llm_local.trace import COMPUTE, RECEIVE, STEP, Event, Header, Reading, Tracer
+from llm_local.trace import COMPUTE, RECEIVE, STEP, Event, Reading, TraceHeader, Tracer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NOW = Reading(0.0, 0.0, 0.0)
@@ -42,8 +42,8 @@ SECOND = [
 ]
 
 
-def header(stage: int, run: str = "a") -> Header:
-    return Header(run, stage, 0, 2, 1, "chunked", 4, "here/cpu")
+def header(stage: int, run: str = "a") -> TraceHeader:
+    return TraceHeader(run, stage, 0, 2, 1, "chunked", 4, "here/cpu")
 
 
 def write(

@@ -32,8 +32,8 @@ from llm_local.trace import (
     REFRESH,
     REFRESH_WAIT,
     Event,
-    Header,
     Reading,
+    TraceHeader,
     Tracer,
     read_clock,
 )
@@ -57,7 +57,7 @@ def schedule_of(method: str, stage: int) -> Any:
 
 @pytest.fixture
 def tracer(tmp_path: Path) -> Tracer:
-    return Tracer(tmp_path, Header("a", 0, 0, 1, 1, "chunked", 4, "here/cpu"), None)
+    return Tracer(tmp_path, TraceHeader("a", 0, 0, 1, 1, "chunked", 4, "here/cpu"), None)
 
 
 def read_both(skew: float) -> tuple[Reading, Reading]:

@@ -37,6 +37,7 @@ from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
+from llm_local.registry import HEADS, METHODS
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
@@ -111,7 +112,13 @@ class Manifest:
     deepspeed: dict[str, Any] | None = None
 
     def config(self) -> RunConfig:
-        """The run's configuration."""
+        """The run's configuration. Raises ConfigError for a method or head that is not the library's and has not been
+        registered here."""
+        for kind, known in (("method", METHODS), ("head", HEADS)):
+            if (name := self.flags[kind]) not in known:
+                raise ConfigError(
+                    [f"the checkpoint was trained with {kind}={name}, which is unknown; register it first"]
+                )
         return replace(from_flat(self.flags), deepspeed_json=self.deepspeed)
 
 

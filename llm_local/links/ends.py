@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from llm_local.in_flight import packets_asked_for, packets_pending
-from llm_local.links.message import HEADER_BYTES, Header, Shaped, body_size, pack, unpack
+from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
 from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
@@ -110,7 +110,7 @@ class Sender(_End):
         self._bound(0)
 
     def _post(self, packet: Packet) -> list[tuple[Gloo | Nccl, Any, torch.Tensor]]:
-        header = Header.of(packet, self._wire_dtype)
+        header = PacketHeader.of(packet, self._wire_dtype)
         integers, numbers = header.tensors(packet)
         messages = [(_HEADERS, header.to_bytes())]
         body = pack(integers if self._nccl else [*integers, *numbers])
@@ -216,7 +216,7 @@ class Receiver(_End):
 
     def _receive_one(self) -> tuple[Packet, int]:
         try:
-            header = Header.from_bytes(self._await(*self._headers.get()))
+            header = PacketHeader.from_bytes(self._await(*self._headers.get()))
         except ValueError as error:
             raise LinkError(f"{self.name}: {self.peer} sent {error}; do both run the same version?") from error
         start = time.perf_counter()

@@ -21,7 +21,7 @@ _ALIGNED = 64  # bytes; where torch lets tensors start, so that kernels treat re
 
 
 @dataclass(frozen=True)
-class Header:
+class PacketHeader:
     """What a packet is, and which tensors make it up: integers (rows, tokens), and with width > 0 hidden states
     (rows, tokens, width) as wire_dtype has them."""
 
@@ -36,7 +36,7 @@ class Header:
     weight: float = 1.0
 
     @staticmethod
-    def of(packet: Packet, wire_dtype: str) -> Header:
+    def of(packet: Packet, wire_dtype: str) -> PacketHeader:
         """Of a packet whose hidden states are to travel in wire_dtype."""
         shaped = packet.input_ids if packet.hidden is None else packet.hidden
         rows, tokens = (0, 0) if shaped is None else shaped.shape[:2]
@@ -45,7 +45,7 @@ class Header:
             wire_dtype = wire_dtype_of(packet.hidden)
         names = tuple(packet.integer_parts())
         sizes = (rows, tokens, width)
-        return Header(packet.kind, packet.step, packet.index, *sizes, wire_dtype, names, packet.weight)
+        return PacketHeader(packet.kind, packet.step, packet.index, *sizes, wire_dtype, names, packet.weight)
 
     def to_bytes(self) -> torch.Tensor:
         """(HEADER_BYTES,) uint8."""
@@ -56,7 +56,7 @@ class Header:
         return torch.tensor(numbers).view(torch.uint8)
 
     @staticmethod
-    def from_bytes(received: torch.Tensor) -> Header:
+    def from_bytes(received: torch.Tensor) -> PacketHeader:
         """The inverse of `to_bytes`. Raises ValueError for anything else."""
         numbers = received.view(torch.int64)
         magic, kind, step, index, rows, tokens, width, code, mask, _ = numbers.tolist()
@@ -64,7 +64,7 @@ class Header:
             raise ValueError("no packet header")
         names = tuple(name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1)
         weight = float(numbers[-1:].view(torch.float64))
-        return Header(kind, step, index, rows, tokens, width, CODES[code], names, weight)
+        return PacketHeader(kind, step, index, rows, tokens, width, CODES[code], names, weight)
 
     @property
     def is_end(self) -> bool:

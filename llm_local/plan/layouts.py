@@ -14,7 +14,7 @@ from llm_local.methods.method import PLAIN_ZERO, local_methods
 from llm_local.model.anatomy import Anatomy
 from llm_local.plan.machine import Machine
 from llm_local.plan.memory import Memory, ModelSizes
-from llm_local.plan.stages import PEER_METHODS, Layout, Stages
+from llm_local.plan.stages import PEER_METHODS, Candidate, Stages
 from llm_local.plan.times import Pipe, Prediction, predict_pipe
 from llm_local.registry import METHODS
 
@@ -28,7 +28,7 @@ class Outcome:
     forward_bytes, backward_bytes: of a token over each boundary. refresh_bytes: a step, of the shared head's matrix.
     """
 
-    layout: Layout
+    layout: Candidate
     problem: str = ""
     micro_batches: int = 0
     rows: int = 0
@@ -71,7 +71,7 @@ class Planner:
 
     def layouts(
         self, methods: Sequence[str], heads: Sequence[str], stages: Sequence[int], zero: Sequence[int]
-    ) -> Iterator[Layout]:
+    ) -> Iterator[Candidate]:
         """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, and one block is
         backpropagation."""
         for method in methods:
@@ -84,7 +84,7 @@ class Planner:
                 shards = [stage for stage in zero if stage <= self._most_zero(method)]
                 for stage in shards if replicas > 1 else shards[:1]:
                     for head in heads if is_local else ("",):
-                        yield Layout(method, count, replicas, stage, head)
+                        yield Candidate(method, count, replicas, stage, head)
 
     def _most_zero(self, method: str) -> int:
         """As ds_problems.py has it."""
@@ -92,7 +92,7 @@ class Planner:
             return METHODS[method].most_zero(self.config.local)
         return PLAIN_ZERO if method == "data_parallel" else 1
 
-    def evaluate(self, layout: Layout) -> Outcome:
+    def evaluate(self, layout: Candidate) -> Outcome:
         """With an estimated step. Where the flags' micro-batch does not fit, of fewer rows, or with checkpointing:
         whichever is faster."""
         checkpointing = [True] if self.config.train.gradient_checkpointing else [False, True]
@@ -100,7 +100,7 @@ class Planner:
         fitting = [outcome for outcome in tried if not outcome.problem]
         return min(fitting, key=lambda outcome: outcome.step_seconds) if fitting else tried[-1]
 
-    def _largest(self, layout: Layout, recomputes: bool) -> Outcome:
+    def _largest(self, layout: Candidate, recomputes: bool) -> Outcome:
         """With the largest micro-batch that fits, of the flags' rows or a half, a quarter, ... of them."""
         rows = self.config.train.per_device_train_batch_size
         while (found := self._evaluate(layout, rows, recomputes)).most_total > self.machine.memory_bytes:
@@ -109,7 +109,7 @@ class Planner:
             rows = max(1, rows // 2)
         return found
 
-    def _evaluate(self, layout: Layout, rows: int, recomputes: bool) -> Outcome:
+    def _evaluate(self, layout: Candidate, rows: int, recomputes: bool) -> Outcome:
         made = Outcome(layout, "", self.rows // (layout.num_replicas * rows), rows, recomputes)
         if self.rows % (layout.num_replicas * rows):
             problem = f"{self.rows} rows a step are no multiple of {layout.num_replicas} replicas x {rows} rows"

@@ -9,7 +9,7 @@ from typing import Any
 from llm_local.config import ConfigError, RunConfig
 from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.report import Plan
-from llm_local.plan.stages import PEER_METHODS, Layout
+from llm_local.plan.stages import PEER_METHODS, Candidate
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS
 
@@ -55,7 +55,7 @@ def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
     ]
     for method in given["method"]:
         for head in given["head"] or default_heads(config):
-            problems += static_problems(Layout(method, 1, 1, 0, head).flags(config), 1, True, True)
+            problems += static_problems(Candidate(method, 1, 1, 0, head).flags(config), 1, True, True)
     if problems := [problem for problem in dict.fromkeys(problems) if problem]:
         raise ConfigError(problems)
 

@@ -43,7 +43,7 @@ _ADAM_BYTES = 30
 
 
 @dataclass(frozen=True)
-class Layout:
+class Candidate:
     """head is '' for backpropagation, which has the model's own."""
 
     method: str
@@ -77,7 +77,7 @@ class Layout:
 class Stages:
     """The stages of a layout on a machine. Raises ValueError saying what does not fit the model."""
 
-    def __init__(self, layout: Layout, config: RunConfig, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
+    def __init__(self, layout: Candidate, config: RunConfig, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
         self.layout, self.config, self.sizes, self.machine = layout, config, sizes, machine
         # the cut does not depend on the training, so that all of its flags share one
         self.partition = _cut(replace(config, train=type(config.train)()), anatomy)

@@ -52,7 +52,7 @@ BAR = "{n:.1f}/{total} runs |{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One seed of one point."""
 
     point: Point
@@ -73,7 +73,7 @@ class Run:
         return Result.from_json(json.loads((self.folder / "result.json").read_text()))
 
 
-def runs_of(study: Study, output: Path) -> list[Run]:
+def runs_of(study: Study, output: Path) -> list[StudyRun]:
     """All runs, seed by seed, so that a study that is cut short has every point once rather than some points often.
 
     Makes the built-in tokenizer of the study's size if there is none yet.
@@ -88,7 +88,7 @@ def runs_of(study: Study, output: Path) -> list[Run]:
             train = replace(config.train, output_dir=str(folder), seed=seed)
             model = replace(config.model, tokenizer_name=tokenizer or config.model.tokenizer_name)
             config = replace(config, train=train, model=model)
-            runs.append(Run(point, seed, folder, config, _identity(config, study.builtin_vocab_size)))
+            runs.append(StudyRun(point, seed, folder, config, _identity(config, study.builtin_vocab_size)))
     return runs
 
 
@@ -101,7 +101,7 @@ def _identity(config: RunConfig, builtin_vocab_size: int | None) -> dict[str, An
     return flags | {"tokenizer": tokenizer, "model": hashlib.sha256(model.encode()).hexdigest()[:8]}
 
 
-def stale_runs(runs: Sequence[Run]) -> list[str]:
+def stale_runs(runs: Sequence[StudyRun]) -> list[str]:
     """Finished runs that were trained with other settings than the study's: what is different, and the repair."""
     problems = []
     for run in runs:
@@ -113,7 +113,7 @@ def stale_runs(runs: Sequence[Run]) -> list[str]:
     return problems
 
 
-def _changes(run: Run) -> list[str]:
+def _changes(run: StudyRun) -> list[str]:
     """'learning_rate: 0.001, now 0.002' for each setting with which the run in the folder was started."""
     try:
         before = json.loads((run.folder / "flags.json").read_text())
@@ -123,7 +123,7 @@ def _changes(run: Run) -> list[str]:
     return [f"{n}: {before.get(n)}, now {value}" for n, value in run.flags.items() if before.get(n) != value]
 
 
-def arguments_of(run: Run) -> list[str]:
+def arguments_of(run: StudyRun) -> list[str]:
     """pretrain.py's arguments: an unfinished run goes on from its last checkpoint, or starts again."""
     flags = run.config.flat()
     if committed(run.folder) and not _changes(run):
@@ -133,7 +133,7 @@ def arguments_of(run: Run) -> list[str]:
     return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def train_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
+def train_all(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> list[str]:
     """Trains what is not finished, so many runs side by side. Returns a line for each run that failed.
 
     Raises ConfigError, before any run starts, for runs that were trained with other settings and for wrong data.
@@ -150,7 +150,7 @@ def train_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> lis
     first = pending[0].config
     prepare(first, load_tokenizer(first), progress=sys.stderr.isatty())  # once, and not by all runs at a time
     failures: list[str] = []
-    active: dict[Any, tuple[Any, Run, float]] = {}
+    active: dict[Any, tuple[Any, StudyRun, float]] = {}
     done = len(runs) - len(pending)
     bar = tqdm(
         total=len(runs), initial=done, smoothing=0, disable=not sys.stderr.isatty(), bar_format=BAR, dynamic_ncols=True
@@ -179,7 +179,7 @@ def train_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> lis
     return failures
 
 
-def _start(context: Any, run: Run) -> Any:
+def _start(context: Any, run: StudyRun) -> Any:
     """The process that trains the run."""
     arguments = arguments_of(run)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _conclude(run: Run, status: int) -> str | None:
+def _conclude(run: StudyRun, status: int) -> str | None:
     """Writes the result of a run that has ended, or says why there is none."""
     reason = f"exit status {status}"
     if status == 0:
@@ -229,12 +229,12 @@ def _conclude(run: Run, status: int) -> str | None:
     return f"{run.name} failed: {lines[-1] if status and lines else reason} ({log})"
 
 
-def _line(run: Run, seconds: float) -> str:
+def _line(run: StudyRun, seconds: float) -> str:
     losses = " ".join(f"{loss:.4f}" for loss in run.result().block_losses)
     return f"{run.name}: {seconds:.0f} s, validation loss by block: {losses}"
 
 
-def _share(run: Run) -> float:
+def _share(run: StudyRun) -> float:
     """How much of the run is done, from 0 to 1, as its metrics have it."""
     records = read_records(run.folder / "metrics" / "stage-00.jsonl")
     return records[-1]["step"] / run.config.train.max_steps if records else 0.0

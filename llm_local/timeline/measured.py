@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_local.trace import COMPUTE, FOLDER, FORMAT, LANES, RECEIVE, REFRESH_WAIT, STEP, Event, Header, trace_file
+from llm_local.trace import COMPUTE, FOLDER, FORMAT, LANES, RECEIVE, REFRESH_WAIT, STEP, Event, TraceHeader, trace_file
 
 FORWARD, BACKWARD, FROM_ABOVE, OPTIMIZER, LOAD, WAIT = "forward", "backward", "from above", "optimizer", "load", "wait"
 SAVE = "save"
@@ -42,7 +42,7 @@ TRAIN, EVAL = "train", "eval"
 class RankTrace:
     """Events in order of time, on the clock of rank 0, which the rank's own is told from up to error_seconds."""
 
-    header: Header
+    header: TraceHeader
     events: tuple[Event, ...]
     error_seconds: float
 
@@ -177,11 +177,11 @@ def _read_rank(path: Path) -> RankTrace:
     return RankTrace(header, tuple(sorted(moved, key=lambda e: e.start)), max(c["error_seconds"] for c in readings))
 
 
-def _read_header(record: dict[str, Any]) -> tuple[Header, dict[str, float]]:
+def _read_header(record: dict[str, Any]) -> tuple[TraceHeader, dict[str, float]]:
     if record.pop("llm_local_trace") != FORMAT:
         raise ValueError("written by another version")
     clock = record.pop("clock")
-    return Header(**record), clock
+    return TraceHeader(**record), clock
 
 
 def _checked(event: Event) -> Event:
