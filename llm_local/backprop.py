@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from llm_local.adapters.deepspeed_internals import instructions_of, link_as_laid_out, set_instructions, undo_dummy_step
 from llm_local.block_engine import engine_arguments, restore_buffers
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
 from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
@@ -72,7 +72,7 @@ class PipeSlice(nn.Module):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: Config,
         model_config: PretrainedConfig,
         anatomy: Anatomy,
         span: Span,
@@ -209,7 +209,7 @@ class BackpropEngine:
 
 
 def make_backprop_engine(
-    config: RunConfig,
+    config: Config,
     model_config: PretrainedConfig,
     anatomy: Anatomy,
     partition: Partition,

@@ -30,7 +30,7 @@ from llm_local.adapters.deepspeed_internals import (
     undo_dummy_step,
 )
 from llm_local.adapters.torch_internals import buffers_of
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.stage import Block
 
 WAITS = "waits"  # key of the parameter groups that are not trained while heads train alone
@@ -71,7 +71,7 @@ def _forget_waiting(engine: DeepSpeedEngine) -> None:
             inner.state.pop(holder, None)
 
 
-def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
+def make_optimizer(config: Config) -> Callable[[Any], torch.optim.Optimizer]:
     """transformers' default: torch's fused AdamW, which resumes bit for bit and needs no compiler."""
 
     def make(groups: Any) -> torch.optim.Optimizer:
@@ -82,7 +82,7 @@ def make_optimizer(config: RunConfig) -> Callable[[Any], torch.optim.Optimizer]:
     return make
 
 
-def parameter_groups(config: RunConfig, module: torch.nn.Module, waiting: Collection[str] = ()) -> list[dict[str, Any]]:
+def parameter_groups(config: Config, module: torch.nn.Module, waiting: Collection[str] = ()) -> list[dict[str, Any]]:
     """Weight decay on all but biases and norms, as transformers' Trainer has it, and the numbers of a block's own.
 
     waiting: names of parameters that are not trained at first. They are in groups of their own, behind the others.
@@ -101,7 +101,7 @@ def parameter_groups(config: RunConfig, module: torch.nn.Module, waiting: Collec
     return [group for group in groups if group["params"]]
 
 
-def waiting_parameters(config: RunConfig, block: Block) -> set[str]:
+def waiting_parameters(config: Config, block: Block) -> set[str]:
     """Names of those that wait while heads train alone: all of the body, if there is a block behind this one."""
     if not config.local.head_warmup_steps or block.body.is_last:
         return set()
@@ -109,7 +109,7 @@ def waiting_parameters(config: RunConfig, block: Block) -> set[str]:
     return {name for name, _ in block.named_parameters() if name.startswith("body_model.")}
 
 
-def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
+def make_scheduler(config: Config) -> Callable[[torch.optim.Optimizer], Any]:
     """The learning rate of the flags; that of what waits is 0 as long as it does, and then what it is for all."""
     train, steps = config.train, config.local.head_warmup_steps
 
@@ -131,7 +131,7 @@ def make_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], Any]:
 
 
 def engine_arguments(
-    config: RunConfig, module: torch.nn.Module, settings: dict[str, Any], waiting: Collection[str] = ()
+    config: Config, module: torch.nn.Module, settings: dict[str, Any], waiting: Collection[str] = ()
 ) -> dict[str, Any]:
     """What every DeepSpeed engine gets; an optimizer or scheduler in the JSON wins over the flags' own."""
     own_optimizer = "optimizer" not in settings
@@ -168,7 +168,7 @@ def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimize
     return partial(getattr(lr_scheduler, name), **settings["scheduler"].get("params", {}))
 
 
-def make_block_engine(config: RunConfig, block: Block, settings: dict[str, Any]) -> BlockEngine:
+def make_block_engine(config: Config, block: Block, settings: dict[str, Any]) -> BlockEngine:
     """A DeepSpeed engine around one block. Every replica of the stage must call."""
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)

@@ -54,7 +54,7 @@ def _unknown(kind: str, name: Any) -> str:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class Config:
     """The whole configuration; sections keep the flag names, which are unique across them.
 
     epoch: rows of the training data, and of a step, once they are known (checks/epochs.py).
@@ -71,7 +71,7 @@ class RunConfig:
     rows: dict[str, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def load(path: Path | str | None = None, **flags: Any) -> RunConfig:
+    def load(path: Path | str | None = None, **flags: Any) -> Config:
         """The flags of a YAML file, and those given here, which win; named as on the command line.
 
         Raises ConfigError naming each that is unknown or of another type.
@@ -229,7 +229,7 @@ def _truth(text: str) -> bool:
     return known[text.lower()]
 
 
-def parse(arguments: Sequence[str]) -> RunConfig:
+def parse(arguments: Sequence[str]) -> Config:
     """Reads `[CONFIG.yaml] [--name value ...]`. Raises ConfigError naming the unknown key, value or file."""
     flags = [a for a in arguments if not a.startswith("--local_rank=")]
     values = _read_yaml(Path(flags.pop(0))) if flags and not flags[0].startswith("-") else {}
@@ -256,15 +256,15 @@ def _without_values(unknown: Sequence[str]) -> list[str]:
     return [text for text, flag, after in zip(unknown, flags, before, strict=False) if flag or not after]
 
 
-def from_flat(values: dict[str, Any]) -> RunConfig:
-    """The inverse of RunConfig.flat. Raises ConfigError for unknown names."""
+def from_flat(values: dict[str, Any]) -> Config:
+    """The inverse of Config.flat. Raises ConfigError for unknown names."""
     if values.get("num_train_epochs") is not None:
         values = {"max_steps": -1} | values  # until the data is counted
     names = [{f.name for f in dataclasses.fields(section)} for section in SECTIONS]
     unknown = sorted(set(values).difference(*names))
     if unknown:
         raise ConfigError([_unknown("setting", name) for name in unknown])
-    return RunConfig(*(s(**{k: v for k, v in values.items() if k in n}) for s, n in zip(SECTIONS, names, strict=True)))
+    return Config(*(s(**{k: v for k, v in values.items() if k in n}) for s, n in zip(SECTIONS, names, strict=True)))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -322,6 +322,3 @@ def _text(value: Any) -> tuple[Any, str]:
     if isinstance(value, bool):
         return str(value).lower(), ""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value), ""
-
-
-Config = RunConfig

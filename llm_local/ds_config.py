@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 
 Json = dict[str, Any]
 # DeepSpeed's monitors, and which of their settings tells the stages apart
@@ -22,7 +22,7 @@ MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "
 REPORTERS = {"tensorboard": "tensorboard", "csv": "csv_monitor"}  # of these, by what --report_to calls them
 
 
-def load_json(config: RunConfig) -> Json:
+def load_json(config: Config) -> Json:
     """What the file of --deepspeed holds, {} without one; read, unless the config has it. Raises ConfigError naming the
     file and the line."""
     if config.deepspeed_json is not None:
@@ -50,7 +50,7 @@ def zero_stage(settings: Json) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, monitor: str | None = None) -> Json:
+def resolve(config: Config, num_replicas: int, model_config: Any, cpu: bool, monitor: str | None = None) -> Json:
     """The settings of one engine in a data-parallel world of num_replicas.
 
     monitor: job name under which DeepSpeed's monitors write; None turns them off (one engine of a stage writes).
@@ -86,7 +86,7 @@ def resolve(config: RunConfig, num_replicas: int, model_config: Any, cpu: bool, 
     return _own_settings(config, settings, cpu, monitor)
 
 
-def _leave_to_the_flags(config: RunConfig, settings: Json) -> None:
+def _leave_to_the_flags(config: Config, settings: Json) -> None:
     """What a named optimizer or scheduler leaves out is as if it had written "auto"."""
     from deepspeed.runtime import lr_schedules
 
@@ -112,7 +112,7 @@ def _repair(line: str) -> str:
     return "write 'auto' there" + "".join(f", or give the flag ({flag})" for flag in flags)
 
 
-def _own_settings(config: RunConfig, settings: Json, cpu: bool, monitor: str | None) -> Json:
+def _own_settings(config: Config, settings: Json, cpu: bool, monitor: str | None) -> Json:
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {"stage": 0})
     if not config.is_pipelined:

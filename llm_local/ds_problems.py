@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.ds_config import Json, load_json, resolve, zero_stage
 
 # what acts through parts of DeepSpeed that no run uses, or moves weights to where no checkpoint finds them
@@ -34,7 +34,7 @@ UNUSED = {
 }
 
 
-def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
+def deepspeed_problems(config: Config, num_replicas: int) -> list[str]:
     """What is wrong with the JSON itself and with its combination with the flags."""
     try:
         settings = resolve(config, num_replicas, model_config=SimpleNamespace(hidden_size=64), cpu=True)
@@ -64,7 +64,7 @@ def deepspeed_problems(config: RunConfig, num_replicas: int) -> list[str]:
     return problems or _deepspeeds_own_problems(config, settings)
 
 
-def _accelerate_problems(config: RunConfig, settings: Json) -> Iterator[str]:
+def _accelerate_problems(config: Config, settings: Json) -> Iterator[str]:
     """What accelerate's own config file asks for, and the flags do not: its launcher tells it by variables."""
     asked = {n.removeprefix("ACCELERATE_"): v for n, v in os.environ.items() if n.startswith("ACCELERATE_")}
     train, zero = config.train, settings["zero_optimization"]
@@ -148,7 +148,7 @@ def _unused_settings(settings: Json) -> Iterator[str]:
             yield f"zero_optimization.{name}.device=nvme is where no checkpoint finds the weights; use cpu"
 
 
-def _deepspeeds_own_problems(config: RunConfig, settings: Json) -> list[str]:
+def _deepspeeds_own_problems(config: Config, settings: Json) -> list[str]:
     """What DeepSpeed itself would refuse when it makes an engine, for it would do so on every rank."""
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig

@@ -22,7 +22,7 @@ from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
 from llm_local.checks.preflight import document_mask, plan_partition
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
@@ -38,7 +38,7 @@ READOUT_LEARNING_RATE = 1e-2
 class TrainedRun:
     """A run as a checkpoint has it: all blocks of the model, in order, ready to be evaluated."""
 
-    config: RunConfig
+    config: Config
     step: int
     partition: Partition
     blocks: list[Block]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm_local.assembly import Engine
 from llm_local.checkpoint.line import committed
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.encoding import prompt_ids
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
@@ -58,7 +58,7 @@ def finish(run: Rank, step: int, is_evaluated: bool) -> None:
         raise Unwritten(f"{error}{_again(run.config)}", error.is_gone) from error
 
 
-def _again(config: RunConfig) -> str:
+def _again(config: Config) -> str:
     """Where an export that failed can start from."""
     found = committed(config.output_dir)
     if not found:
@@ -98,7 +98,7 @@ def _export(run: Rank, export: Path) -> None:
         world.publish(f"checked/{place.stage}", check_stage(run.setup, place, export, logits))
 
 
-def _has_exits(config: RunConfig) -> bool:
+def _has_exits(config: Config) -> bool:
     return not config.is_pipelined and not config.local.head_features
 
 
@@ -138,7 +138,7 @@ def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) 
     return f"no exit {exit_name(place.stage)}, as it is no model of its own: {reason}"
 
 
-def _compare(config: RunConfig, export: Path, folder: Path, logits: torch.Tensor) -> str:
+def _compare(config: Config, export: Path, folder: Path, logits: torch.Tensor) -> str:
     ids = load_file(export / CHECK_FILE)["input_ids"]
     roundings = (config.precision, config.export_dtype)
     tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in roundings)
@@ -187,7 +187,7 @@ def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[
     return [line for line in found if line]
 
 
-def _losses_at(step: int, config: RunConfig, world: World, each: EvalSet, stage: int) -> list[float]:
+def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> list[float]:
     """Of the stage's blocks."""
     key, seconds = f"{each.split}/{step}/{stage}", float(config.train.ddp_timeout)
     return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
@@ -218,7 +218,7 @@ def _write_cards(training: Training, export: Path) -> None:
         write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
 
 
-def _sample(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _sample(config: Config, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt and what the exported model writes after it, by seeded sampling."""
     export = config.output_dir / "export"
     loader: Any = AutoModelForCausalLM

@@ -10,7 +10,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.partition import Partition, held
 
 
@@ -28,7 +28,7 @@ def parse_weights(text: str) -> tuple[float, ...] | None:
     return weights if all(map(math.isfinite, weights)) else None
 
 
-def loss_weights(config: RunConfig, num_blocks: int) -> tuple[float, ...]:
+def loss_weights(config: Config, num_blocks: int) -> tuple[float, ...]:
     """The weight of each block's loss."""
     text = config.local.block_loss_weights
     given = (1.0,) if text is None else parse_weights(text)
@@ -58,7 +58,7 @@ class HeadPlan:
     num_replicas: int = 1
 
     @staticmethod
-    def of(config: RunConfig, partition: Partition, stage: int, replica: int, num_replicas: int) -> HeadPlan:
+    def of(config: Config, partition: Partition, stage: int, replica: int, num_replicas: int) -> HeadPlan:
         blocks, count = partition.stages[stage], len(partition.blocks)
         weights = loss_weights(config, count)[blocks.start : blocks.stop]
         fraction = config.local.head_token_fraction

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.head_plan import parse_weights
 from llm_local.model.heads.head import Head
 from llm_local.partition import Partition
 from llm_local.registry import HEADS
 
 
-def head_problems(config: RunConfig) -> list[str]:
+def head_problems(config: Config) -> list[str]:
     """What the flags of the heads show without the model."""
     local = config.local
     text = local.head_layers_schedule
@@ -28,7 +28,7 @@ def is_schedule(text: str) -> bool:
     return all(part.strip().isdecimal() for part in text.split(","))
 
 
-def _weight_problems(config: RunConfig) -> list[str]:
+def _weight_problems(config: Config) -> list[str]:
     text = config.local.block_loss_weights
     if text is None:
         return []
@@ -42,14 +42,14 @@ def _weight_problems(config: RunConfig) -> list[str]:
     return []
 
 
-def head_warnings(config: RunConfig) -> tuple[str, ...]:
+def head_warnings(config: Config) -> tuple[str, ...]:
     """What a person may not expect of the heads' flags."""
     if not config.local.head_features:
         return ()
     return ("head_features: heads read more than the layers below, so that no exit is exported but the whole model",)
 
 
-def cut_problems(config: RunConfig, partition: Partition) -> list[str]:
+def cut_problems(config: Config, partition: Partition) -> list[str]:
     """Where lists by block do not fit the blocks, or a head would have more private layers than the model has left."""
     if not config.method.has_local_losses:
         return []

@@ -16,7 +16,7 @@ from llm_local.checkpoint.catalog import Catalog, read_data_state
 from llm_local.checkpoint.loader import fill, fill_block
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.feed import SOURCES, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.special_tokens import generation_values, run_model_config
@@ -101,7 +101,7 @@ def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:
 
 def _write_stage(
     catalog: Catalog,
-    config: RunConfig,
+    config: Config,
     anatomy: Anatomy,
     partition: Partition,
     stage: int,
@@ -131,7 +131,7 @@ def _write_stage(
     return class_name
 
 
-def _training(catalog: Catalog, config: RunConfig, partition: Partition, model_type: str) -> Training:
+def _training(catalog: Catalog, config: Config, partition: Partition, model_type: str) -> Training:
     manifest, state = catalog.manifest, read_data_state(catalog.path)
     return Training(
         config=config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.flags import FLAGS
 from llm_local.head_problems import head_problems
 
@@ -21,7 +21,7 @@ def parse_named_files(text: str) -> list[tuple[str, str]]:
     return [(name.strip(), file.strip()) for name, _, file in pairs]
 
 
-def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:
+def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_supported: bool) -> list[str]:
     """Every problem that the values show without looking at the model, the data or the disk."""
     return (
         value_problems(config)
@@ -35,7 +35,7 @@ def static_problems(config: RunConfig, world_size: int, fp16_supported: bool, bf
     )
 
 
-def value_problems(config: RunConfig) -> list[str]:
+def value_problems(config: Config) -> list[str]:
     """What the flags' own choices and ranges refuse (flags.py)."""
     values = config.flat()
     if config.epoch_flag == "num_train_epochs":
@@ -52,7 +52,7 @@ def value_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _model_problems(config: RunConfig) -> list[str]:
+def _model_problems(config: Config) -> list[str]:
     train = config.train
     problems = []
     if config.epoch_flag == "num_train_epochs":
@@ -71,7 +71,7 @@ def _model_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _best_problems(config: RunConfig) -> list[str]:
+def _best_problems(config: Config) -> list[str]:
     train = config.train
     problems = []
     if train.greater_is_better:
@@ -87,12 +87,12 @@ def _best_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def data_flag_problems(config: RunConfig) -> list[str]:
+def data_flag_problems(config: Config) -> list[str]:
     """What is wrong with the flags of the data alone, for what reads data and trains no model."""
     return value_problems(config) + _source_problems(config)
 
 
-def _source_problems(config: RunConfig) -> list[str]:
+def _source_problems(config: Config) -> list[str]:
     data = config.data
     sources = [n for n in ("dataset_name", "train_file", "data_mixture") if getattr(data, n)]
     problems = []
@@ -119,7 +119,7 @@ def _source_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+def _layout_problems(config: Config, world_size: int) -> list[str]:
     local = config.local
     problems = []
     if local.num_stages > 0 and world_size % local.num_stages:
@@ -140,7 +140,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
-def _method_problems(config: RunConfig) -> list[str]:
+def _method_problems(config: Config) -> list[str]:
     local = config.local
     problems, steps = config.method.problems(local), local.final_backprop_steps
     warmup = local.head_warmup_steps
@@ -155,7 +155,7 @@ def _method_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _precision_problems(config: RunConfig, fp16_supported: bool, bf16_supported: bool) -> list[str]:
+def _precision_problems(config: Config, fp16_supported: bool, bf16_supported: bool) -> list[str]:
     problems = []
     if config.train.bf16 and config.train.fp16:
         problems.append("both bf16 and fp16 are set; keep one")

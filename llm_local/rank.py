@@ -19,7 +19,7 @@ from llm_local.checkpoint.loader import load_shared_head, take_up
 from llm_local.checkpoint.saver import Saver
 from llm_local.checks.epochs import with_epochs
 from llm_local.checks.preflight import open_output, preflight
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.encoding import tokenizer_key
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
@@ -46,7 +46,7 @@ from llm_local.world import Place, World, connect, join_stage
 class Rank:
     """All that a rank trains with. start: what rank 0 has brought."""
 
-    config: RunConfig
+    config: Config
     setup: Setup
     layout: Layout
     world: World
@@ -94,7 +94,7 @@ class Start:
     folder: TextIO
 
 
-def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) -> Start:
+def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> Start:
     """Rank 0's part of a start, while the others wait at the rendezvous; the output folder is touched when all is well.
 
     Data may take long to prepare: with a meeting the others wait for it as long as this rank lives. Raises ConfigError
@@ -119,7 +119,7 @@ def check(config: RunConfig, launch: Launch, meeting: Rendezvous | None = None) 
 
 
 def build(
-    config: RunConfig,
+    config: Config,
     launch: Launch,
     watchdog: Watchdog,
     start: Start | None,
@@ -188,7 +188,7 @@ def build(
     )
 
 
-def _say_other_flags(setup: Setup, config: RunConfig, launch: Launch) -> None:
+def _say_other_flags(setup: Setup, config: Config, launch: Launch) -> None:
     """Where a host's YAML or command is not rank 0's; one rank of a host says it."""
     if launch.local_rank == 0 and (other := setup.other_flags(config.flat())):
         said = f"rank {launch.rank} on {socket.gethostname()} was given other flags; rank 0's hold: {other}"

@@ -9,7 +9,7 @@ import torch
 
 from llm_local.checkpoint.catalog import Layout
 from llm_local.checkpoint.saver import Saver
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.engine import StepResult
 from llm_local.links.ends import Links
@@ -39,7 +39,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: Config,
         world: World,
         layout: Layout,
         links: Links,

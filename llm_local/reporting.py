@@ -6,13 +6,13 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATIONS
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.ds_config import REPORTERS
 
 ALL = "all"
 
 
-def report_problems(config: RunConfig) -> list[str]:
+def report_problems(config: Config) -> list[str]:
     """What is wrong with report_to. Imports the packages of the trackers."""
     named, known = f"report_to={config.train.report_to}", ", ".join(sorted({*REPORTERS, *INTEGRATIONS}))
     unknown = [name for name in config.reporters if name not in (ALL, *REPORTERS, *INTEGRATIONS)]
@@ -26,7 +26,7 @@ def report_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def trackers(config: RunConfig) -> list[type[TrainerCallback]]:
+def trackers(config: Config) -> list[type[TrainerCallback]]:
     """The callbacks of transformers that report_to asks for; 'all': of every tracker that is installed."""
     names = get_available_reporting_integrations() if ALL in config.reporters else config.reporters
     return [INTEGRATIONS[name] for name in names if name not in REPORTERS]

@@ -30,7 +30,7 @@ from llm_local.best import load_best
 from llm_local.callbacks import Callbacks, metrics_of
 from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.line import checkpoint_of
-from llm_local.config import RunConfig, is_due
+from llm_local.config import Config, is_due
 from llm_local.engine import StepResult
 from llm_local.evaluation import EvalSet, over_replicas
 from llm_local.finish import finish
@@ -54,7 +54,7 @@ class Run:
         rank.progress.listener = self._callbacks.of_all_stages
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The flags, as rank 0 has checked them."""
         return self._rank.config
 

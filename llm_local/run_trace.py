@@ -6,7 +6,7 @@ import uuid
 from functools import partial
 
 from llm_local.assembly import Engine
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.device import finish_queued_work
 from llm_local.links.ends import Links
 from llm_local.timeline.chrome_trace import write_chrome_trace
@@ -17,7 +17,7 @@ from llm_local.world import World
 _RUN = "trace/run"
 
 
-def begin_trace(config: RunConfig, world: World, engine: Engine, links: Links) -> Tracer | None:
+def begin_trace(config: Config, world: World, engine: Engine, links: Links) -> Tracer | None:
     """Has engine and links record what they do, if the run asks for it. Every rank must call."""
     if not config.train.trace:
         return None
@@ -42,7 +42,7 @@ def begin_trace(config: RunConfig, world: World, engine: Engine, links: Links) -
     return tracer
 
 
-def end_trace(tracer: Tracer | None, config: RunConfig, world: World) -> None:
+def end_trace(tracer: Tracer | None, config: Config, world: World) -> None:
     """Writes what is left; rank 0 waits for all, and joins their files. Every rank must call."""
     if tracer is None:
         return

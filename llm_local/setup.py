@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.evaluation import EvalSet
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
@@ -37,7 +37,7 @@ class Setup:
     set that is on disk.
     """
 
-    config: RunConfig
+    config: Config
     given: dict[str, Any]
     model: dict[str, Any]
     generation: dict[str, Any]
@@ -68,7 +68,7 @@ class Setup:
     def to_json(self) -> str:
         config = self.config
         found = {"deepspeed_json": config.deepspeed_json, "epoch": config.epoch}
-        return json.dumps(asdict(replace(self, config=RunConfig())) | {"config": config.flat(), "found": found})
+        return json.dumps(asdict(replace(self, config=Config())) | {"config": config.flat(), "found": found})
 
     @staticmethod
     def from_json(text: str) -> Setup:
@@ -95,7 +95,7 @@ class Setup:
         return ""
 
 
-def model_values(config: RunConfig, model_config: PretrainedConfig) -> dict[str, Any]:
+def model_values(config: Config, model_config: PretrainedConfig) -> dict[str, Any]:
     """A model's config as JSON knows it, with the attention kernel of the run, which transformers leaves out."""
     values = json.loads(json.dumps(model_config.to_dict()))
     return values | {_KERNEL: attention_kernel(config.model, model_config)}

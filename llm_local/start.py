@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.objects import with_objects
 from llm_local.files import writing
 from llm_local.launch import Launch, of_scheduler
@@ -28,7 +28,7 @@ _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a r
 
 
 def prepare(
-    config: RunConfig,
+    config: Config,
     model: PretrainedConfig | Path | str | None = None,
     tokenizer: PreTrainedTokenizerBase | Path | str | None = None,
     train_dataset: Any = None,
@@ -56,7 +56,7 @@ def prepare(
 
 
 def begin(
-    config: RunConfig,
+    config: Config,
     watchdog: Watchdog,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     refused: Callable[[Exception], None] = lambda error: None,

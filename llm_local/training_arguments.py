@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 
-from llm_local.config import ConfigError, RunConfig, from_flat
+from llm_local.config import Config, ConfigError, from_flat
 from llm_local.flags import FLAGS, SECTIONS
 from llm_local.trainer_flags import instead_of, is_passed_over
 from llm_local.world import World
@@ -44,7 +44,7 @@ class _Arguments(TrainingArguments):
     def process_index(self) -> int:
         return 0 if self._world is None else self._world.place.rank
 
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The run's flags. Raises ConfigError for arguments of transformers' that are not taken, with what to use."""
         default = type(self)(output_dir=self.output_dir)
         problems, values = [], {}
@@ -63,7 +63,7 @@ class _Arguments(TrainingArguments):
         return from_flat(values)
 
     @classmethod
-    def of(cls, config: RunConfig, world: World) -> _Arguments:
+    def of(cls, config: Config, world: World) -> _Arguments:
         """What a callback sees of a run that is checked."""
         arguments = cls(output_dir=str(config.output_dir), report_to="none")
         for name, value in config.flat().items():

@@ -36,7 +36,7 @@ from llm_local.bench.cases import (
     torchrun,
     write,
 )
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data import corpus
 from llm_local.data.prepared import Job, prepare_tokens
 from llm_local.data.tokenizer import builtin_tokenizer_dir
@@ -153,7 +153,7 @@ def _anonymous_bytes(process: psutil.Process) -> float:
 
 
 def data_flags(path: Path, cache: Path, workers: int) -> dict[str, Any]:
-    folder = builtin_tokenizer_dir(RunConfig().cache_dir, vocab_size=2048)
+    folder = builtin_tokenizer_dir(Config().cache_dir, vocab_size=2048)
     flags = {"train_file": str(path), "cache_dir": str(cache), "tokenizer_name": str(folder)}
     return {**flags, "seq_length": SEQ_LENGTH, "preprocessing_num_workers": workers}
 

@@ -16,12 +16,12 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from llm_local.checks.preflight import preflight
-from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.config import Config, ConfigError, parse
 from llm_local.data.encoding import first_token, prompt_ids
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 
-Load = Callable[..., tuple[RunConfig, PreTrainedTokenizerBase]]
+Load = Callable[..., tuple[Config, PreTrainedTokenizerBase]]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def folders(tokenizer, tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def load(settings, folders) -> Load:
-    def made(name: str, **flags: Any) -> tuple[RunConfig, PreTrainedTokenizerBase]:
+    def made(name: str, **flags: Any) -> tuple[Config, PreTrainedTokenizerBase]:
         config = settings(tokenizer_name=folders[name], **flags)
         return config, load_tokenizer(config)
 

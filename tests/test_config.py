@@ -1,4 +1,4 @@
-"""Flags, YAML and defaults become one RunConfig; all that is wrong with it is said at once, with the repair."""
+"""Flags, YAML and defaults become one Config; all that is wrong with it is said at once, with the repair."""
 
 import dataclasses
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from llm_local.config import ConfigError, RunConfig, from_flat, is_due, parse
+from llm_local.config import Config, ConfigError, from_flat, is_due, parse
 from llm_local.flags import FLAGS, NOT_NEGATIVE, POSITIVE, RATE, SECTIONS, SHARE, SOME_STEPS, STEPS
 from llm_local.methods.final_steps import GlobalSchedule
 from llm_local.problems import parse_stage_layers, static_problems
@@ -34,8 +34,8 @@ def refusal(arguments: list[str]) -> list[str]:
 
 class TestParse:
     def test_nothing_gives_the_defaults(self, write):
-        assert parse([]) == RunConfig()
-        assert parse([write("")]) == RunConfig()
+        assert parse([]) == Config()
+        assert parse([write("")]) == Config()
 
     def test_flags(self):
         config = parse(["--config_name", "m.json", "--num_stages", "2", "--learning_rate=3e-4", "--bf16"])
@@ -47,12 +47,12 @@ class TestParse:
     def test_a_flag_wins_over_the_file_and_the_file_over_the_default(self, write):
         config = parse([write("max_steps: 20\nseed: 7\nbf16: true\n"), "--max_steps", "30", "--bf16", "false"])
         assert (config.train.max_steps, config.train.seed, config.train.bf16) == (30, 7, False)
-        assert config.train.eval_batches == RunConfig().train.eval_batches
+        assert config.train.eval_batches == Config().train.eval_batches
 
     def test_flag_names_are_unique_across_the_sections(self):
         names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
         assert len(names) == len(set(names))
-        assert list(RunConfig().flat()) == names
+        assert list(Config().flat()) == names
 
     @pytest.mark.parametrize("launcher", [["--local_rank=3"], ["--local_rank=0"]])
     def test_the_launchers_rank_may_stand_before_the_file(self, write, launcher):
@@ -66,7 +66,7 @@ class TestParse:
             parse(["--help"])
         assert stop.value.code == 0
         shown = capsys.readouterr().out
-        assert all(f"--{name}" in shown for name in RunConfig().flat())
+        assert all(f"--{name}" in shown for name in Config().flat())
 
     @pytest.mark.parametrize(
         ("line", "value"),
@@ -189,7 +189,7 @@ CHANGES = {
 class TestRunConfig:
     def test_from_flat_inverts_flat(self):
         config = from_flat(CHANGES)
-        assert config != RunConfig()
+        assert config != Config()
         assert from_flat(config.flat()) == config
 
     def test_the_resolved_configuration_is_a_configuration_file(self, write):
@@ -303,9 +303,9 @@ class TestRunConfig:
         assert from_flat({"output_dir": "a/b"}).output_dir == Path("a/b")
         assert from_flat({"cache_dir": "c"}).cache_dir == Path("c")
         monkeypatch.setenv("XDG_CACHE_HOME", "x")
-        assert RunConfig().cache_dir == Path("x/llm_local")
+        assert Config().cache_dir == Path("x/llm_local")
         monkeypatch.delenv("XDG_CACHE_HOME")
-        assert RunConfig().cache_dir == Path.home() / ".cache/llm_local"
+        assert Config().cache_dir == Path.home() / ".cache/llm_local"
 
 
 def problems_of(fp16_supported: bool = True, bf16_supported: bool = True, **changes) -> list[str]:
@@ -514,7 +514,7 @@ class TestStaticProblems:
             assert problems_of(**{name: 0}) == []
 
     def test_a_default_is_one_of_the_choices_and_in_the_range(self):
-        defaults = RunConfig().flat()
+        defaults = Config().flat()
         chosen = {name: defaults[name] for name, flag in FLAGS.items() if flag.choices and defaults[name] is not None}
         assert all(value in FLAGS[name].choices for name, value in chosen.items())
         given = {name: defaults[name] for name, flag in FLAGS.items() if flag.range and defaults[name] is not None}

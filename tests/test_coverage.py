@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 import llm_local
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import NUM_LAYERS, tiny_config
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.coverage.model_type import EXACT, REFUSED, UNTRIED, WRONG, Finding, compare, examine, one_line
 from llm_local.coverage.report import all_types, chosen_types, counts, page, table
 from llm_local.coverage.run import examine_all
@@ -87,7 +87,7 @@ def test_an_encoder_is_refused_with_the_repair():
 
 def test_a_causal_model_with_all_weights_set_has_no_problems():
     config = tiny_config("llama")
-    assert class_problems(RunConfig(), config, probe(config, ModelArguments())) == []
+    assert class_problems(Config(), config, probe(config, ModelArguments())) == []
 
 
 def test_a_class_that_needs_its_own_layers_is_refused():

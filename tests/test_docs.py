@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig
 
 import llm_local
-from llm_local.config import RunConfig, parse
+from llm_local.config import Config, parse
 from llm_local.ds_config import resolve, zero_stage
 from llm_local.flags import ModelArguments
 from llm_local.methods import schedule
@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if 
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "configs" / "ds").glob("*.json"))
 
-OURS = {f"--{name}" for name in RunConfig().flat()}
+OURS = {f"--{name}" for name in Config().flat()}
 # of the launchers and of tools, in commands that the pages show
 LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
@@ -132,7 +132,7 @@ def test_run_configs_are_free_of_problems(path: Path):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("path", DEEPSPEED, ids=file_name)
 def test_deepspeed_configs_resolve(path: Path, bf16: bool):
-    base = RunConfig()
+    base = Config()
     config = replace(base, train=replace(base.train, deepspeed=str(path), bf16=bf16, per_device_train_batch_size=3))
     settings = resolve(config, num_replicas=2, model_config=LlamaConfig(hidden_size=64), cpu=True)
     assert "auto" not in str(settings)

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from llm_local.checks.exit_check import difference_at, exit_depths, exit_warnings, refused_exits
 from llm_local.checks.preflight import preflight
-from llm_local.config import RunConfig, parse
+from llm_local.config import Config, parse
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.partition import Partition, Span
@@ -32,17 +32,17 @@ def look(config: Any) -> tuple[Any, Anatomy]:
 def test_exits_of_most_types_are_models_in_the_sizes_that_they_have(model_type: str):
     """The type's default config, of billions of parameters for some, with all of its layers."""
     config, anatomy = look(model_type)
-    assert difference_at(RunConfig(), config, anatomy, 3) == ""
+    assert difference_at(Config(), config, anatomy, 3) == ""
 
 
 def test_a_scale_by_the_number_of_layers_shows():
     config, anatomy = look(MINICPM3)
-    assert difference_at(RunConfig(), config, anatomy, 2).startswith("its logits differ by 0.")
+    assert difference_at(Config(), config, anatomy, 2).startswith("its logits differ by 0.")
 
 
 def test_a_last_layer_unlike_the_others_shows():
     config, anatomy = look(JAPANESE)
-    reason = difference_at(RunConfig(), config, anatomy, 2)
+    reason = difference_at(Config(), config, anatomy, 2)
     assert reason == "missing keys ['gpt_neox_japanese.layers.1.attention.dense_bias']"
 
 

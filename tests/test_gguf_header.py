@@ -12,7 +12,7 @@ from gguf_files import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llm_local.config import ConfigError, RunConfig, from_flat
+from llm_local.config import Config, ConfigError, from_flat
 from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import convert, weights_path
 
@@ -182,7 +182,7 @@ def rope_freqs(config: PretrainedConfig) -> torch.Tensor:
     return unscaled / scaled
 
 
-def run_of(folder: Path) -> RunConfig:
+def run_of(folder: Path) -> Config:
     return from_flat({"model_name_or_path": str(folder), "gguf_file": "m.gguf", "cache_dir": str(folder / "cache")})
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, Trainer, block_losses, records, weights
 
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import RunConfig, parse
+from llm_local.config import Config, parse
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config, probe
@@ -43,7 +43,7 @@ def settings(sgd: Path | None, window: tuple[int, int], **more: Any) -> dict[str
     return {**chosen, **plain, "config_overrides": f"num_hidden_layers={LAYERS}", **more}
 
 
-def reference(config: RunConfig) -> dict[str, list[torch.Tensor]]:
+def reference(config: Config) -> dict[str, list[torch.Tensor]]:
     """Gradients of each layer's parameters by autograd, one for each window that it lies in, the lowest first.
 
     Every window is a model of its own with copies of the weights, on hidden states without a graph.
@@ -69,7 +69,7 @@ def reference(config: RunConfig) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def start_of(config: RunConfig) -> dict[str, torch.Tensor]:
+def start_of(config: Config) -> dict[str, torch.Tensor]:
     model_config = load_model_config(config.model)
     part = new_slice(model_config, probe(model_config, config.model), Span(0, LAYERS), config.train.seed)
     return {name: parameter.detach() for name, parameter in part.model.named_parameters()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.costs import Setting, Shape, count_flops, count_passes
 from llm_local.partition import Span
 from llm_local.plan.layouts import Outcome, Planner, fastest
@@ -32,7 +32,7 @@ MACHINE = Machine(
 
 @pytest.fixture
 def planner(model: Path) -> Planner:
-    base = RunConfig()
+    base = Config()
     config = replace(
         base,
         model=replace(base.model, config_name=str(model)),

@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.flags import ModelArguments
 from llm_local.methods.method import local_schedules
 from llm_local.partition import Costs, make_partition
@@ -167,7 +167,7 @@ def test_activations_of_korthikanti():
 
 def test_checkpointing_keeps_inputs_and_one_layer():
     sizes = ModelSizes(4, 100, 10, 1, 1, 1, 1, False, 400, False, 8)
-    base = RunConfig()
+    base = Config()
     train = replace(base.train, per_device_train_batch_size=2, bf16=True)
     config = replace(base, train=train, data=replace(base.data, seq_length=50))
     assert block_activations(sizes, 3, config) == 100 * 3 * 4000
@@ -191,8 +191,8 @@ def test_micro_batches_alive_are_those_of_the_simulation(
 SIZES = ModelSizes(8, 64, 512, 1000, 1000, 500, 500, False, 160, True, 4)
 
 
-def _config(head: str, **local: int) -> RunConfig:
-    base = RunConfig()
+def _config(head: str, **local: int) -> Config:
+    base = Config()
     return replace(base, local=replace(base.local, head=head, num_stages=4, **local))
 
 
@@ -217,7 +217,7 @@ def test_a_tied_embedding_is_held_once_by_the_first_block_alone():
 
 
 def test_packets_are_sent_ones_and_one_received():
-    base = RunConfig()
+    base = Config()
     train = replace(base.train, bf16=True, per_device_train_batch_size=2)
     config = replace(base, train=train, data=replace(base.data, seq_length=10))
     each = 20 * (64 * 2 + 4)

@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from llm_local.checks.profile import layer_kinds, measure_costs
 from llm_local.checks.tiny import tiny_config
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.model.anatomy import probe
 from llm_local.partition import Costs, Span, make_partition
 
 
-def parts(model_config: Any, **flags: Any) -> tuple[RunConfig, Any, Any]:
+def parts(model_config: Any, **flags: Any) -> tuple[Config, Any, Any]:
     config = from_flat({"config_name": "x.json", "seq_length": 16, "per_device_train_batch_size": 2, **flags})
     return config, model_config, probe(model_config, config.model)
 

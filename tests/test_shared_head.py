@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.block_engine import parameter_groups
 from llm_local.checks.preflight import preflight
-from llm_local.config import RunConfig, from_flat, parse
+from llm_local.config import Config, from_flat, parse
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.heads.shared import install, installed, make_read_only, matrix_name
 from llm_local.model.stage import Block, build_blocks
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def built(kind: str = "llama", **flags: Any) -> list[Block]:
     """The blocks of a tiny model of four layers, one a layer."""
     settings = {"head": "shared", "layers_per_block": 1, "config_name": "unused", **flags}
-    config: RunConfig = from_flat(settings)
+    config: Config = from_flat(settings)
     model_config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"} | KINDS[kind])
     anatomy = probe(model_config, config.model)
     layers = config.method.block_layers(config.local)
@@ -147,7 +147,7 @@ def test_the_weight_gradient_is_not_computed(ids: torch.Tensor):
 
 
 def test_the_temperature_has_no_weight_decay():
-    config: RunConfig = from_flat({"head": "shared", "weight_decay": 0.1})
+    config: Config = from_flat({"head": "shared", "weight_decay": 0.1})
     block = built()[0]
     assert block.transform is not None
     decays = {id(p): group["weight_decay"] for group in parameter_groups(config, block) for p in group["params"]}

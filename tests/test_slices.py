@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import tiny_config
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.model.pretrained import load_slice
@@ -114,7 +114,7 @@ def test_the_dtype_of_a_config_in_parts_does_not_matter_either():
     config.dtype = config.text_config.dtype = torch.bfloat16
     part = new_slice(config, anatomy_of(config), Span(0, 3), seed=3)
     assert {p.dtype for p in part.model.parameters()} == {torch.float32}
-    assert class_problems(RunConfig(), config, part.anatomy) == []
+    assert class_problems(Config(), config, part.anatomy) == []
 
 
 def test_only_the_slice_is_materialised():

@@ -13,7 +13,7 @@ from conftest import records
 from launching import ROOT, deepspeed, job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config, probe
 from llm_local.model.gguf_cache import convert, weights_path
@@ -40,7 +40,7 @@ def source() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def config(source: dict[str, str], cache: Path) -> RunConfig:
+def config(source: dict[str, str], cache: Path) -> Config:
     """The flags of a run whose GGUF is converted."""
     config = from_flat({**source, "cache_dir": str(cache)})
     convert(config)
@@ -48,7 +48,7 @@ def config(source: dict[str, str], cache: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("cuts", [(0, 15, 30), (0, 10, 20, 30)], ids=["2 stages", "3 stages"])
-def test_stages_together_are_the_model(config: RunConfig, cuts: tuple[int, ...]):
+def test_stages_together_are_the_model(config: Config, cuts: tuple[int, ...]):
     path, model_config = weights_path(config), load_model_config(config.model)
     anatomy, ids = probe(model_config, config.model), load_tokenizer(config)(PROMPT, return_tensors="pt").input_ids
     hidden, normed, output = None, torch.empty(0), None
@@ -62,7 +62,7 @@ def test_stages_together_are_the_model(config: RunConfig, cuts: tuple[int, ...])
         assert torch.equal(output(normed), whole(input_ids=ids).logits)
 
 
-def test_it_goes_on_learning_in_two_stages(source: dict[str, str], config: RunConfig, cache: Path, tmp_path: Path):
+def test_it_goes_on_learning_in_two_stages(source: dict[str, str], config: Config, cache: Path, tmp_path: Path):
     """50 steps through the launcher: every stage's validation loss ends below where it began, and is never 0.3 above;
     the export loads, and still writes."""
     output = tmp_path / "run"

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.config import Config, ConfigError, parse
 from llm_local.data.special_tokens import generation_values, run_model_config, token_warnings
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.token_ids import token_id
@@ -33,7 +33,7 @@ def ids_of(config: Any) -> tuple[Any, Any, Any]:
 def run(tmp_path: Path):
     """run(model's JSON, tokens by name, flags) → the flags of a run with such a tokenizer."""
 
-    def run(model: dict[str, Any], tokens: dict[str, str], **flags: Any) -> RunConfig:
+    def run(model: dict[str, Any], tokens: dict[str, str], **flags: Any) -> Config:
         words = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[unk]"))
         words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
         made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[unk]", **tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.config import Config, ConfigError, parse
 from llm_local.flags import FLAGS
 from llm_local.trainer_flags import DIFFERS, NOT_TAKEN, THEIRS, new_flags, page
 
@@ -53,7 +53,7 @@ def test_a_flag_that_is_not_taken_gives_its_one_line(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", [name for name, refusal in NOT_TAKEN.items() if refusal.agrees])
 def test_a_value_that_asks_for_what_is_done_anyway_is_passed_over(name: str, tmp_path: Path):
     value = NOT_TAKEN[name].agrees[0]
-    assert parse([f"--{name}", value]) == RunConfig()
+    assert parse([f"--{name}", value]) == Config()
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: {value}\nseed: 3\n")
     assert parse([str(path)]).train.seed == 3

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.device import describe_device
 
@@ -115,7 +115,7 @@ def _last_words(log: str) -> str:
 
 def bench_model(**overrides: Any) -> dict[str, Any]:
     """Flags of the model that is measured: Llama-shaped, its head 14 % of half of it."""
-    folder = builtin_tokenizer_dir(RunConfig().cache_dir, vocab_size=2048)
+    folder = builtin_tokenizer_dir(Config().cache_dir, vocab_size=2048)
     changes = ",".join(f"{name}={value}" for name, value in overrides.items())
     flags = {"config_name": str(ROOT / "configs/bench/model.json"), "tokenizer_name": str(folder)}
     return {**flags, "config_overrides": changes} if changes else flags

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from llm_local.block_engine import make_optimizer, parameter_groups
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config, probe
@@ -111,7 +111,7 @@ def make_peer(system: str, flags: dict[str, Any]) -> System:
     return System(step, everybody, finish)
 
 
-def _stages(config: RunConfig, places: tuple[tuple[int, ...], ...]) -> tuple[list[Any], list[torch.optim.Optimizer]]:
+def _stages(config: Config, places: tuple[tuple[int, ...], ...]) -> tuple[list[Any], list[torch.optim.Optimizer]]:
     """This rank's stages, and an optimizer for each. places: the numbers of each rank's."""
     model_config = load_model_config(config.model)
     anatomy = probe(model_config, config.model)

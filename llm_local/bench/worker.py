@@ -23,7 +23,7 @@ from typing import Any
 from llm_local.backprop import id_columns
 from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
@@ -62,7 +62,7 @@ def main(text: str) -> None:
 def begin(task: Task) -> Rank:
     """A run as pretrain.py starts it, up to its first step."""
     flags = {"logging_steps": 1, "eval_batches": 0, "overwrite_output_dir": True, "max_grad_norm": 0.0, **task.flags}
-    config: RunConfig = from_flat({**flags, "max_steps": 1_000_000, "lr_scheduler_type": "constant"})
+    config: Config = from_flat({**flags, "max_steps": 1_000_000, "lr_scheduler_type": "constant"})
     launch = Launch.from_environment(os.environ)
     watchdog = Watchdog(launch.rank)
     watchdog.start()

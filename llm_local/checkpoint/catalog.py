@@ -32,7 +32,7 @@ from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import NAME_OR_PATH
 from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
-from llm_local.config import ConfigError, RunConfig, from_flat
+from llm_local.config import Config, ConfigError, from_flat
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
@@ -82,7 +82,7 @@ _INCIDENTAL = (NAME_OR_PATH, "transformers_version", "dtype", "torch_dtype", "ar
 _INCIDENTAL += TOKEN_IDS
 
 
-def layout_of(config: RunConfig, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
+def layout_of(config: Config, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
     train = config.train
     model = json.loads(json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str))
     return Layout(
@@ -111,7 +111,7 @@ class Manifest:
     versions: dict[str, str]
     deepspeed: dict[str, Any] | None = None
 
-    def config(self) -> RunConfig:
+    def config(self) -> Config:
         """The run's configuration. Raises ConfigError for a method or head that is not the library's and has not been
         registered here."""
         for kind, known in (("method", METHODS), ("head", HEADS)):

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from llm_local.checkpoint.catalog import MANIFEST, read_manifest
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 
 FOLDER, METRICS = "checkpoints", "metrics"
 AUTO = "auto"
@@ -33,7 +33,7 @@ def checkpoint_of(output_dir: Path, step: int) -> Path:
     return output_dir / FOLDER / f"step-{step:08d}"
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means; None for a new run.
 
     Raises ConfigError if it is missing, or only half written.
@@ -53,7 +53,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return found[-1] if found else None
 
 
-def documents_begin(config: RunConfig) -> bool | None:
+def documents_begin(config: Config) -> bool | None:
     """add_bos; where it is not set, that of the run which is gone on with."""
     if config.data.add_bos is not None:
         return config.data.add_bos
@@ -64,7 +64,7 @@ def documents_begin(config: RunConfig) -> bool | None:
         return None
 
 
-def after_restart(config: RunConfig) -> RunConfig:
+def after_restart(config: Config) -> Config:
     """The flags with which a run goes on that a launcher starts again: from its newest checkpoint, or as it began."""
     wanted = (config.train.resume_from_checkpoint or "false").lower()
     if committed(config.output_dir) or wanted in ("false", *_NEWEST):
@@ -80,7 +80,7 @@ def is_own(output_dir: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and checkpoint.resolve().is_relative_to((output_dir / FOLDER).resolve())
 
 
-def another_run(config: RunConfig, checkpoint: Path | None) -> list[str]:
+def another_run(config: Config, checkpoint: Path | None) -> list[str]:
     """Why a run that begins anew, or with the checkpoint of another one, cannot do so in output_dir."""
     folder, wanted = config.output_dir, config.train.resume_from_checkpoint
     if is_own(folder, checkpoint) or not ((folder / "run.yaml").exists() or committed(folder)):

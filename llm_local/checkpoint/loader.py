@@ -25,7 +25,7 @@ from llm_local.checkpoint.shards import (
     states_of,
     whole,
 )
-from llm_local.config import RunConfig, some_of
+from llm_local.config import Config, some_of
 from llm_local.model.heads.shared import install, installed, matrix_name
 from llm_local.model.refresh import INSTALLED
 from llm_local.model.slices import Slice
@@ -34,7 +34,7 @@ from llm_local.world import World
 
 
 def take_up(
-    catalog: Catalog, config: RunConfig, layout: Layout, world: World, engines: Sequence[DeepSpeedEngine]
+    catalog: Catalog, config: Config, layout: Layout, world: World, engines: Sequence[DeepSpeedEngine]
 ) -> tuple[str, ...]:
     """Fills the engines, and tells rank 0 what heads of the checkpoint this run has not, or the other way round.
 

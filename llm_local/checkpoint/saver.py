@@ -31,7 +31,7 @@ from llm_local.checkpoint.catalog import (
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, saved_module, shards, states_of
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.ds_config import load_json
 from llm_local.files import unwritten, writing
 from llm_local.world import World
@@ -49,7 +49,7 @@ class Saver:
     """Writes this rank's part of every checkpoint of a run, one at a time. best: finds the step of the one
     that load_best_model_at_end keeps."""
 
-    def __init__(self, world: World, config: RunConfig, layout: Layout, best: Callable[[], int | None]):
+    def __init__(self, world: World, config: Config, layout: Layout, best: Callable[[], int | None]):
         self._seconds = 0.0
         self._world = world
         self._store = world.store.clone()

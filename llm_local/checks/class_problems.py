@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.checks.trial import small_model
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, SliceError
 from llm_local.model.slices import new_slice
 from llm_local.partition import Span
@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # of the logits' size: what rounding alone may do
 _IDS = torch.arange(8, 32).reshape(2, -1)
 
 
-def class_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+def class_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Whether the class sets all of a new model's weights, and predicts a token without having seen it.
 
     [] where the small model cannot be made or run.
@@ -36,7 +36,7 @@ def class_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: A
     return problems
 
 
-def _unset(config: RunConfig, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
     options = {"trust_remote_code": config.model.trust_remote_code}
     try:
         new_slice(model.config, anatomy, Span(0, anatomy.num_layers), seed=0, **options)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llm_local.adapters.torch_internals import compile_nothing
 from llm_local.block_engine import BlockEngine, engine_arguments, make_scheduler
 from llm_local.checkpoint.saver import snapshot
-from llm_local.config import RunConfig, from_flat
+from llm_local.config import Config, from_flat
 from llm_local.device import local_device
 from llm_local.ds_config import load_json, resolve
 from llm_local.world import join_nobody
@@ -30,7 +30,7 @@ from llm_local.world import join_nobody
 WIDTH = 8
 
 
-def engine_problems(config: RunConfig, num_replicas: int) -> list[str]:
+def engine_problems(config: Config, num_replicas: int) -> list[str]:
     """Why no engine can train with the run's settings. The flags and the JSON by themselves are right."""
     settings = load_json(config)
     if "scheduler" not in settings and (problem := _schedule_problem(config)):
@@ -49,7 +49,7 @@ def engine_problems(config: RunConfig, num_replicas: int) -> list[str]:
     return [f"{config.train.deepspeed}: DeepSpeed cannot train with it: {reason}"] if reason else []
 
 
-def _schedule_problem(config: RunConfig) -> str:
+def _schedule_problem(config: Config) -> str:
     train = config.train
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
     try:
@@ -60,7 +60,7 @@ def _schedule_problem(config: RunConfig) -> str:
     return ""
 
 
-def _fork(config: RunConfig, num_replicas: int, said: Path, seconds: float) -> str:
+def _fork(config: Config, num_replicas: int, said: Path, seconds: float) -> str:
     """A copy of this process, which has everything imported. Returns how it ended."""
     child = os.fork()
     if child == 0:
@@ -87,7 +87,7 @@ def _fork(config: RunConfig, num_replicas: int, said: Path, seconds: float) -> s
     return f"did not end in {seconds:.0f} s"
 
 
-def _start(config: RunConfig, num_replicas: int, said: Path, seconds: float) -> str:
+def _start(config: Config, num_replicas: int, said: Path, seconds: float) -> str:
     """A new process: no copy of one can use its GPU. Returns how it ended."""
     command = [sys.executable, "-m", __name__, json.dumps(config.flat()), str(num_replicas), str(said)]
     try:
@@ -113,7 +113,7 @@ class _Tiny(torch.nn.Module):
         return self.norm(self.layer(self.embedding(ids))).float().square().mean()
 
 
-def _try(config: RunConfig, num_replicas: int) -> str:
+def _try(config: Config, num_replicas: int) -> str:
     """What there is to say against the settings; '' if an engine trains with them and can be saved."""
     try:
         join_nobody()

@@ -8,14 +8,14 @@ from dataclasses import replace
 from fractions import Fraction
 
 from llm_local.checkpoint.line import documents_begin
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.mixture import training_sources
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.problems import data_flag_problems
 
 
-def with_epochs(config: RunConfig, world_size: int) -> RunConfig:
+def with_epochs(config: Config, world_size: int) -> Config:
     """The config with the rows of an epoch and of a step, and the steps of num_train_epochs; as it is, where no flag
     speaks of epochs.
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import model_of_class, unsaved
 from llm_local.checks.trial import small_model
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.export.model_folder import describe, relative_difference
 from llm_local.export.stages import exit_name, trim_config
 from llm_local.model.anatomy import Anatomy
@@ -27,7 +27,7 @@ MOST_TRIED = 8  # of the exits; each takes tenths of a second
 
 
 def refused_exits(
-    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition
+    config: Config, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition
 ) -> dict[str, str]:
     """The exits that are no models of their own, by name, and why. {} where the small model cannot be made or run."""
     if config.is_pipelined or config.local.head_features:
@@ -57,7 +57,7 @@ def exit_depths(partition: Partition, head_layers: tuple[int, ...]) -> dict[int,
 
 
 @torch.no_grad()
-def difference_at(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, depth: int) -> str:
+def difference_at(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, depth: int) -> str:
     """Why the first `depth` layers with a head, as a model of their own, are not what they are in the whole; '' if
     they are. Raises whatever the model class makes of the whole in small."""
     whole = small_model(config, model_config, anatomy)

@@ -28,7 +28,7 @@ from llm_local.checks.profile import measure_costs
 from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.encoding import tokenizer_key
 from llm_local.data.sets import data_problems
 from llm_local.data.special_tokens import generation_values, pretrained_generation, special_tokens, token_warnings
@@ -61,7 +61,7 @@ OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, 
 OURS += ("tensorboard", "csv", TRACE)
 
 
-def preflight(given: RunConfig, world_size: int) -> Setup:
+def preflight(given: Config, world_size: int) -> Setup:
     """Checks the whole run. Raises ConfigError with every problem that was found."""
     config = replace(given, data=replace(given.data, add_bos=documents_begin(given)))
     with suppress(ConfigError):  # which deepspeed_problems has
@@ -84,7 +84,7 @@ def preflight(given: RunConfig, world_size: int) -> Setup:
     return _set_up(given, config, checkpoint, found)
 
 
-def _set_up(given: RunConfig, config: RunConfig, checkpoint: str | None, found: _Model) -> Setup:
+def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model) -> Setup:
     """What all ranks will use, of a run that is right."""
     model_config, anatomy, partition = found.whole()
     if config.local.partition == "profile":
@@ -128,7 +128,7 @@ class _Model:
         assert self.partition is not None
         return self.config, self.anatomy, self.partition
 
-    def look(self, config: RunConfig, world_size: int) -> list[str]:
+    def look(self, config: Config, world_size: int) -> list[str]:
         try:
             self.config = load_model_config(config.model)
             with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
@@ -166,14 +166,14 @@ def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:
     return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"
 
 
-def document_mask(config: RunConfig) -> DocumentMask | None:
+def document_mask(config: Config) -> DocumentMask | None:
     """How the run keeps packed documents apart, if it does."""
     end: Any = load_tokenizer(config).eos_token_id if config.data.document_mask else None
     return None if end is None else DocumentMask(end)  # data/sets.py refuses a tokenizer without
 
 
 def plan_partition(
-    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, costs: Costs | None = None
+    config: Config, model_config: PretrainedConfig, anatomy: Anatomy, costs: Costs | None = None
 ) -> Partition:
     """The cut that the flags ask for; costs: by default counted. Raises ValueError where it leaves a stage without a
     layer."""
@@ -196,7 +196,7 @@ def plan_partition(
     )
 
 
-def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+def _size_problems(config: Config, model_config: PretrainedConfig) -> list[str]:
     text = text_config(model_config)
     problems = []
     positions = getattr(text, "max_position_embeddings", None)
@@ -226,7 +226,7 @@ def _size_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
     return problems
 
 
-def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+def _support_problems(config: Config, model_config: PretrainedConfig) -> list[str]:
     text = text_config(model_config)
     problems = []
     if getattr(text, "layerdrop", 0) or getattr(text, "decoder_layerdrop", 0):
@@ -239,7 +239,7 @@ def _support_problems(config: RunConfig, model_config: PretrainedConfig) -> list
     return problems
 
 
-def _folder_problems(config: RunConfig) -> list[str]:
+def _folder_problems(config: Config) -> list[str]:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         return [f"output_dir={folder} is a file; name a folder"]
@@ -255,7 +255,7 @@ def _folder_problems(config: RunConfig) -> list[str]:
     return problems + another_run(config, checkpoint)
 
 
-def _replaces(config: RunConfig, checkpoint: Path | None) -> bool:
+def _replaces(config: Config, checkpoint: Path | None) -> bool:
     """Whether the run that output_dir holds goes; what is gone on with stays."""
     return config.train.overwrite_output_dir and not is_own(config.output_dir, checkpoint)
 
@@ -270,7 +270,7 @@ def _unwritable(name: str, folder: Path) -> list[str]:
         return [f"{name}={folder} cannot be written ({error.strerror}); choose another, or change its permissions"]
 
 
-def _lost_inputs(config: RunConfig) -> list[str]:
+def _lost_inputs(config: Config) -> list[str]:
     """What the run reads and overwrite_output_dir would remove first."""
     read = [name for name, flag in FLAGS.items() if flag.is_read]
     given = {n: Path(value) for n in read if (value := config.flat()[n]) and Path(value).exists()}
@@ -285,7 +285,7 @@ def _lost_inputs(config: RunConfig) -> list[str]:
     ]
 
 
-def _resume(config: RunConfig, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
+def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
     model_config, _, partition = found.whole()
     layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
     checkpoint = find_checkpoint(config)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.device import DTYPES, local_device, synchronize
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.loss import head_loss
@@ -28,7 +28,7 @@ WARMUP, PASSES = 2, 5
 _NUMBERED = ("layer_idx", "layer_id", "layer_number")
 
 
-def measure_costs(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> Costs:
+def measure_costs(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> Costs:
     """Seconds of a forward and backward pass of a micro-batch through each layer, and through the model's own head."""
     kinds = layer_kinds(config, model_config, anatomy)
     seconds: dict[str, float] = {}
@@ -41,7 +41,7 @@ def measure_costs(config: RunConfig, model_config: PretrainedConfig, anatomy: An
     return Costs(sum(layers) / len(layers), head, layers)
 
 
-def layer_kinds(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+def layer_kinds(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Of each layer what it is made of; layers of one kind cost the same."""
     model = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
     layers: Any = model.get_submodule(anatomy.layers)
@@ -57,7 +57,7 @@ def _kind(layer: nn.Module) -> str:
     return repr(parts)
 
 
-def _measure(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, span: Span, has_head: bool) -> float:
+def _measure(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, span: Span, has_head: bool) -> float:
     device = local_device(int(os.environ.get("LOCAL_RANK", "0")))
     part = build_slice(config, model_config, anatomy, span, has_head)
     model: Any = part.model

@@ -10,13 +10,13 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.adapters.hf_internals import file_of
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.sentencepieces import PROBES
 from llm_local.data.tokenizer import load_tokenizer, read_tokenizer
 from llm_local.files import writing
 
 
-def tokenizer_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
+def tokenizer_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str, ...]:
     """Where the same files give other tokens. Raises ConfigError where what the export will hold cannot be read."""
     tokenizer = load_tokenizer(config)
     return (*_class_warnings(tokenizer), *_export_warnings(tokenizer, config, model_config))
@@ -42,7 +42,7 @@ def _class_warnings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def _export_warnings(
-    tokenizer: PreTrainedTokenizerBase, config: RunConfig, model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase, config: Config, model_config: PretrainedConfig
 ) -> tuple[str, ...]:
     """Whether AutoTokenizer, beside the model's config, reads what the export will hold: some types force a class."""
     with tempfile.TemporaryDirectory() as unnamed:

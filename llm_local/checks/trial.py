@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llm_local.adapters.hf_internals import attention_kernel_of
 from llm_local.checks.tiny import SIZES
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.device import local_device
 from llm_local.model.anatomy import Anatomy, attention_kernel, text_config
 from llm_local.model.document_mask import DocumentMask
@@ -32,7 +32,7 @@ _FIRST_WORD = 16  # below are EOS and its like
 
 
 def small_model(
-    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, kernel: str | None = None
+    config: Config, model_config: PretrainedConfig, anatomy: Anatomy, kernel: str | None = None
 ) -> PreTrainedModel:
     """The run's model with all its layers and small sizes, new weights, in float32 and ready to be evaluated.
 
@@ -77,7 +77,7 @@ def _sized(values: dict[str, Any], shrink: bool) -> dict[str, Any]:
     return found
 
 
-def document_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+def document_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Whether packed documents can be kept apart: each must come out as it does in a row of its own."""
     kind, kernel = model_config.model_type, attention_kernel(config.model, model_config)
     try:
@@ -123,7 +123,7 @@ def _between_documents(model: PreTrainedModel, base: PreTrainedModel, kernel: st
     return float((packed - alone).norm() / alone.norm())
 
 
-def router_problems(config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+def router_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Whether the router loss of some layers is to be had: that of all must be what the class adds to its loss."""
     given, kind = "output_router_logits=true", model_config.model_type
     try:

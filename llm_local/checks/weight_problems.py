@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from llm_local.config import ConfigError, RunConfig, some_of
+from llm_local.config import Config, ConfigError, some_of
 from llm_local.model.anatomy import adapter_problem
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.pretrained import COPY_AGAIN, Source, find, open_shard, sources_of, tensor_files
@@ -25,7 +25,7 @@ ROWS = 4096  # of a matrix that are read at a time
 Shapes = dict[str, tuple[int, ...]]
 
 
-def weight_problems(config: RunConfig, model_config: PretrainedConfig) -> tuple[list[str], tuple[str, ...]]:
+def weight_problems(config: Config, model_config: PretrainedConfig) -> tuple[list[str], tuple[str, ...]]:
     """Why the run's pretrained model cannot be loaded, and what is left out of it: problems and warnings."""
     if config.model.model_name_or_path is None:
         return [], ()
@@ -73,7 +73,7 @@ def _index(path: str) -> Path:
 
 
 def _compare(
-    config: RunConfig, path: str, model_config: PretrainedConfig, files: dict[str, str], shapes: Shapes
+    config: Config, path: str, model_config: PretrainedConfig, files: dict[str, str], shapes: Shapes
 ) -> tuple[list[str], tuple[str, ...]]:
     """What transformers would say of the tensors when it loads them."""
     skeleton: Any = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
@@ -136,7 +136,7 @@ def _by_name(skeleton: Any, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _described(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, str]:
+def _described(config: Config, model_config: PretrainedConfig) -> tuple[str, str]:
     """Where the expected shapes come from, and how to mend it."""
     overrides = config.model.config_overrides
     if overrides:

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from llm_local.config import ConfigError, Parser, RunConfig, parse
+from llm_local.config import Config, ConfigError, Parser, parse
 from llm_local.data.sets import Data, SourceData, prepare_all
 from llm_local.data.text_files import UnreadableText
 from llm_local.data.tokenizer import load_tokenizer
@@ -103,7 +103,7 @@ def throughput(data: Data, rows: int, batches: int = TIMED_BATCHES) -> float:
     return read / (time.perf_counter() - start)
 
 
-def show(config: RunConfig, given: argparse.Namespace) -> None:
+def show(config: Config, given: argparse.Namespace) -> None:
     """Raises ConfigError, or UnreadableText for a stream that breaks off."""
     problems = data_flag_problems(config)
     if given.output.suffix not in FORMATS:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.config import ConfigError, Parser, RunConfig, parse
+from llm_local.config import Config, ConfigError, Parser, parse
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.methods.method import local_methods
 from llm_local.plan.layouts import Planner
@@ -65,7 +65,7 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
     flags = parse(["--model_name_or_path" if Path(given.model).is_dir() else "--config_name", given.model, *rest])
     precision = given.precision or ("fp16" if flags.train.fp16 else "bf16")
     train = replace(flags.train, bf16=precision == "bf16", fp16=precision == "fp16")
-    config = RunConfig(flags.model, flags.data, flags.local, train)
+    config = Config(flags.model, flags.data, flags.local, train)
     check_plan(vars(given), config)
     machine = Machine(
         devices=given.devices,

@@ -20,7 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from transformers.utils import logging
 
-from llm_local.config import ConfigError, Parser, RunConfig, parse
+from llm_local.config import Config, ConfigError, Parser, parse
 from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
@@ -32,7 +32,7 @@ from llm_local.program import program
 NAME = program(__file__)
 
 
-def prepare(config: RunConfig, output: Path | None = None) -> Data:
+def prepare(config: Config, output: Path | None = None) -> Data:
     """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data, and Unwritten
     where there is no room for it."""
     problems = data_flag_problems(config)
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, output: Path | None = None) -> Data:
     return data
 
 
-def _output_problems(config: RunConfig, output: Path) -> list[str]:
+def _output_problems(config: Config, output: Path) -> list[str]:
     sources = training_sources(config)
     problems = output_problems(output)
     if len(sources) > 1:
@@ -80,7 +80,7 @@ def _output_problems(config: RunConfig, output: Path) -> list[str]:
     return problems
 
 
-def parse_arguments(arguments: list[str]) -> tuple[RunConfig, Path | None]:
+def parse_arguments(arguments: list[str]) -> tuple[Config, Path | None]:
     """The run's flags, and --output. Raises ConfigError."""
     parser = Parser(prog=NAME, add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.tiny import tiny_config
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
@@ -123,7 +123,7 @@ class _Trial:
         cuts = [layers * k // NUM_STAGES for k in range(NUM_STAGES + 1)]
         spans = tuple(Span(a, b) for a, b in pairwise(cuts))
         self.partition = Partition(spans, tuple(Span(k, k + 1) for k in range(NUM_STAGES)))
-        run = RunConfig()
+        run = Config()
         self.run = replace(run, train=replace(run.train, seed=_SEED))
         self.blocks = [build_block(self.run, config, self.anatomy, self.partition, k) for k in range(NUM_STAGES)]
         self.whole: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))

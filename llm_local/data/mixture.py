@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from datasets import IterableDataset
 
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 from llm_local.data.text_files import format_of
 from llm_local.data.token_folder import is_token_folder
 from llm_local.problems import parse_named_files
@@ -84,7 +84,7 @@ def local_path(name: str) -> Path | None:
     return path if looks_local or path.exists() else None
 
 
-def training_sources(config: RunConfig) -> list[Source]:
+def training_sources(config: Config) -> list[Source]:
     """The sources of the training documents. Raises ConfigError for all that is wrong with a mixture file."""
     data = config.data
     if TRAIN in config.rows:
@@ -107,7 +107,7 @@ def training_sources(config: RunConfig) -> list[Source]:
     ]
 
 
-def validation_sources(config: RunConfig) -> dict[str, Source]:
+def validation_sources(config: Config) -> dict[str, Source]:
     """The files that are given to validate on, by name; none: a part of the training data is held out."""
     data = config.data
     objects = {name: rows for name, rows in config.rows.items() if name != TRAIN}
@@ -122,7 +122,7 @@ def _of_object(field: str, column: str, rows: Any) -> Source:
     return Source(field, OBJECT, column, streaming=isinstance(rows, IterableDataset), rows=rows)
 
 
-def _read_mixture(config: RunConfig, path: Path) -> list[Source]:
+def _read_mixture(config: Config, path: Path) -> list[Source]:
     named = f"data_mixture={path}"
     try:
         entries = yaml.safe_load(path.read_text())

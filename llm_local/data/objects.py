@@ -18,7 +18,7 @@ import torch.utils.data
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.encoding import IDS
 from llm_local.data.mixture import OBJECT, TRAIN, VALIDATION
 from llm_local.data.tokenizer import highest_id
@@ -29,12 +29,12 @@ Rows = Any  # a Dataset or IterableDataset of datasets or torch, or a list
 
 
 def with_objects(
-    config: RunConfig,
+    config: Config,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | Path | str | None = None,
     train_dataset: Rows | None = None,
     eval_dataset: Rows | Mapping[str, Rows] | None = None,
-) -> RunConfig:
+) -> Config:
     """The configuration of a run with these. Raises ConfigError where an object is of no known kind, or a flag says the
     same."""
     _only_once(config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -62,7 +62,7 @@ def with_objects(
     return replace(config, model=given, data=data, rows=found)
 
 
-def _only_once(config: RunConfig, **objects: Any) -> None:
+def _only_once(config: Config, **objects: Any) -> None:
     flags, values = (
         {
             "model": ("model_name_or_path", "config_name", "model_type"),
@@ -101,7 +101,7 @@ def _kept(thing: PretrainedConfig | PreTrainedTokenizerBase, folder: Path, kind:
             return target
 
 
-def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> tuple[str, Dataset | IterableDataset]:
+def _rows(name: str, given: Rows, config: Config, tokenizer: Any) -> tuple[str, Dataset | IterableDataset]:
     """A column of text, or of token numbers, and the rows with that alone. Raises ConfigError for anything else."""
     field = "train_dataset" if name == TRAIN else "eval_dataset"
     named = field if name in (TRAIN, VALIDATION) else f"{field} {name!r}"
@@ -127,7 +127,7 @@ def _rows(name: str, given: Rows, config: RunConfig, tokenizer: Any) -> tuple[st
     return IDS, rows.select_columns([IDS])
 
 
-def _as_datasets(given: Rows, config: RunConfig) -> Dataset | IterableDataset | None:
+def _as_datasets(given: Rows, config: Config) -> Dataset | IterableDataset | None:
     """As one of `datasets`, by its own means; None for what is none."""
     if isinstance(given, (Dataset, IterableDataset)):
         return given

@@ -24,7 +24,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.adapters.hf_internals import fingerprint_of
-from llm_local.config import ConfigError, RunConfig, some_of
+from llm_local.config import Config, ConfigError, some_of
 from llm_local.data.encoding import (
     REVISION,
     count_spelled,
@@ -118,15 +118,13 @@ class Data:
         )
 
 
-def prepare(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False
-) -> tuple[Sequences, Sequences]:
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> tuple[Sequences, Sequences]:
     """(train, validation) as prepare_all makes them, of the first validation set alone."""
     data = prepare_all(config, tokenizer, progress)
     return data.train, data.validation[0].sequences
 
 
-def prepare_all(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Data:
+def prepare_all(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Data:
     """The run's sequences; training ones are shuffled by config.train.seed, validation always alike.
 
     Raises ConfigError for what data_problems finds, a tokenizer without EOS, and a source with too little text for
@@ -235,7 +233,7 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         (datasets.enable_progress_bars if were_shown else datasets.disable_progress_bars)()
 
 
-def _validate_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> _HeldOut:
+def _validate_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Config) -> _HeldOut:
     found = _store(documents, tokenizer, config, seed=VALIDATION_SEED)
     if config.train.eval_batches:
         _require_a_sequence(found.sequences, f"{documents.source} (validation)", config)
@@ -245,7 +243,7 @@ def _validate_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, confi
     return _HeldOut(found.sequences, bytes_per_token, predicted / max(1, places), found.tokens)
 
 
-def _predicted(found: _Stored, config: RunConfig) -> int:
+def _predicted(found: _Stored, config: Config) -> int:
     """Tokens of a set's text that a model is asked for; of the others it has bytes and no nats.
 
     Nothing foretells a document's first token where documents are kept apart, or where it begins a padded row. A token
@@ -257,7 +255,7 @@ def _predicted(found: _Stored, config: RunConfig) -> int:
     return found.sequences.num_tokens - openings
 
 
-def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> SourceData:
+def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenizerBase, config: Config) -> SourceData:
     if isinstance(documents.rows, IterableDataset):
         return SourceData(documents.source, weight, _stream(documents, tokenizer, config))
     found = _store(documents, tokenizer, config, seed=config.train.seed, most=config.data.max_train_samples)
@@ -265,14 +263,14 @@ def _train_on(documents: Documents, weight: float, tokenizer: PreTrainedTokenize
     return SourceData(documents.source, weight, found.sequences, found.tokens, found.packed)
 
 
-def _require_a_sequence(sequences: StoredSequences, source: str, config: RunConfig) -> None:
+def _require_a_sequence(sequences: StoredSequences, source: str, config: Config) -> None:
     if not sequences.num_sequences:
         found = f"{source} holds {sequences.num_tokens} tokens"
         needed = f"one sequence needs {config.data.seq_length}"
         raise ConfigError([f"{found}, {needed}; give more text or lower seq_length"])
 
 
-def _packing(running_text: bool, config: RunConfig) -> str:
+def _packing(running_text: bool, config: Config) -> str:
     """A running text is one document, and all that can be done with it is to cut it."""
     return CONCAT if running_text else config.data.packing
 
@@ -288,7 +286,7 @@ class _Stored:
 
 
 def _store(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig, seed: int, most: int | None = None
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Config, seed: int, most: int | None = None
 ) -> _Stored:
     """The documents' sequences on disk, made the first time; of `most` the first so many."""
     prepared, eos = _tokens(documents, tokenizer, config), _eos(tokenizer)
@@ -303,7 +301,7 @@ def _store(
     return _Stored(StoredSequences(fitted, seed, most), prepared, packed, pieces)
 
 
-def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prepared:
+def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Config) -> Prepared:
     if documents.tokens is not None:
         return open_tokens(documents.tokens, REPAIR)
     rows = documents.rows
@@ -327,7 +325,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return eos
 
 
-def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> StreamedSequences:
+def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Config) -> StreamedSequences:
     assert isinstance(documents.rows, IterableDataset)
     eos, running = _eos(tokenizer), documents.running_text
     first, last = _around(running, tokenizer)

@@ -13,7 +13,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from datasets import Dataset, Features, Value, load_from_disk
 
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 from llm_local.data import corpus
 from llm_local.data.mixture import BUILTIN, SAVED, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.text_files import (
@@ -37,7 +37,7 @@ TEXT_TYPES = (*STRINGS, "string_view", "null")  # null: each text is missing, an
 TABLES_CHECKED = 200  # files of a source whose footer is read before training
 
 
-def data_problems(config: RunConfig) -> list[str]:
+def data_problems(config: Config) -> list[str]:
     """Everything wrong with the run's data sources that shows before training. A hub name is not looked up."""
     try:
         sources = [*training_sources(config), *validation_sources(config).values()]
@@ -63,7 +63,7 @@ def source_problems(source: Source) -> list[str]:
     return _files_problems(source) if source.kind == "files" else []
 
 
-def uses_builtin(config: RunConfig) -> bool:
+def uses_builtin(config: Config) -> bool:
     data = config.data
     return not data.data_mixture and not data.train_file and data.dataset_name in (None, BUILTIN)
 
@@ -246,7 +246,7 @@ def _tokens_problems(source: Source) -> list[str]:
     return folder_problems(named, Path(source.source))
 
 
-def _division_problems(config: RunConfig, source: Source) -> list[str]:
+def _division_problems(config: Config, source: Source) -> list[str]:
     """A percentage that is asked for, and is not the one by which the folder was made."""
     asked, made = config.data.validation_split_percentage, read_card(Path(source.source)).validation_split_percentage
     if asked in (made, DataArguments.validation_split_percentage):

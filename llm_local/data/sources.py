@@ -22,7 +22,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.corpus import builtin_corpus
 from llm_local.data.mixture import BUILTIN, TOKENS, Source
 from llm_local.data.parts import read
@@ -60,7 +60,7 @@ class Documents:
     tokens: Path | None = None
 
 
-def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
+def load_training(config: Config, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
     """Training and validation documents of a source, disjoint; the latter None unless `divide`. Raises ConfigError
     if they can't be read or divided.
 
@@ -80,7 +80,7 @@ def load_training(config: RunConfig, source: Source, divide: bool) -> tuple[Docu
     return in_blocks(train), in_blocks(validation)
 
 
-def load_validation(config: RunConfig, source: Source) -> Documents:
+def load_validation(config: Config, source: Source) -> Documents:
     """The documents of validation_file, validation_files or eval_dataset, all of them. Raises ConfigError."""
     if source.kind == "object":
         return Documents(source.rows, source.text_column, source.named)
@@ -94,7 +94,7 @@ def in_blocks(documents: Documents) -> Documents:
     return replace(documents, rows=documents.rows.batch(BLOCK_LINES))
 
 
-def _read(config: RunConfig, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
+def _read(config: Config, source: Source, divide: bool) -> tuple[Documents, Documents | None]:
     if source.kind == "files":
         return _read_files(config, source), None
     if source.kind == "object":
@@ -127,7 +127,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())
 
 
-def _read_files(config: RunConfig, source: Source) -> Documents:
+def _read_files(config: Config, source: Source) -> Documents:
     files, column = files_of(source.source), source.text_column
     kind = format_of(files[0])
     whole = kind == "text" and len(files) > 1
@@ -147,7 +147,7 @@ def _read_files(config: RunConfig, source: Source) -> Documents:
     return Documents(rows, column, source.named, running_text=kind == "text" and not whole)
 
 
-def _read_tables(config: RunConfig, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
+def _read_tables(config: Config, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
     column = source.text_column
     features = _or_refused(source, lambda: table_features(files, column))
     options: dict[str, Any] = {"columns": [column]} if kind == "parquet" else {}
@@ -171,7 +171,7 @@ def _read_saved(source: Source) -> dict[str, Any]:
     return splits | ({wanted: splits[wanted].to_iterable_dataset()} if source.streaming and wanted in splits else {})
 
 
-def _read_hub(config: RunConfig, source: Source) -> dict[str, Any]:
+def _read_hub(config: Config, source: Source) -> dict[str, Any]:
     options: dict[str, Any] = {"revision": source.revision, "streaming": source.streaming}
     options["cache_dir"] = str(config.cache_dir / "datasets")
     try:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_local.adapters.hf_internals import generation_settings
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import weights_path
@@ -23,12 +23,12 @@ from llm_local.model.pretrained import COPY_AGAIN, find
 from llm_local.model.token_ids import EOS, PAD, TOKEN_IDS, set_token_ids, token_id
 
 
-def run_model_config(config: RunConfig) -> PretrainedConfig:
+def run_model_config(config: Config) -> PretrainedConfig:
     """The config of the run's model. Raises ConfigError where there is none, or no tokenizer."""
     return set_token_ids(load_model_config(config.model), special_tokens(config))
 
 
-def special_tokens(config: RunConfig) -> dict[str, Any]:
+def special_tokens(config: Config) -> dict[str, Any]:
     """The ids that a new model's config gets from the tokenizer, None where that has none; {} for a pretrained model.
 
     A padding token that also ends or begins texts is none to the model, which does not train its embedding.
@@ -46,7 +46,7 @@ def special_tokens(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in parse_overrides(config.model.config_overrides)}
 
 
-def token_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[str, ...]:
+def token_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str, ...]:
     """Where a new model has other ids than its JSON says, or does not end its texts as its data does.
 
     model_config: of the run (run_model_config).
@@ -69,7 +69,7 @@ def token_warnings(config: RunConfig, model_config: PretrainedConfig) -> tuple[s
 
 
 def generation_values(
-    config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    config: Config, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """What generation_config.json holds: a pretrained model's own, with the tokenizer's EOS, or a new config's."""
     if config.model.model_name_or_path is None:
@@ -83,7 +83,7 @@ def generation_values(
     return values if end is None or end in ends else values | {EOS: [end, *ends] if ends else end}
 
 
-def pretrained_generation(config: RunConfig) -> dict[str, Any]:
+def pretrained_generation(config: Config) -> dict[str, Any]:
     """What the pretrained model's own generate() does by default; {} for a new model.
 
     Raises ConfigError naming a file that cannot be read.

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 from llm_local.data import corpus
 from llm_local.data.encoding import first_token
 from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model, train
@@ -35,7 +35,7 @@ SAMPLE_CHUNKS = 20_000
 REPAIR = "give a directory with tokenizer.json and tokenizer_config.json, a sentencepiece .model, or a hub name"
 
 
-def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """tokenizer_name, else that of model_name_or_path or of its GGUF (which must be converted by now), else the
     built-in one; it begins a text with BOS as add_bos says. Raises ConfigError if there is none, or it cannot do that.
     """
@@ -55,7 +55,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(config: RunConfig) -> PreTrainedTokenizerBase:
+def _load(config: Config) -> PreTrainedTokenizerBase:
     model = config.model
     field = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
     name = model.tokenizer_name or model.model_name_or_path

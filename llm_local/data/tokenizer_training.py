@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.encoding import joined_text
 from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sentencepieces import BOS, EOS, EXACT, SPACE_MARK, chunks, from_model, reason_of, train
@@ -35,7 +35,7 @@ LONG_RUN = re.compile(r"(?:\S{64}|\s{64})(?=.)", re.DOTALL)
 LEAST = 256 + 3  # bytes, and what stands for an unknown text, its begin and its end
 
 
-def sample_texts(config: RunConfig, characters: int) -> Iterator[str]:
+def sample_texts(config: Config, characters: int) -> Iterator[str]:
     """Texts of the run's training data of so many characters together: of each source its weight's share, drawn at
     random; the first ones of a stream. Raises ConfigError where a source cannot be read."""
     sources = training_sources(config)

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.data.packing import PackedSource
 from llm_local.data.source_problems import uses_builtin
 from llm_local.ds_config import Json, zero_stage
@@ -39,7 +39,7 @@ class Training:
     deepspeed: the JSON. sources: what there was to train on, as far as it is known.
     """
 
-    config: RunConfig
+    config: Config
     partition: Partition
     num_replicas: int
     model_type: str
@@ -127,7 +127,7 @@ def _hub_name(name: str | None) -> str | None:
     return name
 
 
-def _data(config: RunConfig) -> str:
+def _data(config: Config) -> str:
     if uses_builtin(config):
         return DATA
     if config.data.data_mixture:
@@ -221,7 +221,7 @@ def _sources(training: Training) -> str:
     return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _head(config: RunConfig) -> str:
+def _head(config: Config) -> str:
     if not config.method.has_local_losses:
         return "the model's own"
     layers = ", ".join(map(str, config.head_layers_schedule))
@@ -260,7 +260,7 @@ def _losses(training: Training, stage: int | None) -> str:
 
 
 def _reproduce(training: Training) -> str:
-    default = RunConfig().flat()
+    default = Config().flat()
     incidental = deciding(START, MACHINE)
     given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in incidental}
     ranks = training.partition.num_stages * training.num_replicas

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import is_gguf_available
 
 from llm_local.adapters.hf_internals import file_of
-from llm_local.config import ConfigError, RunConfig, from_here
+from llm_local.config import Config, ConfigError, from_here
 from llm_local.files import writing
 from llm_local.flags import ModelArguments
 from llm_local.model.gguf_header import complete_config, named
@@ -27,7 +27,7 @@ from llm_local.model.gguf_header import complete_config, named
 REVISION = 2  # counts changes of this file that change the result
 
 
-def weights_path(config: RunConfig) -> str:
+def weights_path(config: Config) -> str:
     """Where the pretrained model's safetensors and tokenizer are: model_name_or_path, or what the GGUF became."""
     model = config.model
     assert model.model_name_or_path is not None
@@ -87,7 +87,7 @@ def _target(path: Path, cache_dir: Path) -> Path:
     return cache_dir / "gguf" / f"{path.stem}-{key}"
 
 
-def convert(config: RunConfig) -> None:
+def convert(config: Config) -> None:
     """Writes the safetensors of the run's GGUF, if it has one and they are not there yet: whole, or not at all.
 
     Raises ConfigError naming the file if transformers cannot read it, Unwritten where there is no room for them.

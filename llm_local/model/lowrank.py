@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice, model_without_weights
@@ -91,9 +91,7 @@ def multiplied(head: Slice, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return tensors
 
 
-def rank_problems(
-    config: RunConfig, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition
-) -> list[str]:
+def rank_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition) -> list[str]:
     """Whether the matrices of the private layers can have the rank."""
     rank = config.local.head_rank
     schedule = config.head_layers_schedule

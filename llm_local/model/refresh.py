@@ -25,7 +25,7 @@ import deepspeed
 import torch
 
 from llm_local.adapters.deepspeed_internals import is_partitioned
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.device import DTYPES
 from llm_local.links.ends import Links, Receiver, Sender
 from llm_local.links.packet import END, REFRESH, Packet
@@ -195,7 +195,7 @@ class Refresher:
 
 
 def make_refresher(
-    config: RunConfig, partition: Partition, world: World, links: Links, blocks: Sequence[Block]
+    config: Config, partition: Partition, world: World, links: Links, blocks: Sequence[Block]
 ) -> Refresher | None:
     """Of a stage's blocks; None where no head is shared."""
     if not head_of(config).shares_matrix or len(partition.blocks) == 1:

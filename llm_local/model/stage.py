@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
@@ -182,7 +182,7 @@ class Block(nn.Module):
 
 
 def build_slice(
-    config: RunConfig,
+    config: Config,
     model_config: PretrainedConfig,
     anatomy: Anatomy,
     span: Span,
@@ -219,7 +219,7 @@ def build_slice(
 
 
 def build_block(
-    config: RunConfig,
+    config: Config,
     model_config: PretrainedConfig,
     anatomy: Anatomy,
     partition: Partition,
@@ -243,7 +243,7 @@ def build_block(
 
 
 def build_blocks(
-    config: RunConfig,
+    config: Config,
     model_config: PretrainedConfig,
     anatomy: Anatomy,
     partition: Partition,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.methods.method import PLAIN_ZERO, local_methods
 from llm_local.model.anatomy import Anatomy
 from llm_local.plan.machine import Machine
@@ -66,7 +66,7 @@ class Planner:
     anatomy: Anatomy
     sizes: ModelSizes
     machine: Machine
-    config: RunConfig
+    config: Config
     rows: int
 
     def layouts(

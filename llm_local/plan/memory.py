@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.links.wire import expected
 from llm_local.methods.method import local_schedules
@@ -112,7 +112,7 @@ def layer_activations(sizes: ModelSizes, seq_length: int, precision: str, keeps_
     return (24 * sizes.hidden_size + between + scores) * BYTES[precision] / 2
 
 
-def block_activations(sizes: ModelSizes, num_layers: float, config: RunConfig) -> float:
+def block_activations(sizes: ModelSizes, num_layers: float, config: Config) -> float:
     """Bytes that a micro-batch keeps of so many layers; with checkpointing their inputs, and all of one layer."""
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
     whole = layer_activations(sizes, config.data.seq_length, config.precision, sizes.keeps_scores)
@@ -147,7 +147,7 @@ def wire_bytes(sizes: ModelSizes, wire_dtype: str) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
-def packet_memory(sizes: ModelSizes, config: RunConfig, has_before: bool, has_behind: bool) -> float:
+def packet_memory(sizes: ModelSizes, config: Config, has_before: bool, has_behind: bool) -> float:
     """Bytes of the packets in flight of a local stage: sent ones, and those that are received ahead of their use."""
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
     each = tokens * (wire_bytes(sizes, config.wire_dtype) + TOKEN_IDS)
@@ -155,9 +155,7 @@ def packet_memory(sizes: ModelSizes, config: RunConfig, has_before: bool, has_be
     return each * (has_behind * packets_pending(bound) + has_before * packets_asked_for(bound))
 
 
-def stage_parameters(
-    sizes: ModelSizes, partition: Partition, stage: int, config: RunConfig, private: int
-) -> Parameters:
+def stage_parameters(sizes: ModelSizes, partition: Partition, stage: int, config: Config, private: int) -> Parameters:
     """What a stage of local training holds; private: the parameters of one private layer of a head.
 
     Where embeddings are tied the first block's head reads the embedding itself, unless it reads the shared copy.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.report import Plan
 from llm_local.plan.stages import PEER_METHODS, Candidate
@@ -27,7 +27,7 @@ POSITIVE = (
 _SET = ("method", "head", "num_stages", "stage_layers", "final_backprop_steps", "deepspeed")
 
 
-def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
+def check_plan(given: Mapping[str, Any], config: Config) -> None:
     """Raises ConfigError with every problem of the flags that shows without the model."""
     problems = [_positive(name, given[name]) for name in POSITIVE]
     latency = given["link_latency_us"]
@@ -47,7 +47,7 @@ def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
         for name in ("json", "trace")
         if given[name] and not given[name].parent.is_dir()
     ]
-    defaults = RunConfig().flat()
+    defaults = Config().flat()
     problems += [
         f"--{name} is set by the plan; leave it out"
         for name, value in config.flat().items()
@@ -60,7 +60,7 @@ def check_plan(given: Mapping[str, Any], config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def default_heads(config: RunConfig) -> tuple[str, ...]:
+def default_heads(config: Config) -> tuple[str, ...]:
     """Those that the flags leave: some have private layers."""
     private = config.local.head_layers or config.local.head_layers_schedule
     return tuple(name for name, head in HEADS.items() if private or not head.needs_private_layers)

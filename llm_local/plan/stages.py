@@ -9,7 +9,7 @@ from functools import lru_cache
 from transformers import PretrainedConfig
 
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters, setting_of
 from llm_local.head_problems import cut_problems
 from llm_local.methods.method import local_methods
@@ -64,7 +64,7 @@ class Candidate:
         stages = f"{self.num_stages} stage{'s' if self.num_stages > 1 else ''} x {self.num_replicas}"
         return f"{self.method}, {stages}, ZeRO {self.zero}" + (f", {self.head} heads" if self.head else "")
 
-    def flags(self, config: RunConfig) -> RunConfig:
+    def flags(self, config: Config) -> Config:
         """Those of `config` as a run of this layout has them; of a peer those of its model's cut."""
         local = replace(type(config.local)(), method="backprop", num_stages=self.num_stages * self.num_chunks)
         if self.is_local:
@@ -77,7 +77,7 @@ class Candidate:
 class Stages:
     """The stages of a layout on a machine. Raises ValueError saying what does not fit the model."""
 
-    def __init__(self, layout: Candidate, config: RunConfig, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
+    def __init__(self, layout: Candidate, config: Config, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
         self.layout, self.config, self.sizes, self.machine = layout, config, sizes, machine
         # the cut does not depend on the training, so that all of its flags share one
         self.partition = _cut(replace(config, train=type(config.train)()), anatomy)
@@ -235,5 +235,5 @@ class Stages:
 
 
 @lru_cache(maxsize=256)
-def _cut(config: RunConfig, anatomy: Anatomy) -> Partition:
+def _cut(config: Config, anatomy: Anatomy) -> Partition:
     return plan_partition(config, PretrainedConfig(), anatomy)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.costs import count_flops, flops_so_far
 from llm_local.study.points import Point, Study
 
@@ -57,7 +57,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> Result:
     return Result(evals, median(r["step_seconds"] for r in train), max(r["peak_memory_bytes"] for r in train))
 
 
-def tokens_per_step(config: RunConfig) -> int:
+def tokens_per_step(config: Config) -> int:
     train = config.train
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * config.data.seq_length
 

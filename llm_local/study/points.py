@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from llm_local.checks.preflight import plan_partition
-from llm_local.config import ConfigError, RunConfig, parse
+from llm_local.config import Config, ConfigError, parse
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.device import supports
 from llm_local.flags import AMOUNT, LAYOUT, START, DataArguments, ModelArguments, deciding
@@ -53,7 +53,7 @@ class Point:
     """One setting of a study. config is that of its runs, but for seed and folder."""
 
     name: str
-    config: RunConfig
+    config: Config
     shape: Shape
     setting: Setting
 
@@ -242,7 +242,7 @@ def _anatomy(model: ModelArguments) -> Anatomy:
         raise ConfigError([str(error)]) from error
 
 
-def _measures(config: RunConfig) -> tuple[Shape, Setting]:
+def _measures(config: Config) -> tuple[Shape, Setting]:
     """What the costs of a run depend on. Raises ValueError where the model cannot be had, or cut as wanted."""
     anatomy, local = _anatomy(config.model), config.local
     partition = plan_partition(config, load_model_config(config.model), anatomy)
@@ -274,7 +274,7 @@ def _layer_matrices(model: ModelArguments, anatomy: Anatomy) -> list[tuple[int, 
     return [(m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def _vocabulary_problems(pieces: int | None, config: RunConfig) -> list[str]:
+def _vocabulary_problems(pieces: int | None, config: Config) -> list[str]:
     if pieces is None:
         return []
     if config.model.tokenizer_name or config.model.model_name_or_path:

@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm_local.checkpoint.line import committed
-from llm_local.config import ConfigError, RunConfig
+from llm_local.config import Config, ConfigError
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.files import write_json, write_whole
@@ -58,7 +58,7 @@ class StudyRun:
     point: Point
     seed: int
     folder: Path
-    config: RunConfig
+    config: Config
     flags: dict[str, Any]  # what makes two runs the same, wherever they are
 
     @property
@@ -92,7 +92,7 @@ def runs_of(study: Study, output: Path) -> list[StudyRun]:
     return runs
 
 
-def _identity(config: RunConfig, builtin_vocab_size: int | None) -> dict[str, Any]:
+def _identity(config: Config, builtin_vocab_size: int | None) -> dict[str, Any]:
     """Flags, tokenizer and model of a run, without the places where they lie."""
     model = json.dumps(load_model_config(config.model).to_diff_dict(), sort_keys=True, default=str)
     places = (*deciding(START, MACHINE), "tokenizer_name")
@@ -119,7 +119,7 @@ def _changes(run: StudyRun) -> list[str]:
         before = json.loads((run.folder / "flags.json").read_text())
     except (OSError, ValueError):
         return ["flags.json cannot be read"]
-    before = {**RunConfig().flat(), **before}  # a flag that was not there yet had what is now its default
+    before = {**Config().flat(), **before}  # a flag that was not there yet had what is now its default
     return [f"{n}: {before.get(n)}, now {value}" for n, value in run.flags.items() if before.get(n) != value]
 
 

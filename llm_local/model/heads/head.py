@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.slices import Slice
 from llm_local.registry import HEADS
@@ -28,7 +28,7 @@ class Head:
     shares_matrix: ClassVar[bool] = False
     exit_problem: ClassVar[str] = ""
 
-    def problems(self, config: RunConfig) -> list[str]:
+    def problems(self, config: Config) -> list[str]:
         """What is wrong with the flags for this head, head_layers_schedule being a list of whole numbers if given."""
         local, text = config.local, config.local.head_layers_schedule
         problems = []
@@ -57,7 +57,7 @@ class Head:
         """Layers below the head whose output matrix this one's equals when both are new; None: it is one of its own."""
         return None
 
-    def connect(self, config: RunConfig, head: Slice, body: Slice) -> None:
+    def connect(self, config: Config, head: Slice, body: Slice) -> None:
         """Finishes the output matrix of a new head; where the model ties it to the embedding, the first block's is."""
         if not (body.is_first and body.anatomy.tied):
             return
@@ -77,7 +77,7 @@ class Head:
         return {}
 
 
-def head_of(config: RunConfig) -> Head:
+def head_of(config: Config) -> Head:
     """Of all blocks but the last; of an unknown name, which problems.py refuses, a plain one."""
     return (HEADS.get(config.local.head) if config.method.has_local_losses else None) or Head()
 

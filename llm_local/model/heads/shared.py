@@ -20,7 +20,7 @@ from torch import nn
 
 from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.adapters.torch_internals import parameters_of
-from llm_local.config import RunConfig
+from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, SliceError
 from llm_local.model.heads.head import Head, register_head
 from llm_local.model.loss import head_logits
@@ -89,7 +89,7 @@ class Shared(Head):
     def output_of(self, anatomy: Anatomy) -> int | None:
         return anatomy.num_layers
 
-    def connect(self, config: RunConfig, head: Slice, body: Slice) -> None:
+    def connect(self, config: Config, head: Slice, body: Slice) -> None:
         make_read_only(head)
 
     def transform(self, head: Slice) -> nn.Module:
