@@ -31,8 +31,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets")
 AXES = {"flops": "FLOPs of all blocks", "sequential_flops": "sequential FLOPs"}
-# apart for colour-blind eyes, too (Okabe and Ito)
-METHODS = {"backprop": "black", "greedy": "#D55E00", "chunked": "#0072B2", "overlapping": "#009E73"}
+# of methods, apart for colour-blind eyes, too (Okabe and Ito)
+COLORS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw(comparison: dict[str, Any], output: Path) -> None:
@@ -52,10 +52,9 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
     figure, panels = pyplot.subplots(1, len(AXES), sharey=True, figsize=(13, 6))
     points = [point for point in comparison["points"] if point["runs"]]
     for (axis, title), panel in zip(AXES.items(), panels, strict=True):
-        for row, (method, color) in enumerate(METHODS.items()):
+        for row, method in enumerate(dict.fromkeys(p["flags"]["method"] for p in points)):
+            color = COLORS[row % len(COLORS)]
             curves = {p["name"]: mean_curve(p, axis) for p in points if p["flags"]["method"] == method}
-            if not curves:
-                continue
             places = front([place for curve in curves.values() for place in curve])
             panel.plot(*zip(*places, strict=True), color=color, linewidth=2)
             text = {"textcoords": "offset points", "color": color}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class OverlapSchedule(Schedule):
     """One step in which every block's loss also trains the top of the block below.
 
-    The gradient for the stage before leaves as soon as the first block has it. That of the stage behind comes back one
-    micro-batch later, so that nobody waits for it but at the end of a step; it goes no further than the last block.
+    The gradient for the stage before leaves as soon as the first block has it; that of the stage behind goes no further
+    than the last block.
     """
 
     name = "overlapping"
@@ -32,19 +32,7 @@ class OverlapSchedule(Schedule):
                 commands += self.forward(buffer, block, keep_graph=True)
                 commands.append(self.backward(buffer, block, again=not self.is_last(block), passes_down=True))
                 commands += [self.backward(buffer, block - 1, from_above=True)] if block else self.send_back(buffer)
-            if micro_batch > 0:
-                commands += self._from_behind((micro_batch - 1) % self.num_pipe_buffers())
-            if micro_batch == self.micro_batches - 1:
-                commands += self._from_behind(buffer)
-            yield commands + self.end(micro_batch)
-
-    def _from_behind(self, buffer: int) -> list[PipeInstruction]:
-        received = self.receive_back(buffer)
-        return [*received, self.backward(buffer, self.num_blocks - 1, from_above=True)] if received else []
-
-    def num_pipe_buffers(self) -> int:
-        """The micro-batch at work, and the one whose gradient is on its way."""
-        return min(2, self.micro_batches)
+            yield [*commands, *self.catch_up(micro_batch, from_above=True), *self.end(micro_batch)]
 
     @classmethod
     def last_wait(cls, own: Sequence[float], behind: Sequence[float], there_and_back: float) -> float:

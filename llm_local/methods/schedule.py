@@ -74,8 +74,8 @@ class Schedule(ABC):
         """The instructions, in lists of which each does what belongs together."""
 
     def num_pipe_buffers(self) -> int:
-        """Micro-batches alive at a time."""
-        return 1
+        """Micro-batches alive at a time: the one at work, and that whose gradient or targets are on their way."""
+        return min(2, self.micro_batches) if self.back else 1
 
     def __iter__(self) -> Iterator[list[PipeInstruction]]:
         return iter(self.steps())
@@ -129,6 +129,17 @@ class Schedule(ABC):
         from deepspeed.runtime.pipe.schedule import RecvGrad
 
         return [] if self.is_last_stage else [RecvGrad(buffer)]
+
+    def catch_up(self, micro_batch: int, **meaning: bool) -> list[PipeInstruction]:
+        """The last block's passes for what comes back, one micro-batch late and so that nobody waits but at a step's
+        end."""
+        if self.is_last_stage:
+            return []
+        due = range(max(0, micro_batch - 1), micro_batch + (micro_batch == self.micro_batches - 1))
+        commands = []
+        for buffer in (each % self.num_pipe_buffers() for each in due):
+            commands += [*self.receive_back(buffer), self.backward(buffer, self.num_blocks - 1, **meaning)]
+        return commands
 
     def end(self, micro_batch: int) -> list[PipeInstruction]:
         """The optimizer step, behind the last micro-batch."""

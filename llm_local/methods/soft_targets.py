@@ -17,8 +17,7 @@ MOST_ZERO = 2
 class DistillationSchedule(Schedule):
     """One step in which every block but the last waits with its backward pass for the next block's soft targets.
 
-    Those for the stage before leave as soon as the first block has run forward. Those of the stage behind come back one
-    micro-batch later, so that nobody waits for them but at the end of a step.
+    Those for the stage before leave as soon as the first block has run forward.
     """
 
     name = "distillation"
@@ -34,19 +33,7 @@ class DistillationSchedule(Schedule):
                 commands += [self.backward(buffer, block - 1, learns=True)] if block else self.send_back(buffer)
             if self.is_last_stage:
                 commands.append(self.backward(buffer, self.num_blocks - 1))
-            if micro_batch > 0:
-                commands += self._from_behind((micro_batch - 1) % self.num_pipe_buffers())
-            if micro_batch == self.micro_batches - 1:
-                commands += self._from_behind(buffer)
-            yield commands + self.end(micro_batch)
-
-    def _from_behind(self, buffer: int) -> list[PipeInstruction]:
-        received = self.receive_back(buffer)
-        return [*received, self.backward(buffer, self.num_blocks - 1, learns=True)] if received else []
-
-    def num_pipe_buffers(self) -> int:
-        """The micro-batch at work, and the one whose soft targets are on their way."""
-        return min(2, self.micro_batches)
+            yield [*commands, *self.catch_up(micro_batch, learns=True), *self.end(micro_batch)]
 
     @classmethod
     def last_wait(cls, own: Sequence[float], behind: Sequence[float], there_and_back: float) -> float:
