@@ -88,7 +88,7 @@ check-newest:  ## the same with the newest, in .check-newest
 check-oldest check-newest: setup
 	$(BIN)/uv venv --clear --python $(PYTHON) .$@
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python .$@/bin/python \
-		--resolution $(RESOLUTION) -e ".[dev]"
+		--compile-bytecode --resolution $(RESOLUTION) -e ".[dev]"
 	PATH="$(CURDIR)/.$@/bin:$$PATH" .$@/bin/pytest -m "not processes" tests
 	PATH="$(CURDIR)/.$@/bin:$$PATH" .$@/bin/pytest $(RUNS)
 

@@ -178,7 +178,7 @@ def problems_of(kind: str, settings: dict[str, Any], **flags: Any) -> list[str]:
     ("kind", "settings", "reason"),
     [
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, r"does not take masks of documents \(ValueError: "),
-        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}, r"does not take masks of documents \(TypeError: "),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}, r"does not take masks of documents \((Type|Key)Error: "),
         ("qwen3_next", {"num_hidden_layers": 4}, r"and attn_implementation=sdpa a document is read together with"),
         (
             "jamba",
