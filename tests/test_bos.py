@@ -16,6 +16,7 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from llm_local.checks.preflight import preflight
+from llm_local.commands import generate
 from llm_local.config import Config, ConfigError, parse
 from llm_local.data.encoding import first_token, prompt_ids
 from llm_local.data.sets import prepare
@@ -139,14 +140,14 @@ def test_a_folder_of_tokens_keeps_it(load: Load, folders, jsonl, tmp_path, scrip
 
 
 @pytest.mark.processes
-def test_the_export_does_the_same_and_a_resumed_run_goes_on_as_it_began(trainer: Trainer, script: Any):
+def test_the_export_does_the_same_and_a_resumed_run_goes_on_as_it_began(trainer: Trainer):
     settings = {"max_steps": 1, "save_steps": 1, "eval_batches": 1, "sample_prompt": "import "}
     run = trainer.run("run", 1, add_bos="true", **settings)
     exported = AutoTokenizer.from_pretrained(run / "export")
     assert first_token(exported) == exported.bos_token_id
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     for prompt in ("import ", "<|bos|>x"):  # the script has the rule in its own words: it needs transformers alone
-        assert script("generate").encode(exported, prompt, model, 1).tolist() == [prompt_ids(prompt, exported)]
+        assert generate.encode(exported, prompt, model, 1).tolist() == [prompt_ids(prompt, exported)]
 
     def resumed(**flags: Any) -> bool | None:
         config = parse(trainer.flags("run", resume_from_checkpoint="true", **settings, **flags))
