@@ -36,7 +36,7 @@ def words(tree: ast.AST) -> set[str]:
             case ast.Import(names=names):
                 found |= {part for alias in names for part in alias.name.split(".")}
             case ast.ImportFrom(module=module, names=names):
-                found |= {*(module or "").split("."), *(alias.name for alias in names)}
+                found |= {*(module or "").split("."), *(name for a in names for name in (a.name, a.asname or a.name))}
     return found
 
 
