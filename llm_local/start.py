@@ -46,10 +46,7 @@ def prepare(
     Raises ConfigError with all that is wrong, on every rank, before anything starts and before the output folder is
     touched. A process has one run; after a ConfigError it may try again. From here on signals are the run's.
     """
-    must_be_first()
-    quiet_libraries()
-    watchdog = Watchdog(int(os.environ.get("RANK", "0")))
-    watchdog.start()
+    watchdog = first_watchdog()
     run = begin(with_objects(config, model, tokenizer, train_dataset, eval_dataset), watchdog, callbacks)
     atexit.register(_close_at_exit, run, watchdog)
     return run
@@ -62,7 +59,6 @@ def begin(
     refused: Callable[[Exception], None] = lambda error: None,
 ) -> Run:
     """As `prepare`, of flags alone. refused: called on rank 0 with what it finds wrong, before the others know."""
-    os.environ.update(of_scheduler(os.environ, at_terminal=os.isatty(0)))
     launch = Launch.from_environment(os.environ)
     meeting = Rendezvous(launch, config.train.output_dir, float(config.train.ddp_timeout))
     try:
@@ -81,10 +77,16 @@ def has_begun() -> bool:
     return _started.is_set()
 
 
-def must_be_first() -> None:
-    """Raises ConfigError in a process that has had its run."""
+def first_watchdog() -> Watchdog:
+    """This rank's, from which on its launcher's death and signals end it. Raises ConfigError in a process that has had
+    its run."""
     if has_begun():
         raise ConfigError(["this process has had its run; start another process for the next one"])
+    quiet_libraries()
+    os.environ.update(of_scheduler(os.environ, at_terminal=os.isatty(0)))  # where it finds its rank
+    watchdog = Watchdog(int(os.environ.get("RANK", "0")))
+    watchdog.start()
+    return watchdog
 
 
 def _close_at_exit(run: Run, watchdog: Watchdog) -> None:

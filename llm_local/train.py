@@ -5,7 +5,6 @@ deepspeed --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
@@ -21,8 +20,7 @@ from llm_local.engine import NonFiniteLoss
 from llm_local.export.model_folder import WrongExport
 from llm_local.files import Unwritten
 from llm_local.rendezvous import RunRefused
-from llm_local.screen import quiet_libraries
-from llm_local.start import begin, has_begun, must_be_first
+from llm_local.start import begin, first_watchdog, has_begun
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 
 REFUSED = 2
@@ -34,19 +32,16 @@ LAUNCHER_SECONDS = 10.0
 
 def main(arguments: Sequence[str]) -> int:
     """Trains one rank's share, once in a process. Returns 0, 2 for a run that was refused, 1 for one that failed."""
-    rank, said = int(os.environ.get("RANK", "0")), []
+    said: list[Exception] = []
 
     def say(error: Exception) -> None:
         said.append(error)
         _say(error)
 
     try:
-        must_be_first()
+        watchdog = first_watchdog()
     except ConfigError as error:
         return _refuse(0, error)
-    quiet_libraries()
-    watchdog = Watchdog(rank)
-    watchdog.start()
     try:
         run = begin(parse(arguments), watchdog, refused=say)
         run.train()
@@ -56,11 +51,11 @@ def main(arguments: Sequence[str]) -> int:
         return REFUSED
     except ConfigError as error:
         if has_begun():
-            watchdog.report(f"rank {rank} refuses its configuration")
+            watchdog.report(f"rank {watchdog.rank} refuses its configuration")
             status = _refuse(0, error)
             time.sleep(LAST_WORDS_SECONDS)  # the store may go with this rank
             return status
-        return REFUSED if said else _refuse(rank, error)
+        return REFUSED if said else _refuse(watchdog.rank, error)
     except Exception as error:
         if not has_begun():
             if not said:

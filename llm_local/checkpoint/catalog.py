@@ -115,7 +115,7 @@ class Manifest:
         """The run's configuration. Raises ConfigError for a method or head that is not the library's and has not been
         registered here."""
         for kind, known in (("method", METHODS), ("head", HEADS)):
-            if (name := self.flags[kind]) not in known:
+            if (name := self.flags.get(kind)) is not None and name not in known:
                 raise ConfigError(
                     [f"the checkpoint was trained with {kind}={name}, which is unknown; register it first"]
                 )
