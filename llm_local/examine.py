@@ -30,6 +30,7 @@ from llm_local.model.loss import IGNORED, LossLinear
 from llm_local.model.slices import Seam
 from llm_local.model.stage import Block, build_blocks
 from llm_local.partition import Partition
+from llm_local.registry import METHODS
 
 READOUT_LEARNING_RATE = 1e-2
 
@@ -67,10 +68,9 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     folder = find_committed(run, checkpoint)
     manifest = read_manifest(folder)
     config = manifest.config()
-    if not config.method.has_local_losses:
-        raise ValueError(
-            f"{folder} was trained with method={config.local.method}: one loss for all layers, no local gradient"
-        )
+    method = manifest.layout.method
+    if not METHODS[method].has_local_losses:
+        raise ValueError(f"{folder} was trained with method={method}: one loss for all layers, no local gradient")
     catalog = Catalog(folder)
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
