@@ -128,6 +128,7 @@ def test_the_last_block_is_the_linear_heads(ids: torch.Tensor):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="before torch 2.13 it is computed")
 def test_the_weight_gradient_is_not_computed(ids: torch.Tensor):
     """No matrix product of the backward pass has the shape of the matrix."""
     block = built(head_layers=0)[1]
