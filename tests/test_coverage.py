@@ -69,7 +69,8 @@ def test_a_type_that_cannot_be_cut_is_refused_with_the_reason(model_type: str, r
 def test_a_type_without_a_tiny_model_is_not_tried():
     found = examine("musicgen")
     assert found.status == UNTRIED
-    assert found.reason.startswith("no tiny model: ")
+    kinds = ("AttributeError", "StrictDataclassFieldValidationError")  # from transformers 5.24 on, and before
+    assert found.reason.startswith(tuple(f"no tiny model: {kind}: " for kind in kinds))
 
 
 def test_a_model_that_stays_large_is_not_tried(monkeypatch: pytest.MonkeyPatch):
