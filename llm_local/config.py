@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -34,6 +35,13 @@ class ConfigError(ValueError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {line}" for line in self.problems))
+
+
+def refused(name: str, error: Exception) -> int:
+    """Says in a line why the program of that name begins nothing; returns its exit status."""
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print(f"{name}: {'; '.join(error.problems) if isinstance(error, ConfigError) else said}", file=sys.stderr)
+    return 2
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ def test_a_type_that_cannot_be_cut_is_refused_with_the_reason(model_type: str, r
 def test_a_type_without_a_tiny_model_is_not_tried():
     found = examine("musicgen")
     assert found.status == UNTRIED
-    kinds = ("AttributeError", "StrictDataclassFieldValidationError")  # from transformers 5.24 on, and before
+    kinds = ("AttributeError", "StrictDataclassFieldValidationError")  # of transformers 5.24, and of 5.17
     assert found.reason.startswith(tuple(f"no tiny model: {kind}: " for kind in kinds))
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from llm_local.config import Config, ConfigError, Parser, parse
+from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.data.sets import Data, SourceData, prepare_all
 from llm_local.data.text_files import UnreadableText
 from llm_local.data.tokenizer import load_tokenizer
@@ -146,11 +146,6 @@ def main(arguments: list[str]) -> int:
     try:
         given, rest = parser.parse_known_args(arguments)
         show(parse(rest), given)
-    except (ConfigError, UnreadableText) as error:
-        text = "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-        print(f"{NAME}: {text}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{NAME}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ConfigError, UnreadableText, OSError) as error:
+        return refused(NAME, error)
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.config import Config, ConfigError, Parser, parse
+from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.methods.method import local_methods
 from llm_local.plan.layouts import Planner
@@ -108,12 +108,8 @@ def main(arguments: list[str]) -> int:
         planner = make_planner(given, rest)
         plan = search(planner, given.method, given.head, given.num_stages, given.zero, given.top)
         write(given, planner, plan)
-    except ConfigError as error:
-        print(f"{NAME}: {'; '.join(error.problems)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{NAME}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ConfigError, OSError) as error:
+        return refused(NAME, error)
     if not plan.best and not plan.peers:
         print(f"{NAME}: {verdict(plan)}", file=sys.stderr)
         return 2

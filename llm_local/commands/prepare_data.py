@@ -20,7 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from transformers.utils import logging
 
-from llm_local.config import Config, ConfigError, Parser, parse
+from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.data.mixture import TOKENS, training_sources
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
@@ -99,12 +99,8 @@ def main(arguments: list[str]) -> int:
         config, output = parse_arguments(arguments)
         with writing(config.cache_dir, reads=True):
             data = prepare(config, output)
-    except ConfigError as error:
-        print(f"{NAME}: {'; '.join(error.problems)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{NAME}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ConfigError, OSError) as error:
+        return refused(NAME, error)
     for line in data.warnings:
         print(f"{NAME}: warning: {line}", file=sys.stderr)
     for source in data.sources:

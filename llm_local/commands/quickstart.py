@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from llm_local.commands.configs import CONFIGS
-from llm_local.config import ConfigError, Parser, parse
+from llm_local.config import ConfigError, Parser, parse, refused
 from llm_local.problems import static_problems
 from llm_local.program import program
 
@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         started = command(arguments)
     except ConfigError as error:
-        print(f"{NAME}: {'; '.join(error.problems)}", file=sys.stderr)
-        return 2
+        return refused(NAME, error)
     ranks = int(started[started.index("--nproc_per_node") + 1])
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     # this process becomes the launcher, which a signal then reaches as it would one that was started by hand

@@ -21,7 +21,7 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging
 
-from llm_local.config import ConfigError, Parser, parse
+from llm_local.config import ConfigError, Parser, parse, refused
 from llm_local.data.sets import data_problems
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
 from llm_local.files import Unwritten, ends_with_a_line, writing
@@ -75,12 +75,8 @@ def main(arguments: list[str]) -> int:
         with writing(config.cache_dir, reads=True):
             texts = _counted(sample_texts(config, given.characters), given.characters)
             train_tokenizer(texts, given.kind, given.vocab_size, given.output, progress=sys.stderr.isatty())
-    except ConfigError as error:
-        print(f"{NAME}: {'; '.join(error.problems)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{NAME}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    except (ConfigError, OSError) as error:
+        return refused(NAME, error)
     seconds = time.monotonic() - start
     print(f"{given.output}: {given.kind} of {given.vocab_size:,} pieces, trained in {seconds:.0f} s")
     return 0
