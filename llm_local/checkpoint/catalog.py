@@ -102,7 +102,8 @@ def layout_of(config: Config, partition: Partition, num_replicas: int, model_con
 @dataclass(frozen=True)
 class Manifest:
     """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's. deepspeed:
-    the JSON that they name; None in a checkpoint of a time when it was not kept."""
+    the JSON that they name; None in a checkpoint of a time when it was not kept. stages: those that the checkpoint
+    holds; None for all. run: which run's jobs wrote it; None of one launch."""
 
     step: int
     rows: int
@@ -110,6 +111,12 @@ class Manifest:
     flags: dict[str, Any]
     versions: dict[str, str]
     deepspeed: dict[str, Any] | None = None
+    stages: list[int] | None = None
+    run: str | None = None
+
+    def held(self) -> list[int]:
+        """The stages whose tensors the checkpoint has."""
+        return list(range(self.layout.num_stages)) if self.stages is None else self.stages
 
     def config(self) -> Config:
         """The run's configuration. Raises ConfigError for a method or head that is not the library's and has not been
@@ -197,7 +204,7 @@ class _StretchPlanner(DefaultLoadPlanner):
 class Catalog:
     """What a checkpoint holds, by name. Raises BrokenCheckpoint naming the file that is missing or damaged.
 
-    blocks: state.json of all stages. states, scalars: what the optimizer kept of a parameter, by its name.
+    blocks: state.json of the stages it holds. states, scalars: what the optimizer kept of a parameter, by its name.
     """
 
     def __init__(self, checkpoint: Path):
@@ -209,7 +216,7 @@ class Catalog:
         self._numels: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._folders: dict[str, Path] = {}
-        for stage in range(self.manifest.layout.num_stages):
+        for stage in self.manifest.held():
             self._add(checkpoint / f"stage-{stage:02d}")
 
     def _add(self, folder: Path) -> None:
