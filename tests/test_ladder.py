@@ -18,6 +18,7 @@ trainer_flags config head_plan
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends
+jobs: segment packet_log
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
 model: router_loss document_mask distillation
 model.heads: head decoder linear shared
