@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect-data": "show what a model will see: rows, lengths, throughput",
     "train-tokenizer": "train a tokenizer on a run's data",
     "export": "make a model of a checkpoint, without the ranks that wrote it",
+    "assemble": "make a model of the parts that each stage's job has left",
     "generate": "write text with an exported model, and measure an exit as its draft",
     "plot": "draw the losses of every stage of one run or several",
     "probe": "look inside a trained run: local against true gradients, the loss of every exit",

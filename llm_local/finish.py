@@ -18,18 +18,18 @@ from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.evaluation import EvalSet, better_exit
 from llm_local.export.masters import masters_of
-from llm_local.export.model_card import Training, installed_versions, model_card
-from llm_local.export.model_folder import (
-    CARD,
-    Description,
-    WrongExport,
-    check_export,
-    draft_of,
-    put_in_place,
-    write_text,
-    writing,
+from llm_local.export.model_card import Training, installed_versions, write_cards
+from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
+from llm_local.export.stages import (
+    CHECK_FILE,
+    check_exit,
+    collect,
+    compose,
+    exit_folder,
+    exit_name,
+    has_exits,
+    write_stage,
 )
-from llm_local.export.stages import LOGITS_TOLERANCE, collect, compose, exit_folder, exit_name, write_stage
 from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
 from llm_local.model.slices import Slice
@@ -38,7 +38,6 @@ from llm_local.setup import Setup
 from llm_local.world import Place, World
 
 SAMPLE_TOKENS = 80
-CHECK_FILE = "check.safetensors"
 
 
 def finish(run: Rank, step: int, is_evaluated: bool) -> None:
@@ -68,7 +67,7 @@ def _again(config: Config) -> str:
 
 def _export(run: Rank, export: Path) -> None:
     config, world, engine, place = run.config, run.world, run.engine, run.world.place
-    has_head = _has_exits(config) or place.is_last_stage
+    has_head = has_exits(config) or place.is_last_stage
     logits = engine.check_logits()
     bodies, head = slices_of(engine)
     seconds = float(config.train.ddp_timeout)
@@ -98,15 +97,11 @@ def _export(run: Rank, export: Path) -> None:
         world.publish(f"checked/{place.stage}", check_stage(run.setup, place, export, logits))
 
 
-def _has_exits(config: Config) -> bool:
-    return not config.is_pipelined and not config.local.head_features
-
-
 def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
     config, model_config = setup.config, setup.model_config()
     model_config.dtype = DTYPES[config.export_dtype]
     model = Description(model_config, class_name, start.tokenizer, setup.generation, setup.code)
-    compose(export, setup.partition, config.head_layers_schedule, model, _has_exits(config))
+    compose(export, setup.partition, config.head_layers_schedule, model, has_exits(config))
 
 
 def slices_of(engine: Engine) -> tuple[list[Slice], Slice | None]:
@@ -120,29 +115,11 @@ def _folded(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) -> str:
-    """Compares this stage's exit, as transformers loads it, with the pipeline's logits on the same row of text.
-
-    Returns a line for a person. An exit that is no model of its own is removed; the whole model must be one.
-    """
-    config, final = setup.config, setup.config.output_dir / "export"
-    if place.is_last_stage:
-        return f"{final}: {_compare(config, export, export, logits)}"
-    folder = exit_folder(export, place.stage)
+    """This stage's exit, compared as in check_exit with its logits on the row of text that lies in the export."""
+    config, ids = setup.config, load_file(export / CHECK_FILE)["input_ids"]
     reason = setup.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
-    if reason is None:
-        try:
-            return f"{exit_folder(final, place.stage)}: {_compare(config, export, folder, logits)}"
-        except WrongExport as error:
-            reason = error.reason
-    shutil.rmtree(folder)
-    return f"no exit {exit_name(place.stage)}, as it is no model of its own: {reason}"
-
-
-def _compare(config: Config, export: Path, folder: Path, logits: torch.Tensor) -> str:
-    ids = load_file(export / CHECK_FILE)["input_ids"]
-    roundings = (config.precision, config.export_dtype)
-    tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in roundings)
-    return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
+    final = config.output_dir / "export"
+    return check_exit(config, export, final, place.stage, place.is_last_stage, reason, (ids, logits))
 
 
 def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool) -> None:
@@ -150,14 +127,14 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
     validation loss, and some text."""
     config, world, progress = run.config, run.world, run.progress
     seconds, draft, stages = float(config.train.ddp_timeout), draft_of(export), range(world.place.num_stages)
-    for stage in stages if _has_exits(config) else stages[-1:]:
+    for stage in stages if has_exits(config) else stages[-1:]:
         progress.say(world.fetch(f"checked/{stage}", seconds, f"stage {stage} to check its export"))
     progress.show()
     sets = run.setup.eval_sets if is_evaluated else ()
     found = [[_losses_at(step, config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-    _write_cards(_training(run, step, tuple(losses), exits), draft)
+    write_cards(_training(run, step, tuple(losses), exits), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
@@ -179,7 +156,7 @@ def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[
     if config.is_pipelined:
         return []
     export = config.output_dir / "export"
-    folders = {stage: exit_folder(export, stage) for stage in exits} if _has_exits(config) else None
+    folders = {stage: exit_folder(export, stage) for stage in exits} if has_exits(config) else None
     resume = "--resume_from_checkpoint true" if committed(config.output_dir) else ""
     if resume and config.local.layers_per_block is not None:
         resume += f" --layers_per_block {config.local.layers_per_block}"
@@ -210,12 +187,6 @@ def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tup
         places=run.rows_after(step) * config.data.seq_length,
         sources=run.sources,
     )
-
-
-def _write_cards(training: Training, export: Path) -> None:
-    write_text(export / CARD, model_card(training))
-    for stage in training.exits:
-        write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
 
 
 def _sample(config: Config, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

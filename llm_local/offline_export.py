@@ -1,4 +1,5 @@
-"""A model from a checkpoint, on one CPU, without the ranks that wrote it; scripts/export.py is the command.
+"""A model from a checkpoint or from parts, on one CPU, without the ranks that wrote them; `export` and `assemble` are
+the commands.
 
 Blocks are made and filled one after the other, and a stage's tensors go to disk before the next stage is read: memory
 is that of about one stage.
@@ -6,8 +7,8 @@ is that of about one stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,31 +24,69 @@ from llm_local.data.special_tokens import generation_values, run_model_config
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
-from llm_local.export.model_card import Training, installed_versions, model_card
-from llm_local.export.model_folder import (
-    CARD,
-    Description,
-    complete,
-    replaced,
-    shard_name,
-    tied_names,
-    write_shard,
-    write_text,
+from llm_local.export.model_card import Training, installed_versions, model_card, write_cards
+from llm_local.export.model_folder import CARD, Description, replaced, write_text
+from llm_local.export.stages import (
+    StageTensors,
+    check_exit,
+    collect,
+    compose,
+    exit_folder,
+    exit_name,
+    has_exits,
+    write_stage,
 )
-from llm_local.export.stages import collect, exit_name, trimmed
+from llm_local.flags import ModelArguments
+from llm_local.jobs.parts import MODEL, fitting, read_check
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice
 from llm_local.partition import Partition
+
+Say = Callable[[str], None]
 
 
 class NoSuchExit(ValueError):
     """The checkpoint has no exit of that name."""
 
 
-def export_checkpoint(
-    checkpoint: Path, out: Path, exit: str | None, dtype: str, say: Callable[[str], None] = lambda _line: None
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What the flags of a run say of its model. config: with which blocks are built."""
+
+    config: Config
+    model: Description
+    anatomy: Anatomy
+    partition: Partition
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(config: Config, dtype: str, folder: Path | None = None) -> _Run:
+        """folder: where the model is described, if not where the flags say."""
+        # no layer runs here, and the kernel of the training may be on another machine
+        config = replace(config, model=replace(config.model, attn_implementation="eager"))
+        if folder is None:
+            model = described(config)
+        else:
+            named = ModelArguments(model_name_or_path=str(folder), trust_remote_code=config.model.trust_remote_code)
+            model = described(replace(config, model=replace(named, attn_implementation="eager")))
+            config = replace(config, model=replace(config.model, model_name_or_path=None))  # no weights to begin with
+        model.config.dtype = DTYPES[dtype]
+        anatomy = probe(model.config, config.model)
+        return _Run(config, model, anatomy, plan_partition(config, model.config, anatomy), DTYPES[dtype])
+
+    def refused(self) -> dict[str, str]:
+        return refused_exits(self.config, self.model.config, self.anatomy, self.partition)
+
+
+def described(config: Config) -> Description:
+    """The run's model as its flags describe it. Raises ConfigError where what they name is not there."""
+    model_config, tokenizer = run_model_config(config), load_tokenizer(config)
+    generation = generation_values(config, model_config, tokenizer)
+    return Description(model_config, "", tokenizer, generation, read_code(model_config))
+
+
+def export_checkpoint(checkpoint: Path, out: Path, exit: str | None, dtype: str, say: Say = lambda _line: None) -> None:
     """Writes the model, or the exit of a stage ('stage-01'), as a folder for from_pretrained.
 
     dtype: fp32, bf16, fp16, or auto for that of the training. Raises BrokenCheckpoint, ConfigError and Unwritten,
@@ -55,32 +94,41 @@ def export_checkpoint(
     """
     catalog = Catalog(checkpoint)
     config = catalog.manifest.config()
-    # no layer runs here, and the kernel of the training may be on another machine
-    config = replace(config, model=replace(config.model, attn_implementation="eager"))
-    model_config = run_model_config(config)
-    anatomy = probe(model_config, config.model)
-    partition = plan_partition(config, model_config, anatomy)
-    last = _stage_of(exit, catalog, partition)
-    reason = refused_exits(config, model_config, anatomy, partition).get(exit or "")
+    run = _Run.of(config, config.precision if dtype == "auto" else dtype)
+    last = _stage_of(exit, catalog, run.partition)
+    reason = run.refused().get(exit or "")
     if reason:
         raise NoSuchExit(f"{exit} of {checkpoint} is no model of its own: {reason}")
-    tied = tied_names(model_config)
-    model_config.dtype = DTYPES[config.precision if dtype == "auto" else dtype]
-    class_name = ""
     with replaced(out) as draft:
-        shards = [draft / shard_name(index, last + 2) for index in range(last + 2)]
-        for stage in range(last + 1):
-            say(f"stage {stage}: {partition.describe().split(' | ')[stage].partition(': ')[2]}")
-            class_name = _write_stage(
-                catalog, config, anatomy, partition, stage, shards[stage:], stage == last, model_config.dtype
-            )
-        depth = partition.private_layers(partition.stages[last].stop - 1, config.head_layers_schedule).stop
-        tokenizer = load_tokenizer(config)
-        generation = generation_values(config, model_config, tokenizer)
-        model = Description(model_config, class_name, tokenizer, generation, read_code(model_config))
-        complete(draft, shards, trimmed(model, depth), tied)
-        training = _training(catalog, catalog.manifest.config(), partition, model_config.model_type)
-        write_text(draft / CARD, model_card(training, None if exit is None else last))
+        _write(draft, run, [catalog] * (last + 1), False, say)
+        write_text(draft / CARD, model_card(_training(catalog, config, run), None if exit is None else last))
+
+
+def assemble(
+    given: Sequence[Path], out: Path, dtype: str | None = None, trusted: bool = False, say: Say = lambda _line: None
+) -> None:
+    """Writes the model that the parts of all stages make, and the exits, as a run of one launch does.
+
+    dtype: by default what the run's --export_dtype says. trusted: whether code that a part brings along may run. Raises
+    ConfigError, BrokenCheckpoint, Unwritten, and WrongExport where the whole model is not the one that was trained; out
+    is then as it was.
+    """
+    parts = fitting(given)
+    catalogs, checks = [Catalog(part) for part in parts], [read_check(part) for part in parts]
+    config = catalogs[0].manifest.config()
+    config = replace(config, model=replace(config.model, trust_remote_code=trusted))
+    if dtype is not None:
+        config = replace(config, train=replace(config.train, export_dtype=dtype))
+    described_in = next((part / MODEL for part in parts if (part / MODEL).is_dir()), None)
+    run, stages, exits = _Run.of(config, config.export_dtype, described_in), range(len(parts)), has_exits(config)
+    refused = run.refused()
+    with replaced(out) as draft:
+        _write(draft, run, catalogs, exits, say)
+        for stage in stages if exits else stages[-1:]:
+            reason = refused.get(exit_name(stage))
+            say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, checks[stage]))
+        there = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
+        write_cards(replace(_training(catalogs[0], config, run), exits=there), draft)
 
 
 def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:
@@ -99,48 +147,48 @@ def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:
     return stage
 
 
-def _write_stage(
-    catalog: Catalog,
-    config: Config,
-    anatomy: Anatomy,
-    partition: Partition,
-    stage: int,
-    shards: list[Path],
-    with_head: bool,
-    dtype: torch.dtype,
-) -> str:
-    """The first of the shards gets the stage's layers, with_head the second one the head of its last block."""
-    model_config = run_model_config(config)
-    numbers, bodies, heads, class_name = partition.stages[stage], {}, {}, ""
+def _write(draft: Path, run: _Run, catalogs: Sequence[Catalog], exits: bool, say: Say) -> None:
+    """The model of as many stages as there are catalogs, with all exits or none. catalogs: that of each stage."""
+    last, class_name = len(catalogs) - 1, ""
+    for stage, catalog in enumerate(catalogs):
+        say(f"stage {stage}: {run.partition.describe().split(' | ')[stage].partition(': ')[2]}")
+        class_name = _write_stage(draft, run, catalog, stage, last, exits or stage == last)
+    model = replace(run.model, class_name=class_name)
+    compose(draft, run.partition, run.config.head_layers_schedule, model, exits, last)
+
+
+def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int, has_head: bool) -> str:
+    """Returns the name of the model's class."""
+    built = (run.config, run.model.config, run.anatomy, run.partition)
+    numbers, tensors, class_name = run.partition.stages[stage], StageTensors({}, {}), ""
     for index in range(numbers.start, numbers.stop):
-        if with_head and index == numbers.stop - 1:
-            block = build_block(config, model_config, anatomy, partition, index)
+        if has_head and index == numbers.stop - 1:
+            block = build_block(*built, index)
             fill_block(catalog, block)
             body = block.body
-            found = collect([body], block.head, False, True, block.folded(), dtype)
-            heads = found.head
+            found = collect([body], block.head, False, True, block.folded(), run.dtype)
         else:
-            body = build_slice(config, model_config, anatomy, partition.blocks[index], has_head=False)
+            body = build_slice(*built[:3], run.partition.blocks[index], has_head=False)
             fill(catalog, dict(body.model.state_dict(keep_vars=True)))
-            found = collect([body], None, False, True, {}, dtype)
-        bodies |= found.body
+            found = collect([body], None, False, True, {}, run.dtype)
+        tensors = StageTensors(tensors.body | found.body, found.head)
         class_name = type(body.model).__name__
-    write_shard(shards[0], bodies)
-    if with_head:
-        write_shard(shards[1], heads)
+    write_stage(draft, stage, last + 1, tensors, has_head)
     return class_name
 
 
-def _training(catalog: Catalog, config: Config, partition: Partition, model_type: str) -> Training:
-    manifest, state = catalog.manifest, read_data_state(catalog.path)
+def _training(catalog: Catalog, config: Config, run: _Run) -> Training:
+    """catalog: of the first stage, which read the data."""
+    manifest, state, train = catalog.manifest, read_data_state(catalog.path), config.train
     return Training(
         config=config,
-        partition=partition,
-        num_replicas=manifest.layout.replicas,
-        model_type=model_type,
+        partition=run.partition,
+        num_replicas=manifest.layout.sequences_per_step
+        // (train.per_device_train_batch_size * train.gradient_accumulation_steps),
+        model_type=run.model.config.model_type,
         steps=manifest.step,
         tokens=trained_tokens(state, manifest.rows, config.data.seq_length),
-        losses=(None,) * partition.num_stages,
+        losses=(None,) * run.partition.num_stages,
         exits=(),
         deepspeed=load_json(config),
         versions=installed_versions() | manifest.versions,

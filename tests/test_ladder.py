@@ -18,7 +18,6 @@ trainer_flags config head_plan
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message transports ends
-jobs: segment packet_log
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
 model: router_loss document_mask distillation
 model.heads: head decoder linear shared
@@ -29,6 +28,7 @@ data: source_problems sources objects sequences tokenizer_training streams prepa
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages model_card
+jobs: segment packet_log parts
 metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
@@ -38,7 +38,7 @@ coverage: model_type run report
 study: points comparison runs
 plan: times machine memory model stages layouts report search
 bench: saved_bytes peers worker cases calibration relay
-commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export generate plot probe
+commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate plot probe
 commands: timeline study
 cli
 """

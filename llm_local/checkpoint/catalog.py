@@ -49,10 +49,11 @@ _BYTES_AT_A_TIME = 32 * 2**20  # read in one go: the pages of the files stay map
 
 
 class BrokenCheckpoint(RuntimeError):
-    """A file of a committed checkpoint is missing or damaged."""
+    """A file of a committed checkpoint is missing or damaged. what: without the repair of a run."""
 
     def __init__(self, path: Path, reason: object):
-        super().__init__(f"{path}: {str(reason).partition(chr(10))[0]}; resume from an earlier checkpoint")
+        self.what = f"{path}: {str(reason).partition(chr(10))[0]}"
+        super().__init__(f"{self.what}; resume from an earlier checkpoint")
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,20 @@ def layout_problems(checkpoint: Path, layout: Layout) -> list[str]:
         for name, why in MUST_MATCH.items()
         if getattr(saved, name) != getattr(layout, name)
     ]
-    names = sorted((saved.model.keys() | layout.model.keys()) - set(_INCIDENTAL))
-    differing = [name for name in names if saved.model.get(name) != layout.model.get(name)]
-    if differing:
-        theirs, ours = (", ".join(f"{n}={m.get(n)}" for n in differing[:3]) for m in (saved.model, layout.model))
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        problems.append(f"{checkpoint} holds another model ({theirs}{more}); this run's has {ours}{more}")
+    if differing := model_differences(saved, layout):
+        problems.append(f"{checkpoint} holds another model ({differing[0]}); this run's has {differing[1]}")
     return problems
+
+
+def model_differences(one: Layout, other: Layout) -> tuple[str, str] | None:
+    """In which values the models of two layouts differ, those of each; None if in none that matters."""
+    names = sorted((one.model.keys() | other.model.keys()) - set(_INCIDENTAL))
+    differing = [name for name in names if one.model.get(name) != other.model.get(name)]
+    if not differing:
+        return None
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    first, second = (", ".join(f"{n}={m.get(n)}" for n in differing[:3]) + more for m in (one.model, other.model))
+    return first, second
 
 
 def layout_changes(saved: Manifest, layout: Layout, flags: dict[str, Any]) -> list[str]:
@@ -273,6 +281,12 @@ class Catalog:
 
 def replica_file(replica: int) -> str:
     return f"replica-{replica:02d}.safetensors"
+
+
+def save_stretches(tensors: dict[str, torch.Tensor], starts: Mapping[str, int], path: Path) -> None:
+    """A replica's file: flat tensors, each with the first of its elements in the whole, 0 if not said."""
+    offsets = {name: {"saved_offsets": [starts.get(name, 0)]} for name in tensors}
+    save_tensors(tensors, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

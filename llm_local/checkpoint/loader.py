@@ -134,7 +134,10 @@ def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def fill_block(catalog: Catalog, block: Block) -> None:
-    """As fill, for all that a block has."""
+    """As fill, for all that a block has; its head is untied where the checkpoint has an output matrix for it."""
+    if set(block.tied_names()) & set(catalog.weights):
+        output: Any = block.head.model.get_output_embeddings()
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
     fill(catalog, block.saved_tensors())
     install_saved(catalog, block)
 

@@ -27,7 +27,7 @@ from llm_local.checkpoint.catalog import (
     Layout,
     Manifest,
     replica_file,
-    save_tensors,
+    save_stretches,
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
 from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, saved_module, shards, states_of
@@ -130,9 +130,7 @@ class Saver:
     ) -> None:
         path = folder / replica_file(self._world.place.replica)
         try:
-            offsets = {name: {"saved_offsets": [starts.get(name, 0)]} for name in tensors}
-            header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-            save_tensors(tensors, path, header)
+            save_stretches(tensors, starts, path)
             _to_disk(path)
             for name, text in files.items():
                 path = folder / name

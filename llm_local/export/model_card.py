@@ -1,6 +1,6 @@
 """The README.md of an exported model, in the hub's model-card format: what it is and how it was trained.
 
-A pure function of the facts of a run; `finish` and an exporter of checkpoints gather them.
+Its text is a pure function of the facts of a run; `finish` and an exporter of checkpoints gather them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from llm_local.config import Config
 from llm_local.data.packing import PackedSource
 from llm_local.data.source_problems import uses_builtin
 from llm_local.ds_config import Json, zero_stage
+from llm_local.export.model_folder import CARD, write_text
+from llm_local.export.stages import exit_folder
 from llm_local.flags import MACHINE, START, deciding
 from llm_local.partition import Partition
 
@@ -62,6 +64,13 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def write_cards(training: Training, export: Path) -> None:
+    """That of the whole model, and of each exit. Raises Unwritten."""
+    write_text(export / CARD, model_card(training))
+    for stage in training.exits:
+        write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
 
 
 def model_card(training: Training, stage: int | None = None) -> str:

@@ -148,6 +148,11 @@ def complete(folder: Path, shards: Sequence[Path], model: Description, tied: Map
         "weight_map": {name: path.name for name, path in sorted(places.items())},
     }
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    write_description(folder, model, is_tied)
+
+
+def write_description(folder: Path, model: Description, is_tied: bool = True) -> None:
+    """All of a model's folder but its weights. is_tied: whether they are as the config has them. Raises Unwritten."""
     config = copy.deepcopy(model.config)
     config.architectures = [model.class_name]
     for name in config.sub_configs:  # one dtype for all, as they were trained
@@ -216,7 +221,8 @@ def link(source: Path, target: Path) -> None:
 
 
 def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, **model_args: Any) -> str:
-    """Loads an export and compares its logits (1, T, V) with the pipeline's; returns how that went.
+    """Loads an export and compares its logits with the pipeline's (1, T', V), which may be those of the first positions
+    alone; returns how that went.
 
     Raises WrongExport naming the folder if it does not load, tensors are missing or left over, or the logits differ by
     more than tolerance, relative to the largest.
@@ -236,7 +242,7 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
         if info[kind]:
             raise WrongExport(folder, f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
     with torch.no_grad():
-        again = model.eval()(input_ids=ids, use_cache=False).logits.float()
+        again = model.eval()(input_ids=ids, use_cache=False).logits[:, : logits.shape[1]].float()
     difference = relative_difference(again, logits.cpu().float())
     if not difference <= tolerance:
         raise WrongExport(folder, f"its logits differ from the pipeline's by {difference:.2g} of the largest")

@@ -20,9 +20,12 @@ import torch
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import unsaved
+from llm_local.config import Config
 from llm_local.export.masters import Masters
 from llm_local.export.model_folder import (
     Description,
+    WrongExport,
+    check_export,
     complete,
     link,
     original_names,
@@ -37,6 +40,7 @@ from llm_local.model.router_loss import want_none
 from llm_local.model.slices import Slice
 from llm_local.partition import Partition
 
+CHECK_FILE = "check.safetensors"  # a row of text, and what the pipeline makes of it
 LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 
 
@@ -130,22 +134,72 @@ def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors
         write_shard(exit_folder(export, stage) / shard_name(stage + 1, stage + 2), tensors.head)
 
 
-def compose(export: Path, partition: Partition, head_layers: Sequence[int], model: Description, exits: bool) -> None:
-    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head."""
-    last, tied = partition.num_stages - 1, tied_names(model.config)
-    for stage in range(last + 1) if exits else (last,):
-        folder, count = exit_folder(export, stage), stage + 2
-        for index in range(stage + 1):
-            link(export / shard_name(index, last + 2), folder / shard_name(index, count))
+def has_exits(config: Config) -> bool:
+    """Whether each stage has a head that makes it a model."""
+    return not config.is_pipelined and not config.local.head_features
+
+
+def compose(
+    export: Path,
+    partition: Partition,
+    head_layers: Sequence[int],
+    model: Description,
+    exits: bool,
+    last: int | None = None,
+) -> None:
+    """Makes models of the shards, once every stage has written its own. An exit's private layers lie in its head.
+
+    last: stage whose exit is the whole, by default that of the model.
+    """
+    last, tied = partition.num_stages - 1 if last is None else last, tied_names(model.config)
+
+    def completed(folder: Path, stage: int) -> None:
+        shards = [folder / shard_name(index, stage + 2) for index in range(stage + 2)]
         private = partition.private_layers(partition.stages[stage].stop - 1, head_layers)
-        shards = [folder / shard_name(i, count) for i in range(count)]
         complete(folder, shards, trimmed(model, private.stop), tied)
-    whole = exit_folder(export, last)
-    link(whole / shard_name(last + 1, last + 2), export / shard_name(last + 1, last + 2))
-    shards = [export / shard_name(index, last + 2) for index in range(last + 2)]
-    complete(export, shards, trimmed(model, partition.num_layers), tied)
+
+    for stage in range(last + 1) if exits else ():
+        for index in range(stage + 1):
+            link(export / shard_name(index, last + 2), exit_folder(export, stage) / shard_name(index, stage + 2))
+        completed(exit_folder(export, stage), stage)
+    head = shard_name(last + 1, last + 2)
+    link(exit_folder(export, last) / head, export / head)
     if not exits:
         shutil.rmtree(export / "exits")
+    completed(export, last)
+
+
+def check_exit(
+    config: Config,
+    draft: Path,
+    final: Path,
+    stage: int,
+    is_last: bool,
+    reason: str | None,
+    check: tuple[torch.Tensor, torch.Tensor] | None,
+) -> str:
+    """Compares a stage's exit, of the last one the whole model, as transformers loads it, with the pipeline's logits
+    (1, T', V) on a row (1, T) of text, if there is such a check.
+
+    Returns a line for a person, in which the draft has its final name. An exit that is no model of its own, for a
+    reason that is known or because it shows, is removed; the whole model must be one. Raises WrongExport.
+    """
+    folder, named = (each if is_last else exit_folder(each, stage) for each in (draft, final))
+    if is_last or reason is None:
+        try:
+            said = "not checked, as its part has no logits" if check is None else _compare(config, folder, *check)
+            return f"{named}: {said}"
+        except WrongExport as error:
+            if is_last:
+                raise
+            reason = error.reason
+    shutil.rmtree(folder)
+    return f"no exit {exit_name(stage)}, as it is no model of its own: {reason}"
+
+
+def _compare(config: Config, folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> str:
+    tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in (config.precision, config.export_dtype))
+    return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
 
 
 def trimmed(model: Description, num_layers: int) -> Description:
