@@ -63,18 +63,19 @@ def end_with_launcher() -> None:
     pids = launcher_pids()
     if not pids:
         return
-    _on_death_of_parent(signal.SIGKILL)
+    on_death_of_parent(signal.SIGKILL)
     if os.getppid() != pids[0]:  # it may have gone before
         os._exit(1)
     threading.Thread(target=_look, args=(pids,), name="launcher", daemon=True).start()
 
 
 def watch_over() -> None:
-    _on_death_of_parent(0)
+    on_death_of_parent(0)
     _taken_over.set()
 
 
-def _on_death_of_parent(number: int) -> None:
+def on_death_of_parent(number: int) -> None:
+    """Lets the kernel send this process that signal then; 0: none."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)

@@ -16,6 +16,7 @@ from llm_local.ds_config import monitor_folder, resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
 from llm_local.files import writing
 from llm_local.head_plan import HeadPlan
+from llm_local.job import Job
 from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.distillation import Distillation
@@ -54,8 +55,9 @@ class Engine(Protocol):
     def check_logits(self) -> torch.Tensor | None: ...
 
 
-def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, Links]:
-    """This rank's part of the run, ready to train. Every rank must call; feed is that of stage 0."""
+def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None = None) -> tuple[Engine, Links]:
+    """This rank's part of the run, ready to train. Every rank must call; feed is stage 0's, job that of a stage in a
+    launch of its own."""
     config, place = setup.config, world.place
     startup, model_config = float(config.train.ddp_timeout), setup.model_config()
     text, cpu = text_config(model_config), world.device.type == "cpu"
@@ -75,12 +77,16 @@ def make_engine(setup: Setup, world: World, feed: Feed | None) -> tuple[Engine, 
             engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")
     local = config.local
-    links = Links.join(
-        world,
-        config.wire_dtype,
-        local.max_packets_in_flight,
-        back_dtype=config.method.back_dtype(local, config.precision, config.wire_dtype),
-        refresh_dtype=config.precision if head_of(config).shares_matrix else None,
+    links = (
+        job.links
+        if job
+        else Links.join(
+            world,
+            config.wire_dtype,
+            local.max_packets_in_flight,
+            back_dtype=config.method.back_dtype(local, config.precision, config.wire_dtype),
+            refresh_dtype=config.precision if head_of(config).shares_matrix else None,
+        )
     )
     engine = LocalEngine(
         engines,

@@ -139,7 +139,7 @@ class Callbacks:
     def _restore(self) -> None:
         """Callbacks go on counting where the checkpoint left them."""
         checkpoint = self._rank.setup.checkpoint
-        saved = read_note(Path(checkpoint), TRAINER_FILE) if checkpoint else {}
+        saved = read_note(Path(checkpoint), TRAINER_FILE, self._rank.world.place.stages.start) if checkpoint else {}
         if not (saved and self._callbacks):
             return
         for name in ("best_metric", "best_global_step", "best_model_checkpoint", "log_history"):

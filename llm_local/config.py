@@ -94,7 +94,24 @@ class Config:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.train.output_dir)
+        """The folder of the run; of a job's, that of its stage."""
+        whole = Path(self.train.output_dir)
+        return whole if self.local.stage is None else whole / f"stage-{self.local.stage:02d}"
+
+    @property
+    def is_job(self) -> bool:
+        """Whether the launch trains one stage alone."""
+        return self.local.stage is not None
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether the launch has the first stage."""
+        return self.local.stage in (None, 0)
+
+    @property
+    def launched_stages(self) -> int:
+        """How many stages share the ranks of the launch."""
+        return 1 if self.is_job else max(1, self.local.num_stages)
 
     @property
     def precision(self) -> str:

@@ -107,6 +107,7 @@ class LocalEngine:
         self._sums = torch.zeros(len(engines))
         self._tokens = 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
+        self.check_ids: torch.Tensor | None = None
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
             instructions.RecvActivation: self._exec_receive,
@@ -150,12 +151,13 @@ class LocalEngine:
 
     @torch.no_grad()
     def check_logits(self) -> torch.Tensor:
-        """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with."""
+        """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with, check_ids."""
         for engine in self.engines:
             engine.eval()
         self._kind, self._step, self._num_entered = CHECK, 0, 0
         self._exec_load(0) if self.links.receiver is None else self._exec_receive(0)
         entered = self._buffers.pop(0)
+        self.check_ids = entered.packet.input_ids
         logits, hidden = torch.empty(0), entered.hidden
         for engine in self.engines:
             inputs = self._inputs(entered.packet)

@@ -16,10 +16,12 @@ from llm_local.config import Config
 from llm_local.data.encoding import prompt_ids
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
+from llm_local.engine import LocalEngine
 from llm_local.evaluation import EvalSet, better_exit
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, write_cards
 from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
+from llm_local.export.parts import write_part
 from llm_local.export.stages import (
     CHECK_FILE,
     check_exit,
@@ -55,6 +57,24 @@ def finish(run: Rank, step: int, is_evaluated: bool) -> None:
     except Unwritten as error:
         shutil.rmtree(draft_of(export), ignore_errors=True)  # what lacks a shard is of no use, and takes space
         raise Unwritten(f"{error}{_again(run.config)}", error.is_gone) from error
+
+
+def finish_part(run: Rank, checkpoint: Path) -> Path:
+    """Exports the part of the model that a job has trained, of its last checkpoint; returns the folder. Every rank must
+    call. Raises Unwritten, and BrokenCheckpoint where that is damaged."""
+    engine, export = run.engine, run.config.output_dir / "export"
+    assert isinstance(engine, LocalEngine), "jobs train locally"
+    logits = engine.check_logits()
+    if run.start is None:
+        return export
+    assert engine.check_ids is not None
+    config = run.setup.model_config()
+    config.dtype = DTYPES[run.config.export_dtype]
+    name = type(engine.bodies[0].model).__name__
+    model = Description(config, name, run.start.tokenizer, run.setup.generation, run.setup.code)
+    write_part(checkpoint, export, model, (engine.check_ids, logits))
+    run.progress.say(f"part: {export}; llm-local assemble makes the model of those of all stages")
+    return export
 
 
 def _again(config: Config) -> str:
@@ -144,10 +164,14 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     by_set = {each.name: [scores[n] for scores in found] for n, each in enumerate(sets)}
-    for line in (*_better_exits(run, by_set, exits), *start.data.spelled_in_streams(start.tokenizer)):
+    for line in (*_better_exits(run, by_set, exits), *_spelled(start)):
         progress.say(f"llm_local: warning: {line}")
     if config.train.sample_prompt:
         progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
+
+
+def _spelled(start: Start) -> tuple[str, ...]:
+    return start.data.spelled_in_streams(start.tokenizer) if start.data else ()
 
 
 def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:

@@ -204,6 +204,33 @@ class LocalArguments:
         4, "Micro-batches a stage may be ahead of the next one; raise it for a link of long latency.", POSITIVE
     )
     link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.", POSITIVE, decides=WATCH)
+    stage: int | None = _option(
+        None, "The stage that this launch trains, as a job of its own; default: all.", NOT_NEGATIVE, decides=START
+    )
+    send_to: str | None = _option(
+        None,
+        "HOST:PORT at which the next stage's job receives; replica r is at the port + r. Several hosts, with commas, "
+        "share its replicas.",
+        decides=START,
+    )
+    receive_on: str | None = _option(
+        None, "HOST:PORT on which this job receives, as '0.0.0.0:7001'; local rank r on the port + r.", decides=START
+    )
+    run_key_file: str | None = _option(
+        None, "The run's key, of llm-local key, which all of its jobs have.", decides=START, is_read=True
+    )
+    absent_peer_timeout: float | None = _option(
+        None,
+        "Longest wait of a job for a neighbour that is away, in seconds; default: for ever.",
+        POSITIVE,
+        decides=START,
+    )
+    log_memory_gb: float = _option(
+        1.0, "GB of packets that a job keeps in memory for the next stage; more go to disk.", POSITIVE, decides=START
+    )
+    log_disk_gb: float = _option(
+        50.0, "GB of packets that it keeps on disk; a full log makes the stage wait.", NOT_NEGATIVE, decides=START
+    )
 
 
 @dataclass(frozen=True)

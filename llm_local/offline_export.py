@@ -26,6 +26,7 @@ from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.export.model_card import Training, installed_versions, model_card, write_cards
 from llm_local.export.model_folder import CARD, Description, replaced, write_text
+from llm_local.export.parts import MODEL, fitting, read_check
 from llm_local.export.stages import (
     StageTensors,
     check_exit,
@@ -37,7 +38,6 @@ from llm_local.export.stages import (
     write_stage,
 )
 from llm_local.flags import ModelArguments
-from llm_local.jobs.parts import MODEL, fitting, read_check
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice

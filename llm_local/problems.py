@@ -7,6 +7,7 @@ import re
 from llm_local.config import Config
 from llm_local.flags import FLAGS
 from llm_local.head_problems import head_problems
+from llm_local.job_problems import job_problems
 
 
 def parse_stage_layers(text: str) -> list[int] | None:
@@ -31,6 +32,7 @@ def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_
         + _layout_problems(config, world_size)
         + _method_problems(config)
         + head_problems(config)
+        + job_problems(config)
         + (_precision_problems(config, fp16_supported, bf16_supported))
     )
 
@@ -122,7 +124,7 @@ def _source_problems(config: Config) -> list[str]:
 def _layout_problems(config: Config, world_size: int) -> list[str]:
     local = config.local
     problems = []
-    if local.num_stages > 0 and world_size % local.num_stages:
+    if local.num_stages > 0 and world_size % config.launched_stages:
         problems.append(
             f"{world_size} ranks cannot be divided into num_stages={local.num_stages} stages of equal size; "
             f"start a multiple of {local.num_stages} ranks or change num_stages"

@@ -53,7 +53,7 @@ class Progress:
     def show_all(self, seconds: float) -> None:
         """Shows what is left when every stage has told of it, each within so many seconds. Raises LostPeer."""
         for split, step in self._waiting:
-            for stage in range(self._world.place.num_stages):
+            for stage in self._world.place.stages:
                 self._world.fetch(f"{split}/{step}/{stage}", seconds, f"stage {stage} to be through with step {step}")
         self.show()
 
@@ -80,7 +80,7 @@ class Progress:
 
     def _losses(self, split: str, step: int) -> list[float] | None:
         """Of every stage's last block; None as long as one is missing."""
-        found = [self._world.peek(f"{split}/{step}/{stage}") for stage in range(self._world.place.num_stages)]
+        found = [self._world.peek(f"{split}/{step}/{stage}") for stage in self._world.place.stages]
         return None if None in found else [float(text.split()[-1]) for text in found if text is not None]
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +28,8 @@ from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
+from llm_local.job import Job
+from llm_local.job_start import facts_of, log_need, log_problems, sound_start, write_identity
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, best_step
@@ -63,6 +66,7 @@ class Rank:
     first_row: int
     local_rank: int = 0
     start: Start | None = None
+    job: Job | None = None
 
     def traced(self, split: str, step: int) -> AbstractContextManager[None]:
         """What is recorded meanwhile belongs to this step, evaluation or checkpoint, if there is a trace."""
@@ -71,7 +75,7 @@ class Rank:
     @property
     def sources(self) -> tuple[PackedSource, ...]:
         """What rank 0 trains on."""
-        return tuple(source.facts() for source in self.start.data.sources) if self.start is not None else ()
+        return tuple(source.facts() for source in self.start.data.sources) if self.start and self.start.data else ()
 
     def rows_after(self, step: int) -> int:
         """Sequences of the training data that are used up after the step."""
@@ -84,12 +88,12 @@ class Rank:
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0 alone has. news: lines for a person. folder: the output folder's lock, held as long as this object
-    lives."""
+    """What rank 0 alone has. data: where the launch reads any. news: lines for a person. folder: the output folder's
+    lock, held as long as this object lives."""
 
     setup: Setup
     tokenizer: PreTrainedTokenizerBase
-    data: Data
+    data: Data | None
     news: tuple[str, ...]
     folder: TextIO
 
@@ -104,17 +108,27 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
     given = config.flat()
     if meeting is not None and meeting.is_known():
         config = after_restart(config)
+    config = sound_start(config)
     with writing(config.cache_dir, reads=True):
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = with_epochs(config, launch.world_size)
         setup = replace(preflight(config, launch.world_size), given=given)
         with nullcontext() if meeting is None else meeting.kept_waiting():
-            tokenizer = load_tokenizer(setup.config)
-            data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
-    setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
+            tokenizer, data = load_tokenizer(setup.config), None
+            if config.reads_data:
+                data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
+                setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
+            facts = facts_of(setup, launch.world_size) if config.is_job else None
+    if facts is not None:
+        setup = replace(setup, eval_sets=facts.eval_sets)
+        if problems := log_problems(setup):
+            raise ConfigError(problems)
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)
         news = open_output(setup, launch.restart > 0)
+        if facts is not None:
+            write_identity(config, facts)
+            news += () if config.local.send_to is None else (f"the log for the next stage needs {log_need(setup)[1]}",)
     return Start(setup, tokenizer, data, news, folder)
 
 
@@ -127,7 +141,7 @@ def build(
 ) -> Rank:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the start."""
     startup = float(config.train.ddp_timeout)
-    meeting = meeting or Rendezvous(launch, config.train.output_dir, startup)
+    meeting = meeting or Rendezvous(launch, str(config.output_dir), startup)
     store = meeting.store()
     if start is not None:
         meeting.publish(start.setup.to_json())
@@ -136,7 +150,7 @@ def build(
     setup = replace(setup, config=replace(setup.config, rows=config.rows))
     config = setup.config
     startup = float(config.train.ddp_timeout)
-    place = Place.of(launch.rank, launch.world_size, config.local.num_stages)
+    place = Place.of(launch.rank, launch.world_size, config.local.num_stages, config.local.stage)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
     join_stage(world, one_world=config.is_pipelined)
     layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
@@ -146,10 +160,13 @@ def build(
     feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
     news = start.news if start is not None else ()
     warnings_of_data = _go_on_reading(feed, catalog, data)
-    engine, links = make_engine(setup, world, feed)
+    job = Job(setup, world, launch.local_rank) if config.is_job else None
+    engine, links = make_engine(setup, world, feed, job)
     tracer = begin_trace(config, world, engine, links)
     news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
-    refresher = make_refresher(config, setup.partition, world, links, engine.blocks)
+    refresher = make_refresher(
+        config, setup.partition, world, links, engine.blocks, job.positions.refreshed if job else 0
+    )
     if refresher is not None:
         refresher.start(first_step, load_shared_head(catalog, engine.blocks[-1].head) if catalog else None)
     metrics = None
@@ -157,15 +174,8 @@ def build(
         samples = first_step * layout.sequences_per_step
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
     progress = Progress(world, config.train.max_steps, first_step)
-    for warning in (*setup.warnings, *warnings_of_data, *(data.warnings if data is not None else ())):
-        progress.say(f"llm_local: warning: {warning}")
-    for line in news:
-        progress.say(f"llm_local: {line}")
-    layout_text = f"{place.num_stages} stages x {place.num_replicas} replicas, {config.precision}"
-    progress.say(f"llm_local: {layout_text}; {setup.partition.describe()}")
-    for source in data.sources if data is not None else ():
-        progress.say(f"llm_local: {source.describe()}")
-    saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages))
+    _say_what_begins(progress, setup, place, data, warnings_of_data, news)
+    saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages), job)
     recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
     return Rank(
         config=config,
@@ -185,7 +195,22 @@ def build(
         first_row=first_row,
         local_rank=launch.local_rank,
         start=start,
+        job=job,
     )
+
+
+def _say_what_begins(
+    progress: Progress, setup: Setup, place: Place, data: Data | None, warnings: Sequence[str], news: Sequence[str]
+) -> None:
+    for warning in (*setup.warnings, *warnings, *(data.warnings if data is not None else ())):
+        progress.say(f"llm_local: warning: {warning}")
+    for line in news:
+        progress.say(f"llm_local: {line}")
+    stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
+    layout = f"{stages} x {place.num_replicas} replicas, {setup.config.precision}"
+    progress.say(f"llm_local: {layout}; {setup.partition.describe()}")
+    for source in data.sources if data is not None else ():
+        progress.say(f"llm_local: {source.describe()}")
 
 
 def _say_other_flags(setup: Setup, config: Config, launch: Launch) -> None:

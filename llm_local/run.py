@@ -33,7 +33,8 @@ from llm_local.checkpoint.line import checkpoint_of
 from llm_local.config import Config, is_due
 from llm_local.engine import StepResult
 from llm_local.evaluation import EvalSet, over_replicas
-from llm_local.finish import finish
+from llm_local.finish import finish, finish_part
+from llm_local.jobs.positions import Positions
 from llm_local.rank import Rank
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
@@ -48,8 +49,10 @@ class Run:
     def __init__(self, rank: Rank, callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()):
         self._rank = rank
         self._step = self._saved = rank.first_step
-        self._evaluated: int | None = None
+        self._evaluated = rank.first_step if rank.job and rank.job.positions.evaluated else None
         self._is_training = self._is_open = True
+        if rank.job is not None:
+            rank.job.state, rank.job.step = "training", self._step
         self._callbacks = Callbacks(rank, callbacks)
         rank.progress.listener = self._callbacks.of_all_stages
 
@@ -127,13 +130,16 @@ class Run:
         with rank.traced("train", step):
             result = _train_step(rank, step)
         self._step = step
+        if rank.job is not None:
+            rank.job.step = step
         self._callbacks.step_ends(step)
         is_first, is_last = step == 1 and train.logging_first_step, step == train.max_steps
         records = is_due(step, self.config.logging_interval) or is_first or is_last
         if records or self._callbacks.control.should_log:  # the device is waited for in no other step
             rank.engine.check_finite()
             self._callbacks.of_this_stage(rank.recorder.record(step, result))
-        rank.recorder.end(rank.feed.step_tokens if rank.feed else 0)
+        read = rank.feed.step_tokens if rank.feed else int(result.tokens) * self.place.num_replicas if rank.job else 0
+        rank.recorder.end(read)
         rank.saver.check()
         return result
 
@@ -154,7 +160,7 @@ class Run:
         shared_head = rank.refresher.state() if rank.refresher else None
         notes = {DATA_FILE: rank.data_state(), TRAINER_FILE: self._callbacks.saved_state()}
         with rank.traced("save", step):
-            rank.saver.save(rank.engine.engines, step, rank.rows_after(step), shared_head, notes)
+            rank.saver.save(rank.engine.engines, step, rank.rows_after(step), shared_head, notes, self._positions())
         self._saved = step
         self._callbacks.saved()
         return checkpoint_of(self.output_dir, step)
@@ -168,6 +174,11 @@ class Run:
         """
         self._end_training()
         step = load_best(self._rank, self._step) if self.config.train.load_best_model_at_end else self._step
+        if self._rank.job is not None:
+            if self._saved != self._step:
+                self.save()
+            self._rank.saver.wait()
+            return finish_part(self._rank, checkpoint_of(self.output_dir, step))
         finish(self._rank, step, self._evaluated == self._step)
         export = self.output_dir / "export"
         if folder is None:
@@ -182,9 +193,13 @@ class Run:
             return
         self._end_training()
         self._is_open = False
+        if self._rank.job is not None:
+            self._rank.job.finish()
         self._rank.links.close(self._step)
         if self._rank.refresher is not None:
             self._rank.refresher.close(self._step)
+        if self._rank.job is not None:
+            self._rank.job.close()
         self._rank.world.finish()
 
     def fail(self, error: BaseException) -> None:
@@ -202,6 +217,12 @@ class Run:
             self.close()
         else:
             self.fail(error)
+
+    def _positions(self) -> Positions | None:
+        """Where a job's links stand."""
+        rank = self._rank
+        refreshed = rank.refresher.num_due if rank.refresher else 0
+        return rank.job.here(refreshed, self._evaluated == self._step) if rank.job else None
 
     def _saves(self, step: int) -> bool:
         interval = self.config.save_interval
@@ -221,7 +242,7 @@ class Run:
         for each in self._rank.setup.eval_sets:
             of_stages = [
                 world.fetch(f"{each.split}/{self._step}/{stage}", seconds, f"stage {stage} to evaluate")
-                for stage in range(self.place.num_stages)
+                for stage in self.place.stages
             ]
             found |= metrics_of(each.split, [float(text.split()[-1]) for text in of_stages])
         return found

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm_local.screen import quiet_libraries
 from llm_local.watchdog import LAST_WORDS_SECONDS, Watchdog, leave
 
 REFUSAL_SECONDS = 30.0
+REFUSED_FILE = "LLM_LOCAL_REFUSED"  # variable with the file that is made, where a launcher starts ranks again and again
 _started = threading.Event()  # what DeepSpeed and torch.distributed keep of a run serves no second one
 
 
@@ -60,11 +62,14 @@ def begin(
 ) -> Run:
     """As `prepare`, of flags alone. refused: called on rank 0 with what it finds wrong, before the others know."""
     launch = Launch.from_environment(os.environ)
-    meeting = Rendezvous(launch, config.train.output_dir, float(config.train.ddp_timeout))
+    meeting = Rendezvous(launch, str(config.output_dir), float(config.train.ddp_timeout))
     try:
         start = check(config, launch, meeting) if launch.rank == 0 else None
     except Exception as error:
         refused(error)
+        if isinstance(error, ConfigError) and (file := os.environ.get(REFUSED_FILE)):
+            with suppress(OSError):
+                Path(file).touch()
         meeting.say_no(error, REFUSAL_SECONDS)
         raise
     _started.set()

@@ -23,20 +23,28 @@ from llm_local.watchdog import Peer, Watchdog, decode, encode
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's stage and replica: ranks count through the replicas of stage 0 first."""
+    """A rank's stage and replica: ranks count through the replicas of stage 0 first. job: the launch's only stage."""
 
     rank: int
     num_stages: int
     num_replicas: int
+    job: int | None = None
 
     @staticmethod
-    def of(rank: int, world_size: int, num_stages: int) -> Place:
+    def of(rank: int, world_size: int, num_stages: int, job: int | None = None) -> Place:
+        if job is not None:
+            return Place(rank, num_stages, world_size, job)
         assert world_size % num_stages == 0, "checked in problems.py"
         return Place(rank, num_stages, world_size // num_stages)
 
     @property
+    def stages(self) -> range:
+        """Those of this launch."""
+        return range(self.num_stages) if self.job is None else range(self.job, self.job + 1)
+
+    @property
     def stage(self) -> int:
-        return self.rank // self.num_replicas
+        return self.stages.start + self.rank // self.num_replicas
 
     @property
     def replica(self) -> int:
@@ -44,7 +52,7 @@ class Place:
 
     @property
     def world_size(self) -> int:
-        return self.num_stages * self.num_replicas
+        return len(self.stages) * self.num_replicas
 
     @property
     def is_first_stage(self) -> bool:

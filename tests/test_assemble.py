@@ -20,8 +20,8 @@ from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import committed
 from llm_local.commands.assemble import main
 from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.export.parts import write_part
 from llm_local.export.stages import exit_folder
-from llm_local.jobs.parts import write_part
 from llm_local.offline_export import described
 
 ROOT = Path(__file__).parent.parent

@@ -17,21 +17,22 @@ methods: schedule soft_targets final_steps method backprop chunked greedy overla
 trainer_flags config head_plan
 simulator: peer_schedules channel clock simulate
 owner device launch trace stopping watchdog rendezvous world
-links: packet wire message transports ends
+links: packet wire message link transports ends
+jobs: segment packet_log positions key frames hello ways channel ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
 model: router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
-head_problems problems
+head_problems job_problems problems
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources objects sequences tokenizer_training streams prepared sets feed
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
-export: masters model_folder stages model_card
-jobs: segment packet_log parts
+export: masters model_folder stages parts model_card
 metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
+job_status job_start job
 examine assembly run_trace recorder rank best finish training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report
@@ -39,7 +40,7 @@ study: points comparison runs
 plan: times machine memory model stages layouts report search
 bench: saved_bytes peers worker cases calibration relay
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate plot probe
-commands: timeline study
+commands: key status up timeline study
 cli
 """
 PACKAGE = Path(llm_local.__file__).parent

@@ -146,9 +146,9 @@ def read_data_state(checkpoint: Path) -> dict[str, Any]:
     return read_note(checkpoint, DATA_FILE)
 
 
-def read_note(checkpoint: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the first stage, beside its tensors; empty if there is none. Raises BrokenCheckpoint."""
-    path = checkpoint / "stage-00" / name
+def read_note(checkpoint: Path, name: str, stage: int = 0) -> dict[str, Any]:
+    """A JSON file of a stage, beside its tensors; empty if there is none. Raises BrokenCheckpoint."""
+    path = checkpoint / f"stage-{stage:02d}" / name
     if not path.exists():
         return {}
     try:

@@ -49,7 +49,7 @@ def take_up(
     if world.place.rank > 0:
         return ()
     seconds = float(config.train.ddp_timeout)
-    for stage in range(1, world.place.num_stages):
+    for stage in world.place.stages[1:]:
         parts = json.loads(world.fetch(f"taken-up/{stage}", seconds, f"stage {stage} to read the checkpoint"))
         read, missing = read | set(parts[0]), missing | set(parts[1])
     left = [name for name in catalog.weights if name.startswith(EXITS) and name not in read]

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, saved_modu
 from llm_local.config import Config
 from llm_local.ds_config import load_json
 from llm_local.files import unwritten, writing
+from llm_local.jobs.positions import NOTE, Neighbourhood, Positions
+from llm_local.rendezvous import fetch
 from llm_local.world import World
 
 SHARED = "shared/"
@@ -47,9 +49,16 @@ class UnsavedCheckpoint(RuntimeError):
 
 class Saver:
     """Writes this rank's part of every checkpoint of a run, one at a time. best: finds the step of the one
-    that load_best_model_at_end keeps."""
+    that load_best_model_at_end keeps. job: where the launch is that of one stage."""
 
-    def __init__(self, world: World, config: Config, layout: Layout, best: Callable[[], int | None]):
+    def __init__(
+        self,
+        world: World,
+        config: Config,
+        layout: Layout,
+        best: Callable[[], int | None],
+        job: Neighbourhood | None = None,
+    ):
         self._seconds = 0.0
         self._world = world
         self._store = world.store.clone()
@@ -61,6 +70,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._checked = False
+        self._job = job
 
     def save(
         self,
@@ -69,10 +79,12 @@ class Saver:
         rows: int,
         shared_head: Mapping[str, torch.Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        shared_head: the state of the stage's Refresher. notes: further JSON files of the stage, by name. Raises
+        shared_head: the state of the stage's Refresher. notes: further JSON files of the stage, by name.
+        positions: of a job's links. Raises
         Unwritten where this save cannot begin or the one before has failed, and MisplacedWeights rather than save
         another model than is trained.
         """
@@ -95,9 +107,12 @@ class Saver:
             for name, matrix in (shared_head or {}).items():
                 tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
             files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
-            files |= {name: json.dumps(value) for name, value in (notes or {}).items() if value}
+            notes = {**(notes or {}), NOTE: asdict(positions) if positions else None}
+            files |= {name: json.dumps(value) for name, value in notes.items() if value}
         manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
-        arguments = (root, folder, tensors, starts, files, manifest)
+        if self._job is not None:
+            manifest = replace(manifest, stages=[place.stage], run=self._job.run)
+        arguments = (root, folder, tensors, starts, files, manifest, positions)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)
         self._thread.start()
         self._seconds += time.perf_counter() - start
@@ -127,6 +142,7 @@ class Saver:
         starts: dict[str, int],
         files: dict[str, str],
         manifest: Manifest,
+        positions: Positions | None,
     ) -> None:
         path = folder / replica_file(self._world.place.replica)
         try:
@@ -136,10 +152,16 @@ class Saver:
                 path = folder / name
                 path.write_text(text + "\n")
                 _to_disk(path)
-            path = root / MANIFEST
+            if self._job is not None and positions is not None:
+                self._job.persist(positions)
+            path, key = root / MANIFEST, f"committed/{manifest.step}"
             if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
                 _commit(path, manifest)
                 _remove_old(root, self._limit, self._best())
+                self._store.set(key, "1")
+            if self._job is not None and positions is not None:
+                fetch(self._store, key, self._world.timeout_seconds, f"the others to save step {manifest.step}")
+                self._job.made_durable(positions)
         except Exception as error:  # the training thread raises it
             self._failure = unwritten(error, path, repair=REPAIR) or error
             if not (root / MANIFEST).exists():  # an older one may be what cannot be removed

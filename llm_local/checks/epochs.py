@@ -36,7 +36,7 @@ def with_epochs(config: Config, world_size: int) -> Config:
     config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
     rows, _ = prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
     assert rows.num_sequences is not None
-    replicas = max(1, world_size // config.local.num_stages)
+    replicas = max(1, world_size // config.launched_stages)
     of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
     steps = train.max_steps
     if train.num_train_epochs is not None and steps < 0:

@@ -39,6 +39,7 @@ from llm_local.ds_problems import deepspeed_problems
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.flags import FLAGS
 from llm_local.head_problems import cut_problems, head_warnings
+from llm_local.job_problems import surroundings_problems
 from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
 from llm_local.model.document_mask import DocumentMask
@@ -58,7 +59,7 @@ from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("tensorboard", "csv", TRACE)
+OURS += ("tensorboard", "csv", TRACE, "job.json", "status.json", "log", "log-back")
 
 
 def preflight(given: Config, world_size: int) -> Setup:
@@ -67,10 +68,10 @@ def preflight(given: Config, world_size: int) -> Setup:
     with suppress(ConfigError):  # which deepspeed_problems has
         config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-    num_replicas = max(1, world_size // max(1, config.local.num_stages))
+    num_replicas = max(1, world_size // config.launched_stages)
     problems += report_problems(config) + deepspeed_problems(config, num_replicas)
-    problems = problems or engine_problems(config, num_replicas)
-    problems += data_problems(config) + _folder_problems(config)
+    problems = problems or (engine_problems(config, num_replicas) + surroundings_problems(config))
+    problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
     problems += cache_problems
     found = _Model()
@@ -287,7 +288,7 @@ def _lost_inputs(config: Config) -> list[str]:
 
 def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
     model_config, _, partition = found.whole()
-    layout = layout_of(config, partition, world_size // partition.num_stages, model_config)
+    layout = layout_of(config, partition, world_size // config.launched_stages, model_config)
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
         return None, []

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from llm_local.in_flight import packets_asked_for, packets_pending
+from llm_local.links.link import ReceivingEnd, SendingEnd
 from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
@@ -35,7 +36,7 @@ from llm_local.world import World
 _HEADERS = 0  # their tag; bodies have the ones from 1 on
 # of a thread that waits for what comes every so many steps; the watchdog knows who is gone
 _PATIENCE = timedelta(days=365)
-_REFRESH_IN_FLIGHT = 2
+REFRESH_IN_FLIGHT = 2
 
 
 class LinkError(LostPeer):
@@ -259,12 +260,12 @@ class Links:
     The refresh links, whose way is that of gradients, are refresh.py's to use, wait for and close.
     """
 
-    receiver: Receiver | None = None
-    sender: Sender | None = None
-    gradient_receiver: Receiver | None = None
-    gradient_sender: Sender | None = None
-    refresh_receiver: Receiver | None = None
-    refresh_sender: Sender | None = None
+    receiver: ReceivingEnd | None = None
+    sender: SendingEnd | None = None
+    gradient_receiver: ReceivingEnd | None = None
+    gradient_sender: SendingEnd | None = None
+    refresh_receiver: ReceivingEnd | None = None
+    refresh_sender: SendingEnd | None = None
 
     @staticmethod
     def join(
@@ -280,17 +281,17 @@ class Links:
             gradient_sender = Sender(world, before, back_dtype, max_in_flight)
         refresh_sender = None
         if refresh_dtype is not None and not place.is_first_stage:
-            refresh_sender = Sender(world, before, refresh_dtype, _REFRESH_IN_FLIGHT, background=True)
+            refresh_sender = Sender(world, before, refresh_dtype, REFRESH_IN_FLIGHT, background=True)
         sender = None if place.is_last_stage else Sender(world, behind, wire_dtype, max_in_flight)
         gradient_receiver = None
         if back_dtype is not None and not place.is_last_stage:
             gradient_receiver = Receiver(world, behind, max_in_flight)
         refresh_receiver = None
         if refresh_dtype is not None and not place.is_last_stage:
-            refresh_receiver = Receiver(world, behind, _REFRESH_IN_FLIGHT, background=True)
+            refresh_receiver = Receiver(world, behind, REFRESH_IN_FLIGHT, background=True)
         return Links(receiver, sender, gradient_receiver, gradient_sender, refresh_receiver, refresh_sender)
 
-    def all(self) -> list[Sender | Receiver]:
+    def all(self) -> list[SendingEnd | ReceivingEnd]:
         found = (self.receiver, self.sender, self.gradient_receiver, self.gradient_sender)
         return [link for link in found if link is not None]
 

@@ -27,7 +27,8 @@ import torch
 from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.config import Config
 from llm_local.device import DTYPES
-from llm_local.links.ends import Links, Receiver, Sender
+from llm_local.links.ends import Links
+from llm_local.links.link import ReceivingEnd, SendingEnd
 from llm_local.links.packet import END, REFRESH, Packet
 from llm_local.model.heads.head import head_of
 from llm_local.model.heads.shared import install, installed
@@ -80,10 +81,20 @@ class Refresher:
     """The copies that one rank's blocks read, and on the last stage the matrix that they are copies of.
 
     wait_seconds: blocked on the way of the matrix. sent_bytes: handed to the stage before; on a stage in between they
-    count when what it hands on is installed, so that a step always has the same.
+    count when what it hands on is installed, so that a step always has the same. num_due: matrices that were due since
+    the run's first step.
     """
 
-    def __init__(self, blocks: Sequence[Block], timetable: Timetable, world: World, links: Links, precision: str):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        timetable: Timetable,
+        world: World,
+        links: Links,
+        precision: str,
+        link_seconds: float | None,
+        num_due: int = 0,
+    ):
         self.timetable = timetable
         self.wait_seconds = 0.0
         self.sent_bytes = 0
@@ -93,7 +104,8 @@ class Refresher:
         self._sender = links.refresh_sender
         self._dtype = DTYPES[precision]
         self._device = world.device
-        self._link_seconds = world.timeout_seconds
+        self._link_seconds = link_seconds
+        self.num_due = num_due
         self._pending: dict[int, torch.Tensor] = {}
         self._arrived: Queue[_Arrival | BaseException] = Queue()
         self._thread: threading.Thread | None = None
@@ -121,6 +133,7 @@ class Refresher:
         taken = self.timetable.due(step)
         if taken is None:
             return
+        self.num_due += 1
         matrix = self._pending.pop(taken) if self._receiver is None else self._await(taken, self._receiver)
         if self._readers:
             self._install(matrix)
@@ -163,7 +176,7 @@ class Refresher:
         self.wait_seconds += self._sender.wait_seconds - waited
         self.sent_bytes += self._sender.bytes - sent
 
-    def _await(self, taken: int, receiver: Receiver) -> torch.Tensor:
+    def _await(self, taken: int, receiver: ReceivingEnd) -> torch.Tensor:
         start = time.perf_counter()
         try:
             arrival = self._arrived.get(timeout=self._link_seconds)
@@ -178,7 +191,7 @@ class Refresher:
         self.sent_bytes += arrival.relayed_bytes
         return packet.hidden[0]
 
-    def _relay(self, receiver: Receiver, sender: Sender | None) -> None:
+    def _relay(self, receiver: ReceivingEnd, sender: SendingEnd | None) -> None:
         """Until the last stage says that nothing follows: it alone knows, as a run may end before its last step."""
         try:
             while (packet := receiver.take()).kind != END:
@@ -195,10 +208,11 @@ class Refresher:
 
 
 def make_refresher(
-    config: Config, partition: Partition, world: World, links: Links, blocks: Sequence[Block]
+    config: Config, partition: Partition, world: World, links: Links, blocks: Sequence[Block], num_due: int = 0
 ) -> Refresher | None:
-    """Of a stage's blocks; None where no head is shared."""
+    """Of a stage's blocks; None where no head is shared. num_due: as Refresher has it, at the start."""
     if not head_of(config).shares_matrix or len(partition.blocks) == 1:
         return None
     timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)
-    return Refresher(blocks, timetable, world, links, config.precision)
+    seconds = None if config.is_job else world.timeout_seconds  # a job's links say themselves who is away for too long
+    return Refresher(blocks, timetable, world, links, config.precision, seconds, num_due)

@@ -1,0 +1,222 @@
+"""The start of a job, on its rank 0: what it knows of its run, what it learns from the stage before, where it goes on.
+
+Each stage makes its setup by itself, from the same flags. Neighbours compare it by its fingerprint when they meet, and
+what stage 0 alone reads goes from one to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import ssl
+import sys
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_local.checkpoint.catalog import layout_of, read_note
+from llm_local.checkpoint.line import committed, find_checkpoint
+from llm_local.config import Config, ConfigError
+from llm_local.evaluation import EvalSet
+from llm_local.export.model_card import installed_versions
+from llm_local.files import write_json
+from llm_local.flags import AMOUNT, FLAGS, LAYOUT, TRAINING, deciding
+from llm_local.jobs.frames import Frame, Garbled
+from llm_local.jobs.hello import NEW, SAVED, Hello, Refusal, Terms
+from llm_local.jobs.key import tls
+from llm_local.jobs.packet_log import PacketLog, bytes_needed
+from llm_local.jobs.positions import NOTE, Positions
+from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
+from llm_local.setup import Setup
+from llm_local.watchdog import LostPeer
+from llm_local.world import Place
+
+IDENTITY = "job.json"
+GB = 10**9
+# of the machine that a stage runs on: they change rounding at most
+_OWN = ("deepspeed", "gradient_checkpointing", "torch_compile", "attn_implementation")
+_EVALUATION = ("eval_batches", "eval_steps", "eval_strategy", "eval_on_start")
+_VERSIONS = ("torch", "transformers", "deepspeed")
+
+
+def positions_at(checkpoint: Path | str | None, stage: int) -> Positions:
+    """Where the stage's links stood when the checkpoint was made; at their beginning without one."""
+    return Positions(**read_note(Path(checkpoint), NOTE, stage)) if checkpoint else Positions()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What only stage 0 knows at the start. run: the run's identity."""
+
+    run: str
+    eval_sets: tuple[EvalSet, ...]
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Facts:
+        return Facts(values["run"], tuple(EvalSet(**each) for each in values["eval_sets"]))
+
+
+def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
+    """What two jobs of a run have alike."""
+    config = setup.config
+    flags = config.flat()
+    names = [n for n in (*deciding(TRAINING, AMOUNT, LAYOUT), *_EVALUATION) if n not in _OWN and not FLAGS[n].is_read]
+    layout = layout_of(config, setup.partition, num_replicas, setup.model_config())
+    versions = installed_versions()
+    return {
+        "model": layout.model,
+        "blocks": layout.blocks,
+        "stages": [[span.start, span.stop] for span in setup.partition.stages],
+        "replicas": num_replicas,
+        "tokenizer": setup.tokenizer,
+        **{name: flags[name] for name in names},
+        "precision": config.precision,
+        "versions": {name: versions.get(name) for name in _VERSIONS},
+    }
+
+
+def hello_of(setup: Setup, place: Place, facts: Facts | None, life: int) -> Hello:
+    """What a rank says of itself when it meets the same replica of a neighbour."""
+    return Hello(
+        stage=place.stage,
+        replica=place.replica,
+        place=f"{socket.gethostname()} pid {os.getpid()}",
+        life=life,
+        fingerprint=json.loads(json.dumps(fingerprint(setup, place.num_replicas))),
+        run=facts.run if facts else None,
+        facts=asdict(facts) if facts else None,
+        standing=SAVED if setup.checkpoint else NEW,
+    )
+
+
+def sound_start(config: Config) -> Config:
+    """The config with an older checkpoint, where the log lacks what was sent before the newest one: from there the
+    stage makes it again. Raises ConfigError where there is none."""
+    newest = None
+    with suppress(ConfigError):  # which preflight has
+        newest = find_checkpoint(config)
+    if newest is None or config.local.stage is None:
+        return config
+    logs = [
+        (PacketLog(folder, 0, None), folder.parent.name != "log")
+        for folder in sorted(config.output_dir.glob("log*/replica-*"))
+    ]
+    line = [path for path in committed(config.output_dir) if path.name <= newest.name] or [newest]
+    sound = next((path for path in reversed(line) if _is_covered(logs, positions_at(path, config.local.stage))), None)
+    if sound is None:
+        raise ConfigError(
+            [
+                f"the log in {config.output_dir} has lost packets that the stage behind has not saved yet, and no "
+                "checkpoint is old enough to make them again; let all stages go on from one step "
+                "(--resume_from_checkpoint), or begin anew"
+            ]
+        )
+    if sound == newest:
+        return config
+    said = f"the log lacks packets from before {newest.name}; goes on from {sound.name}, to make them again"
+    print(f"llm_local: warning: {said}", file=sys.stderr, flush=True)
+    return replace(config, train=replace(config.train, resume_from_checkpoint=str(sound)))
+
+
+def _is_covered(logs: list[tuple[PacketLog, bool]], positions: Positions) -> bool:
+    """Whether the logs, some of them of shared heads, have all that was sent and is not durable at its receiver."""
+    sent = [(log, positions.refreshed if is_back else positions.sent) for log, is_back in logs]
+    return all(number <= log.durable or log.covers(log.durable, number) for log, number in sent)
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What an earlier life of the job has written down; empty in the first one."""
+    try:
+        return json.loads((config.output_dir / IDENTITY).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_identity(config: Config, facts: Facts) -> None:
+    """A new life of the job begins."""
+    life = int(identity_of(config).get("life", 0)) + 1
+    write_json(config.output_dir / IDENTITY, {"life": life, **asdict(facts)})
+
+
+def facts_of(setup: Setup, num_replicas: int) -> Facts:
+    """What the job knows from an earlier life; else stage 0 names the run, and another one waits for what the stage
+    before tells. Raises ConfigError where that one is of something else, LostPeer where it is away for too long."""
+    known = identity_of(setup.config)
+    goes_on = setup.checkpoint or (setup.config.train.resume_from_checkpoint or "false").lower() != "false"
+    if known and goes_on:
+        return Facts.of(known)
+    if setup.config.reads_data:
+        return Facts(uuid.uuid4().hex, setup.eval_sets)
+    return _told_facts(setup, num_replicas)
+
+
+def _told_facts(setup: Setup, num_replicas: int) -> Facts:
+    local = setup.config.local
+    address = Address.of(local.receive_on or "")
+    mine = hello_of(setup, Place(0, local.num_stages, num_replicas, local.stage), None, 1)
+    terms = Terms(mine, mine.stage - 1)
+    print(f"llm_local: stage {mine.stage} waits for stage {terms.stage} at {address}", file=sys.stderr, flush=True)
+    limit = local.absent_peer_timeout
+    start = time.monotonic()
+    door = Door(address, tls(Path(local.run_key_file or ""), server=True))
+    try:
+        while limit is None or time.monotonic() - start < limit:
+            met = door.connection(lambda: mine, 1.0)
+            if met is None:
+                continue
+            with met[0] as connection, suppress(OSError, Garbled):
+                if (facts := _asked(connection, met[1], terms)) is not None:
+                    return Facts.of(facts)
+    finally:
+        door.close()
+    raise LostPeer(
+        f"stage {terms.stage} has not come to {address} within {limit:g} s (--absent_peer_timeout {limit:g})"
+    )
+
+
+def _asked(connection: ssl.SSLSocket, first: Frame, terms: Terms) -> dict[str, Any] | None:
+    """The facts that the other end has. Raises ConfigError for one that does not belong here, OSError and Garbled."""
+    connection.settimeout(ANSWER_SECONDS)
+    other, mine = Hello.of(first), terms.mine
+    if objection := terms.objection(other):
+        connection.sendall(Refusal(objection, mine.standing).to_bytes())
+        raise ConfigError([f"link {terms.stage}→{mine.stage}: {objection}"])
+    connection.sendall(mine.to_bytes())
+    return other.facts
+
+
+def packet_bytes(setup: Setup, wire_dtype: str) -> int:
+    """Of hidden states and token ids of a micro-batch."""
+    train, tokens = setup.config.train, setup.config.data.seq_length
+    each = {"fp32": 4, "int8": 1}.get(wire_dtype, 2) * setup.anatomy.hidden_size
+    return train.per_device_train_batch_size * tokens * (each + 4) + 256
+
+
+def log_need(setup: Setup) -> tuple[int, str]:
+    """Bytes that a replica's log needs, and in words for a person."""
+    config, train = setup.config, setup.config.train
+    steps = math.ceil(config.save_interval)
+    num_packets = train.gradient_accumulation_steps * steps
+    if config.eval_interval and train.eval_batches:
+        num_packets += train.eval_batches * max(1, len(setup.eval_sets)) * math.ceil(steps / config.eval_interval)
+    size = packet_bytes(setup, config.wire_dtype)
+    need = bytes_needed(size, 1, num_packets, config.local.max_packets_in_flight)
+    return need, f"{need / GB:.3g} GB for the {steps} steps between two checkpoints, at {size / 1e6:.3g} MB a packet"
+
+
+def log_problems(setup: Setup) -> list[str]:
+    """Whether the log is too small for the stage behind to come from one checkpoint to the next."""
+    local = setup.config.local
+    need, words = log_need(setup)
+    has = local.log_memory_gb + local.log_disk_gb
+    if local.send_to is None or need <= has * GB:
+        return []
+    given = f"log_memory_gb={local.log_memory_gb:g} and log_disk_gb={local.log_disk_gb:g}"
+    return [
+        f"{given} are less than the log of stage {local.stage} needs, {words}; raise log_disk_gb or lower save_steps"
+    ]

@@ -1,0 +1,36 @@
+"""Where a job's links stand after a step, which its checkpoint has to hold, and what is to be done with it then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+NOTE = "links.json"  # of a checkpoint's stage
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Packets used and sent, and matrices of a shared head that were due, all since the run's first step; and whether
+    the stage's exits were evaluated."""
+
+    received: int = 0
+    sent: int = 0
+    refreshed: int = 0
+    evaluated: bool = False
+
+
+class Neighbourhood(Protocol):
+    """What a checkpoint of a job is to its neighbours."""
+
+    @property
+    def run(self) -> str:
+        """The run's identity."""
+        ...
+
+    def persist(self, positions: Positions) -> None:
+        """Forces to disk what was sent until there, as a checkpoint of it is to be committed. Raises Unwritten."""
+        ...
+
+    def made_durable(self, positions: Positions) -> None:
+        """The checkpoint is committed: the neighbours need to keep nothing from before it."""
+        ...
