@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,30 @@ def test_a_folder_that_is_no_model_is_not_replaced(run: Path, tmp_path: Path, ca
     assert main([*map(str, parts)]) == 2
     assert f"{parts[2]} is there, and is no model to replace; name a new folder" in capsys.readouterr().err
     assert (parts[2] / "manifest.json").is_file()
+
+
+# not ru_maxrss, which begins with that of the process that starts this one
+PEAKS = r"""
+import re, sys
+from llm_local.commands.assemble import main
+for first in (1, len(sys.argv) // 2 + 1):
+    assert main(sys.argv[first : first + len(sys.argv) // 2]) == 0
+    print(1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]))
+"""
+
+
+def test_memory_is_that_of_about_one_stage(trainer: Trainer):
+    """Of four; what a tiny model takes has been taken before."""
+    wide = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_hidden_layers": 12}
+    settings = {"num_stages": 4, "max_steps": 1, "save_steps": 1, "eval_batches": 0}
+    arguments: list[str | Path] = []
+    for name, model in (("small", TINY), ("large", TINY | wide)):
+        trainer.model(model)
+        parts = parts_of(trainer.run(name, 4, **settings), trainer.folder / f"jobs-{name}")
+        arguments += [*parts, trainer.folder / f"out-{name}"]
+    done = subprocess.run([sys.executable, "-c", PEAKS, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split())
+    size = sum(file.stat().st_size for file in (trainer.folder / "out-large").glob("model-*.safetensors"))
+    assert size > 300e6
+    assert large - small < 0.6 * size
