@@ -16,6 +16,7 @@ import torch
 from conftest import TINY, Trainer, weights
 from safetensors.torch import save_file
 from test_export import MINICPM3
+from test_remote_code import REPAIR, brings_code
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.checkpoint.catalog import Catalog
@@ -174,6 +175,19 @@ def test_exits_that_are_no_models_are_left_out(trainer: Trainer, capsys: pytest.
     said = capsys.readouterr().err
     assert "no exit stage-00, as it is no model of its own: its logits differ by" in said
     assert f"{out}: not checked, as its part has no logits" in said
+    same_models(out, run / "export")
+
+
+def test_code_of_a_part_runs_with_the_flag_alone(trainer: Trainer, capsys: pytest.CaptureFixture[str]):
+    model = brings_code(trainer.folder / "model")
+    settings = {"max_steps": 1, "save_steps": 1, "eval_batches": 0, "config_name": model, "trust_remote_code": True}
+    run = trainer.run("run", 2, num_stages=2, **settings)
+    parts = parts_of(run, trainer.folder / "jobs")
+    shutil.rmtree(model)
+    out = trainer.folder / "out"
+    assert main([*map(str, parts), str(out)]) == 2
+    assert f"{parts[0] / 'model'} {REPAIR}" in capsys.readouterr().err
+    assert main([*map(str, parts), str(out), "--trust_remote_code", "true"]) == 0
     same_models(out, run / "export")
 
 
