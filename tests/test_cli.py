@@ -21,6 +21,7 @@ from llm_local.config import parse
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
 OF_THE_REPOSITORY = {"coverage", "flags"}  # and the benchmarks
+OF_THE_COMMAND = {"quickstart", "configs", "up", "key", "status"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,7 @@ def test_each_script_for_users_is_a_subcommand(capsys: pytest.CaptureFixture[str
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py") if not path.stem.startswith("bench_")}
     modules = {path.stem for path in (ROOT / "llm_local/commands").glob("*.py")} - {"__init__"}
     names = {name.replace("-", "_") for name in COMMANDS}
-    assert names == modules == scripts - OF_THE_REPOSITORY | {"quickstart", "configs"}
+    assert names == modules == scripts - OF_THE_REPOSITORY | OF_THE_COMMAND
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)

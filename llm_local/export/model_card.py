@@ -87,7 +87,7 @@ def model_card(training: Training, stage: int | None = None) -> str:
 
 
 def _name(training: Training, stage: int | None) -> str:
-    run = training.config.output_dir.absolute().name
+    run = Path(training.config.train.output_dir).absolute().name
     return run if stage is None else f"{run}, exit of stage {stage}"
 
 
