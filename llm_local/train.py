@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
+from transformers import TrainerCallback
+
 from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
@@ -30,7 +32,7 @@ PLAIN += (UnreadableText, Unwritten)
 LAUNCHER_SECONDS = 10.0
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Trains one rank's share, once in a process. Returns 0, 2 for a run that was refused, 1 for one that failed."""
     said: list[Exception] = []
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(0, error)
     try:
-        run = begin(parse(arguments), watchdog, refused=say)
+        run = begin(parse(arguments), watchdog, callbacks, refused=say)
         run.train()
         run.export()
         run.close()
