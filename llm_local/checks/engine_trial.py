@@ -45,6 +45,8 @@ def engine_problems(config: Config, num_replicas: int) -> list[str]:
         said, seconds = Path(folder) / "said", config.train.ddp_timeout
         where = _fork if local_device(0).type == "cpu" else _start
         ended = where(config, num_replicas, said, seconds)
+        if ended == f"ended with {-signal.SIGKILL}":  # by somebody else, who need not come again
+            ended = where(config, num_replicas, said, seconds)
         reason = said.read_text() if said.exists() else f"the trial {ended}"
     return [f"{config.train.deepspeed}: DeepSpeed cannot train with it: {reason}"] if reason else []
 
