@@ -16,7 +16,7 @@ from llm_local.registry import HEADS, METHODS
 PARTITIONS = ("flops", "profile")
 PACKINGS = ("concat", "best_fit", "none")
 EXPORT_DTYPES = ("auto", "fp32", "bf16", "fp16")
-WIRE_DTYPES = (*EXPORT_DTYPES, "int8")
+WIRE_DTYPES = (*EXPORT_DTYPES, "int8", "int4")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 SAVE_STEPS = 500  # of TrainingArguments
 STRATEGIES = ("no", "steps", "epoch")
@@ -197,7 +197,8 @@ class LocalArguments:
     distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.", POSITIVE)
     wire_dtype: str = _option(
         "auto",
-        "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token; auto: that of the model.",
+        "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token, int4 with one for 64 numbers; auto: as the "
+        "model.",
         choices=WIRE_DTYPES,
     )
     max_packets_in_flight: int = _option(

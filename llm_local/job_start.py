@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_local.checkpoint.catalog import layout_of, read_note
 from llm_local.checkpoint.line import committed, find_checkpoint
 from llm_local.config import Config, ConfigError
@@ -32,6 +34,8 @@ from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog, bytes_needed
 from llm_local.jobs.positions import NOTE, Positions
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
+from llm_local.links.message import HEADER_BYTES, body_size
+from llm_local.links.wire import expected
 from llm_local.setup import Setup
 from llm_local.watchdog import LostPeer
 from llm_local.world import Place
@@ -192,9 +196,9 @@ def _asked(connection: ssl.SSLSocket, first: Frame, terms: Terms) -> dict[str, A
 
 def packet_bytes(setup: Setup, wire_dtype: str) -> int:
     """Of hidden states and token ids of a micro-batch."""
-    train, tokens = setup.config.train, setup.config.data.seq_length
-    each = {"fp32": 4, "int8": 1}.get(wire_dtype, 2) * setup.anatomy.hidden_size
-    return train.per_device_train_batch_size * tokens * (each + 4) + 256
+    rows, tokens = setup.config.train.per_device_train_batch_size, setup.config.data.seq_length
+    tensors = [((rows, tokens), torch.int32), *expected(wire_dtype, (rows, tokens, setup.anatomy.hidden_size))]
+    return body_size(tensors) + HEADER_BYTES
 
 
 def log_need(setup: Setup) -> tuple[int, str]:

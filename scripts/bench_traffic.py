@@ -18,9 +18,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "deepspeed 1F1B, bf16": {"method": "backprop", "bf16": True},
     "local, bf16": {"bf16": True},
     "local, int8": {"bf16": True, "wire_dtype": "int8"},
+    "local, int4": {"bf16": True, "wire_dtype": "int4"},
     "local, fp32": {},
 }
-GOALS = {"local, bf16": "0.51", "local, int8": "0.27"}
+GOALS = {"local, bf16": "0.51", "local, int8": "0.27", "local, int4": "0.14"}
 INTRODUCTION = """
 Bytes that two stages send each other for one token of training, of 1F1B activations and gradients alone, of local
 learning all that its links carry: hidden states, token ids, headers. Width 256, 4 micro-batches of 4 x 128 tokens.

@@ -346,7 +346,7 @@ class TestStaticProblems:
         [
             ({"method": "x"}, "method='x' is unknown; choose one of backprop, chunked, greedy, overlapping"),
             ({"head": "x"}, "head='x' is unknown; choose one of decoder, linear, shared"),
-            ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16, int8"),
+            ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16, int8, int4"),
             (
                 {"lr_scheduler_type": "x"},
                 "lr_scheduler_type='x' is unknown; choose one of linear, cosine, constant, constant_with_warmup, "

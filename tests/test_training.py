@@ -167,7 +167,7 @@ def steps_in_csv(output: Path) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("wire", ["bf16", "int8"])
+@pytest.mark.parametrize("wire", ["bf16", "int8", "int4"])
 def test_fewer_bits_on_the_wire_are_close_to_fp32(trainer: Trainer, wire: str):
     whole = trainer.run("fp32", 2, num_stages=2)
     fewer = trainer.run(wire, 2, num_stages=2, wire_dtype=wire)

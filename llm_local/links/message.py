@@ -91,7 +91,7 @@ class PacketHeader:
     def packet(self, integers: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> Packet:
         """The inverse of `tensors`."""
         parts = {name: part.long() for name, part in zip(self.names, integers, strict=True)}
-        hidden = decode(numbers) if numbers else None
+        hidden = decode(numbers, self.width) if numbers else None
         return Packet(self.kind, self.step, self.index, hidden=hidden, weight=self.weight, **parts)
 
 

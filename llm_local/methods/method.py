@@ -63,7 +63,7 @@ class Method:
     def back_dtype(self, local: LocalArguments, precision: str, wire_dtype: str) -> str | None:
         """The wire's dtype of that, of a run of that precision."""
         # a gradient's few large numbers would cost the others their digits; token numbers are among the soft targets
-        gradient = precision if wire_dtype == "int8" else wire_dtype
+        gradient = precision if wire_dtype in ("int8", "int4") else wire_dtype
         return {None: None, GRADIENT: gradient, SOFT_TARGETS: "fp32"}[self.crosses_back(local)]
 
     def problems(self, local: LocalArguments) -> list[str]:
