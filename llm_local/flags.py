@@ -197,8 +197,8 @@ class LocalArguments:
     distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.", POSITIVE)
     wire_dtype: str = _option(
         "auto",
-        "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token, int4 with one for 64 numbers; auto: as the "
-        "model.",
+        "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token, int4 with one for 64 numbers; auto: "
+        "that of the model.",
         choices=WIRE_DTYPES,
     )
     max_packets_in_flight: int = _option(
