@@ -1,6 +1,7 @@
 """The sent packets that the receiving job does not have in a checkpoint yet, for a life of it that asks for them again.
 
-The newest are in memory, the others in files of segment.py's format, each named by the number of its first packet.
+The newest are in memory, the others in files of segment.py's format, each named by the number of its first packet. An
+empty file is named by the number below which all were trimmed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from threading import Condition
 
-from llm_local.files import Unwritten, write_whole, writing
+from llm_local.files import Unwritten, writing
 from llm_local.jobs.segment import (
     SUFFIX,
     Buffer,
@@ -24,6 +25,7 @@ from llm_local.jobs.segment import (
     write_record,
 )
 
+DURABLE = ".durable"
 SEGMENT_BYTES = 64 << 20
 
 
@@ -57,8 +59,10 @@ class PacketLog:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             files = sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal())
+            if not any(folder.glob(f"*{DURABLE}")):  # while there is room
+                (folder / f"{0:012}{DURABLE}").touch()
             self._segments = [Segment.found(path) for path in files]
-        self._durable = _number_in(folder / "durable")
+        self._durable = max(map(_number_of, folder.glob(f"*{DURABLE}")), default=0)
         self._next = max([self._durable, *(segment.stop for segment in self._segments)])
         self._state = Condition()  # guards all of these; nobody holds it while a packet is read or written
         self._stored = _Packets()  # in memory and on disk: older than those
@@ -189,9 +193,9 @@ class PacketLog:
             if self._tail in gone:
                 self._tail = None
             self._state.notify_all()
-        for segment in gone:  # first, as this makes room for the other file
+        self._remember_durable(number)  # first: a life that finds neither would look for what is gone
+        for segment in gone:
             remove(segment.path)
-        write_whole(self.folder / "durable", str(number))
 
     def persist(self, number: int) -> None:
         """All packets below number that are kept are on disk, and forced there, when it returns. Raises Unwritten."""
@@ -214,6 +218,15 @@ class PacketLog:
         with self._state:
             self._is_closed = True
             self._state.notify_all()
+
+    def _remember_durable(self, number: int) -> None:
+        """In the name of a file, as a full disk has no room for another one. Raises Unwritten."""
+        marks = sorted(self.folder.glob(f"*{DURABLE}"), key=_number_of)
+        with writing(mark := self.folder / f"{number:012}{DURABLE}"):
+            if marks:
+                os.rename(marks[-1], mark)
+            else:
+                mark.touch()
 
     def _kept_bytes(self) -> int:
         return self._unstored.num_bytes + sum(s.size - s.start_of(self._durable) for s in self._segments)
@@ -297,9 +310,6 @@ def _damaged(number: int, where: Path) -> DamagedLog:
     )
 
 
-def _number_in(path: Path) -> int:
-    """0 where there is none: a receiver is then thought to be less far than it is, which loses nothing."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return 0
+def _number_of(mark: Path) -> int:
+    """0 of a name without one: a receiver is then thought to be less far than it is, which loses nothing."""
+    return int(mark.stem) if mark.stem.isdecimal() else 0
