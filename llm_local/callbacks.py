@@ -31,9 +31,10 @@ from llm_local.training_arguments import LocalTrainingArguments
 Callback = TrainerCallback | type[TrainerCallback]
 
 
-def metrics_of(split: str, losses: Sequence[float]) -> dict[str, float]:
-    """An evaluation's losses by stage as the Trainer names metrics; that of the last stage is the model's."""
-    return {f"{split}_loss": losses[-1]} | {f"{split}_loss_stage_{n}": loss for n, loss in enumerate(losses)}
+def metrics_of(split: str, losses: Sequence[float], first: int = 0) -> dict[str, float]:
+    """An evaluation's losses by stage, from the first one of the launch on, as the Trainer names metrics; that of the
+    last stage is the model's."""
+    return {f"{split}_loss": losses[-1]} | {f"{split}_loss_stage_{n}": loss for n, loss in enumerate(losses, first)}
 
 
 class Callbacks:
@@ -115,9 +116,10 @@ class Callbacks:
         if not self._callbacks:
             return
         if split != "train":
-            self._log(step, metrics_of(split, losses))
+            self._log(step, metrics_of(split, losses, self._rank.world.place.stages.start))
             return
-        by_stage = {f"loss_stage_{number}": loss for number, loss in enumerate(losses)}
+        first = self._rank.world.place.stages.start
+        by_stage = {f"loss_stage_{number}": loss for number, loss in enumerate(losses, first)}
         if (record := self._records.pop(step, None)) is not None:
             self._log(step, _training_logs(record, {"loss": losses[-1], **by_stage}))
 

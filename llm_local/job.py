@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_local.files import write_json
-from llm_local.job_start import GB, Facts, hello_of, identity_of, packet_bytes, positions_at
+from llm_local.files import write_json, write_whole
+from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import STATUS, Rate
 from llm_local.jobs.channel import Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
@@ -46,8 +47,7 @@ class Job:
         """Every rank must call; it waits for nobody."""
         self.state, self.step = "starting", 0
         self._setup, self._world = setup, world
-        identity, place = identity_of(setup.config), world.place
-        self.facts, self.life = Facts.of(identity), int(identity["life"])
+        place = world.place
         self.positions = positions_at(setup.checkpoint, place.stage)
         config = setup.config
         tokens = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
@@ -69,7 +69,7 @@ class Job:
     @property
     def run(self) -> str:
         """The run's identity."""
-        return self.facts.run
+        return self._setup.run
 
     @property
     def _channels(self) -> list[Channel]:
@@ -95,14 +95,15 @@ class Job:
         way = Dial(address_of(local.send_to or "", place), tls(Path(local.run_key_file or ""), server=False))
         terms = self._terms(place.stage + 1, REFRESH_IN_FLIGHT if self._shares else 0)
         most = _matrix_bytes(self._setup) if self._shares else 0
-        known = log.folder / FINISHED
-        channel = self._channel(way, terms, log, self.positions.refreshed, most, known.touch)
-        if known.exists():
+        known, steps = log.folder / FINISHED, str(self._setup.config.train.max_steps)
+        finished = partial(write_whole, known, steps)
+        channel = self._channel(way, terms, log, self.positions.refreshed, most, finished)
+        if known.exists() and known.read_text() == steps:  # not of an end that has been put off since
             channel.knew()
         return channel
 
     def _terms(self, stage: int, window: int) -> Terms:
-        mine = hello_of(self._setup, self._world.place, self.facts, self.life)
+        mine = hello_of(self._setup, self._world.place)
         return Terms(replace(mine, window=window), stage)
 
     def _channel(
@@ -159,7 +160,7 @@ class Job:
         return {
             "stage": self._world.place.stage,
             "state": self.state,
-            "life": self.life,
+            "life": self._setup.life,
             "step": self.step,
             "max_steps": self._setup.config.train.max_steps,
             "tokens_per_second": self._rate.at(self.step),

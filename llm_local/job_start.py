@@ -84,16 +84,16 @@ def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
     }
 
 
-def hello_of(setup: Setup, place: Place, facts: Facts | None, life: int) -> Hello:
-    """What a rank says of itself when it meets the same replica of a neighbour."""
+def hello_of(setup: Setup, place: Place) -> Hello:
+    """What a rank says of itself when it meets the same replica of a neighbour, as far as it knows its run."""
     return Hello(
         stage=place.stage,
         replica=place.replica,
         place=f"{socket.gethostname()} pid {os.getpid()}",
-        life=life,
+        life=setup.life,
         fingerprint=json.loads(json.dumps(fingerprint(setup, place.num_replicas))),
-        run=facts.run if facts else None,
-        facts=asdict(facts) if facts else None,
+        run=setup.run or None,
+        facts=asdict(Facts(setup.run, setup.eval_sets)) if setup.run else None,
         standing=SAVED if setup.checkpoint else NEW,
     )
 
@@ -141,28 +141,37 @@ def identity_of(config: Config) -> dict[str, Any]:
         return {}
 
 
-def write_identity(config: Config, facts: Facts) -> None:
+def write_identity(setup: Setup) -> None:
     """A new life of the job begins."""
-    life = int(identity_of(config).get("life", 0)) + 1
-    write_json(config.output_dir / IDENTITY, {"life": life, **asdict(facts)})
+    facts = Facts(setup.run, setup.eval_sets)
+    write_json(setup.config.output_dir / IDENTITY, {"life": setup.life, **asdict(facts)})
 
 
-def facts_of(setup: Setup, num_replicas: int) -> Facts:
-    """What the job knows from an earlier life; else stage 0 names the run, and another one waits for what the stage
-    before tells. Raises ConfigError where that one is of something else, LostPeer where it is away for too long."""
+def identified(setup: Setup, num_replicas: int) -> Setup:
+    """The setup with its run and its life, and what stage 0 alone has read.
+
+    Of an earlier life, which has written it down; else stage 0 names the run, and another one waits for what the stage
+    before tells. Raises ConfigError where that one is of something else, or the log is too small, and LostPeer where it
+    is away for too long.
+    """
     known = identity_of(setup.config)
     goes_on = setup.checkpoint or (setup.config.train.resume_from_checkpoint or "false").lower() != "false"
     if known and goes_on:
-        return Facts.of(known)
-    if setup.config.reads_data:
-        return Facts(uuid.uuid4().hex, setup.eval_sets)
-    return _told_facts(setup, num_replicas)
+        facts, life = Facts.of(known), int(known["life"]) + 1
+    elif setup.config.reads_data:
+        facts, life = Facts(uuid.uuid4().hex, setup.eval_sets), 1
+    else:
+        facts, life = _told_facts(setup, num_replicas), 1
+    setup = replace(setup, run=facts.run, eval_sets=facts.eval_sets, life=life)
+    if problems := log_problems(setup):
+        raise ConfigError(problems)
+    return setup
 
 
 def _told_facts(setup: Setup, num_replicas: int) -> Facts:
     local = setup.config.local
     address = Address.of(local.receive_on or "")
-    mine = hello_of(setup, Place(0, local.num_stages, num_replicas, local.stage), None, 1)
+    mine = hello_of(setup, Place(0, local.num_stages, num_replicas, local.stage))
     terms = Terms(mine, mine.stage - 1)
     print(f"llm_local: stage {mine.stage} waits for stage {terms.stage} at {address}", file=sys.stderr, flush=True)
     limit = local.absent_peer_timeout

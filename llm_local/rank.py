@@ -29,7 +29,7 @@ from llm_local.data.tokenizer import load_tokenizer
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
 from llm_local.job import Job
-from llm_local.job_start import facts_of, log_need, log_problems, sound_start, write_identity
+from llm_local.job_start import identified, log_need, sound_start, write_identity
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, best_step
@@ -118,16 +118,12 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
             if config.reads_data:
                 data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
                 setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
-            facts = facts_of(setup, launch.world_size) if config.is_job else None
-    if facts is not None:
-        setup = replace(setup, eval_sets=facts.eval_sets)
-        if problems := log_problems(setup):
-            raise ConfigError(problems)
+            setup = identified(setup, launch.world_size) if config.is_job else setup
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)
         news = open_output(setup, launch.restart > 0)
-        if facts is not None:
-            write_identity(config, facts)
+        if config.is_job:
+            write_identity(setup)
             news += () if config.local.send_to is None else (f"the log for the next stage needs {log_need(setup)[1]}",)
     return Start(setup, tokenizer, data, news, folder)
 

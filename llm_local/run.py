@@ -244,7 +244,7 @@ class Run:
                 world.fetch(f"{each.split}/{self._step}/{stage}", seconds, f"stage {stage} to evaluate")
                 for stage in self.place.stages
             ]
-            found |= metrics_of(each.split, [float(text.split()[-1]) for text in of_stages])
+            found |= metrics_of(each.split, [float(text.split()[-1]) for text in of_stages], self.place.stages.start)
         return found
 
     def _end_training(self) -> None:

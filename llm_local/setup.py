@@ -34,7 +34,7 @@ class Setup:
     them. model: the model's config (see model_values). generation: what the export's generation_config.json holds.
     code: modules of the model's own, by file name. checkpoint: the folder that the run goes on from. refused_exits: why
     an exit is no model of its own, by its name. tokenizer: key of a fast one. counts: documents and tokens of each data
-    set that is on disk.
+    set that is on disk. run, life: of a job, the run's identity and how many times the job has started.
     """
 
     config: Config
@@ -51,6 +51,8 @@ class Setup:
     tokenizer: str = ""
     counts: Counts = field(default_factory=dict)
     eval_sets: tuple[EvalSet, ...] = ()
+    run: str = ""
+    life: int = 0
 
     def model_config(self) -> PretrainedConfig:
         """The model's config, a new object."""
