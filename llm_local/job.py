@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_local.checkpoint.line import committed
 from llm_local.files import write_json, write_whole
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import STATUS, Rate
@@ -100,7 +101,16 @@ class Job:
         channel = self._channel(way, terms, log, self.positions.refreshed, most, finished)
         if known.exists() and known.read_text() == steps:  # not of an end that has been put off since
             channel.knew()
+        channel.goes_back = lambda number: self._goes_back(log, number)
         return channel
+
+    def _goes_back(self, log: PacketLog, number: int) -> bool:
+        """Whether the job's next life can make that packet again; it goes on from a checkpoint from before it, then."""
+        folder, stage = self._setup.config.output_dir, self._world.place.stage
+        if not any(positions_at(path, stage).sent <= number for path in committed(folder)):
+            return False
+        log.go_back(number)
+        return True
 
     def _terms(self, stage: int, window: int) -> Terms:
         mine = hello_of(self._setup, self._world.place)

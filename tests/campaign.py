@@ -21,15 +21,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Any
-
-from safetensors.torch import load_file
 
 from llm_local.jobs.key import make_key
 from tests.faults import KINDS, Blow, Scene, deal
-from tests.jobs import Relay, Stage, environment, free_ports, launcher, read_records
+from tests.jobs import Relay, Stage, end_with_parent, environment, free_ports, launcher
 from tests.paced import PACE
+from tests.verdict import compare, compare_models, spread
 
 NUM_STAGES = 3
 LOOK_SECONDS = 0.05
@@ -37,7 +35,6 @@ HANG_SECONDS = 150.0
 STEPS_A_FAULT = 60
 SECONDS_A_FAULT = 9.0  # at first: then what faults have taken so far
 ZERO = 1
-TOLERANCE = 1e-5
 MODEL = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 MODEL |= {"bos_token_id": 1, "eos_token_id": 2}
@@ -112,7 +109,14 @@ class Campaign:
         command = [*launcher(NUM_STAGES * self.num_ranks, restarts=0), *self.flags, *zero]
         with (self.folder / "reference.log").open("w") as log:
             output = ["--output_dir", str(self.folder / "reference")]
-            subprocess.run([*command, *output], env=environment(), stdout=log, stderr=log, check=True)
+            subprocess.run(
+                [*command, *output],
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                check=True,
+                preexec_fn=end_with_parent,
+            )
 
     def begin(self) -> None:
         key, pace = self.folder / "run.key", self.folder / "pace"
@@ -217,7 +221,8 @@ class Campaign:
             elif active.is_undone and self._trains_again(active):
                 self._active.remove(active)
         for stage in self.scene.stages:
-            if not any(active.blow.stage is stage for active in self._active) and stage.trains_since(0):
+            may_end = any(stage is active.blow.stage or stage in active.blow.involved for active in self._active)
+            if not may_end and stage.trains_since(0):
                 stage.is_hit = False
 
     def _trains_again(self, active: Active) -> bool:
@@ -251,71 +256,30 @@ class Campaign:
 
     def verdict(self) -> dict[str, Any]:
         """All figures."""
-        lost = twice = differing = exact = close = 0
-        bounds = [min([self._loosened.get(k, self.max_steps) for k in range(s + 1)]) for s in range(NUM_STAGES)]
-        for stage in self.scene.stages:
-            ours = read_records(stage.metrics)
-            theirs = read_records(self.folder / f"reference/metrics/stage-{stage.number:02d}.jsonl")
-            lost += len(theirs.keys() - ours.keys())
-            twice += sum(len(records) > 1 for records in ours.values())
-            for key in theirs.keys() & ours.keys():
-                pairs = [(r[-1]["loss"], *r[-1]["block_losses"]) for r in (ours[key], theirs[key])]
-                if pairs[0] == pairs[1]:
-                    exact += 1
-                elif key[1] > bounds[stage.number] and all(
-                    abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(*pairs, strict=True)
-                ):
-                    close += 1
-                else:
-                    differing += 1
-        recoveries = [r.recovery_seconds for r in self.reports if r.recovery_seconds is not None]
-        beyond = [r.beyond_loading_seconds for r in self.reports if r.beyond_loading_seconds is not None]
-        stalls = [max(r.stalls.values(), default=0.0) for r in self.reports]
+        stages = self.scene.stages
+        # a stage trains on what those before it send
+        bounds = [min(self._loosened.get(k, self.max_steps) for k in range(s + 1)) for s in range(NUM_STAGES)]
+        losses = compare(stages, self.folder / "reference", bounds)
+        complaint = compare_models(stages, self.folder / "reference", self.folder / "model", bool(self._loosened))
+        self.wrong += [complaint] if complaint else []
+        stalls = [max(report.stalls.values(), default=0.0) for report in self.reports]
         figures = {
             "faults": len(self.reports),
-            "kinds": {kind: sum(r.kind == kind for r in self.reports) for kind in KINDS},
-            "lives": [len(stage.lives) for stage in self.scene.stages],
+            "kinds": {kind: sum(report.kind == kind for report in self.reports) for kind in KINDS},
+            "lives": [len(stage.lives) for stage in stages],
             "steps": self.max_steps,
-            "lost_steps": lost,
-            "steps_twice": twice,
-            "differing_losses": differing,
-            "exact_losses": exact,
-            "losses_within_1e-5": close,
-            "same_model": self._same_model(is_loose=bool(self._loosened)),
+            **asdict(losses),
+            "same_model": not complaint,
             "hangs": self.hangs,
-            "recovery_seconds": _spread(recoveries),
-            "beyond_loading_seconds": _spread(beyond),
-            "stall_seconds": _spread(stalls),
+            "recovery_seconds": spread([report.recovery_seconds for report in self.reports]),
+            "beyond_loading_seconds": spread([report.beyond_loading_seconds for report in self.reports]),
+            "stall_seconds": spread(stalls),
             "seconds": round(time.time() - self.begun, 1),
             "wrong": self.wrong,
         }
         text = json.dumps({**figures, "each": [asdict(report) for report in self.reports]}, indent=1)
         (self.folder / "campaign.json").write_text(text + "\n")
         return figures
-
-    def _same_model(self, is_loose: bool) -> bool:
-        """Whether the assembled model has the tensors of the run that nothing happened to."""
-        parts = [str(stage.output) for stage in self.scene.stages]
-        made = self.folder / "model"
-        command = [sys.executable, "-m", "llm_local.cli", "assemble", *parts, str(made)]
-        told = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        if told.returncode != 0:
-            self.wrong.append(f"assemble: {told.stderr.strip()}")
-            return False
-        ours, theirs = _tensors(made), _tensors(self.folder / "reference/export")
-        if not ours or ours.keys() != theirs.keys():
-            return False
-        same = [name for name in ours if ours[name].equal(theirs[name])]
-        near = [n for n in ours if ours[n].allclose(theirs[n], rtol=1e-3, atol=1e-4)] if is_loose else same
-        return len(near) == len(ours)
-
-
-def _tensors(export: Path) -> dict[str, Any]:
-    return {name: value for path in export.glob("model-*.safetensors") for name, value in load_file(path).items()}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(median(values), 2), "worst": max(values), "of": len(values)} if values else {}
 
 
 def main(arguments: Sequence[str]) -> int:

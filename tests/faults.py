@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
@@ -28,12 +28,14 @@ class Scene:
 
 @dataclass
 class Blow:
-    """A fault that has been done. stage: whose training is awaited; seconds: after which `undo` takes it back."""
+    """A fault that has been done. stage: whose training is awaited; seconds: after which `undo` takes it back, or does
+    the rest; involved: stages that may end by it, beside that one."""
 
     stage: Stage
     detail: str = ""
     seconds: float = 0.0
     undo: Callable[[], None] = lambda: None
+    involved: Sequence[Stage] = ()
 
 
 Fault = Callable[[Scene, Stage], Blow]
@@ -92,25 +94,27 @@ def _break(scene: Scene, stage: Stage, how: Callable[[Relay], None]) -> Blow:
 
 
 def tear_log(scene: Scene, stage: Stage) -> Blow:
-    """Of the first stage, whose packets nobody else has to send again, while the next one has not saved all of it."""
-    stage, relays = scene.stages[0], scene.links[0]
-    if stage.is_done or len(list(stage.output.glob("checkpoints/step-*/manifest.json"))) < 3:
-        return kill_job(scene, scene.stages[-1] if stage.is_done else stage)
+    """While the next stage has not saved all of it; those before may have to make its packets again, and start, too."""
+    stage = scene.stages[min(stage.number, len(scene.stages) - 2)]
+    before = scene.stages[: stage.number + 1]
+    if any(each.is_done or len(each.checkpoints()) < 3 for each in before):
+        return kill_job(scene, next(each for each in scene.stages if not each.is_done))
     share = scene.random.choice([0.0, scene.random.random()])
 
     def tear() -> None:
-        if not stage.is_done and stage.logs():
+        if not any(each.is_done for each in before) and stage.logs():
             os.truncate(stage.logs()[-1], int(share * stage.logs()[-1].stat().st_size))
-            kill_job(scene, stage)
-        for relay in relays:
+            for each in before:
+                each.is_hit = True
+            stage.kill()
+        for relay in scene.links[stage.number]:
             relay.restore()
 
-    for relay in relays:
+    for relay in scene.links[stage.number]:
         relay.silence()
     seconds = scene.random.uniform(2, 5)
-    return Blow(
-        stage, f"{share:.2f} of the newest file left, after {seconds:.1f} s without the next stage", seconds, tear
-    )
+    detail = f"{share:.2f} of the newest file left, after {seconds:.1f} s without the next stage"
+    return Blow(stage, detail, seconds, tear, before)
 
 
 def fill_disk(scene: Scene, stage: Stage) -> Blow:

@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -144,7 +143,7 @@ class Stage:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
 
@@ -200,6 +199,9 @@ class Stage:
                 rank.kill()
         self.process.wait()
 
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.output.glob("checkpoints/step-*/manifest.json"))
+
     def logs(self) -> list[Path]:
         """The segments of what it keeps for the next stage, the newest last."""
         return sorted(self.output.glob("log/replica-00/*.packets"))
@@ -229,7 +231,7 @@ class Stage:
             return None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     on_death_of_parent(signal.SIGTERM)
 
 
@@ -247,12 +249,3 @@ def free_ports(count: int) -> list[int]:
 def freeze(process: psutil.Process, stops: bool) -> None:
     with suppress(psutil.Error, ProcessLookupError):
         process.send_signal(signal.SIGSTOP if stops else signal.SIGCONT)
-
-
-def read_records(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """All records of a metrics file, by split and step."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        found.setdefault((record["split"], record["step"]), []).append(record)
-    return found

@@ -224,6 +224,19 @@ class TestLives:
         fill(again, 10)
         assert (again.first, kept(again)) == (8, [8, 9])
 
+    def test_a_receiver_that_has_gone_back(self, tmp_path: Path):
+        """What was trimmed is missing for a sender at 10, who has to make it again from where it was at 3."""
+        log = log_in(tmp_path)
+        fill(log, 10)
+        log.persist(10)
+        log.trim(8)
+        log.go_back(4)
+        again = log_in(tmp_path)
+        assert (again.durable, again.covers(again.durable, 10)) == (4, False)
+        again.start_at(3)
+        fill(again, 10)
+        assert (again.first, kept(again)) == (4, [*range(4, 10)])
+
     def test_a_log_that_was_lost(self, tmp_path: Path):
         log = log_in(tmp_path)
         log.start_at(9)

@@ -76,6 +76,8 @@ class Channel:
         self.neighbour: dict[str, Any] = {}  # what the other end's last beat says
         self.num_connections = 0
         self.trouble = ""
+        # whether the next life of this end goes back to before that packet, which the other end wants again
+        self.goes_back: Callable[[int], bool] = lambda number: False
         self._way = way
         self._terms = terms
         self._log = log
@@ -227,6 +229,10 @@ class Channel:
         connection.settimeout(BEAT_SECONDS)
         if objection := self._terms.objection(other):
             connection.sendall(Refusal(objection, mine.standing).to_bytes())
+            if other.wants is not None and self._terms.is_too_early(other) and self.goes_back(other.wants):
+                what = f"stage {other.stage} has gone back to packet {other.wants}"
+                self._failure = LostPeer(f"{self.name}: {what}; this stage goes back, too, and makes it again")
+                return
             self._disagree(objection, other.standing, mine.standing)
             return
         if self._way.is_visited:

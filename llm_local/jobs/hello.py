@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,6 +81,11 @@ class Terms:
     mine: Hello
     stage: int
     log_begins: int = 0
+
+    def is_too_early(self, other: Hello) -> bool:
+        """Whether the other end belongs here, and wants what the log has no more."""
+        has_all = replace(self, log_begins=0)
+        return other.wants is not None and other.wants < self.log_begins and not has_all.objection(other)
 
     def objection(self, other: Hello) -> str:
         """Why the other end is not the one that belongs here, in a line; '' if it is."""

@@ -197,6 +197,10 @@ class PacketLog:
         for segment in gone:
             remove(segment.path)
 
+    def go_back(self, number: int) -> None:
+        """The sender's next life is to make the packets from that number on again, though they were trimmed."""
+        self._remember_durable(number)
+
     def persist(self, number: int) -> None:
         """All packets below number that are kept are on disk, and forced there, when it returns. Raises Unwritten."""
         while self._store_oldest(number):
