@@ -94,17 +94,17 @@ def surroundings_problems(config: Config) -> list[str]:
         address = Address.of(text)
         try:
             socket.getaddrinfo(address.host, address.port)
-        except OSError as error:
-            problems.append(f"send_to={text}: {address.host} is no known host ({error.strerror}); correct it")
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "no name of a host"
+            problems.append(f"send_to={text}: {address.host} is no known host ({reason}); correct it")
     if local.receive_on is not None:
         address = Address.of(local.receive_on)
         try:
             with socket.create_server((address.host, address.port), family=_family(address)):
                 pass
-        except OSError as error:
-            problems.append(
-                f"receive_on={address} cannot be listened on ({error.strerror}); choose another port or address"
-            )
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "no name of a host"
+            problems.append(f"receive_on={address} cannot be listened on ({reason}); choose another port or address")
     return problems
 
 

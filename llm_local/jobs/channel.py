@@ -41,7 +41,7 @@ from llm_local.jobs.frames import (
     with_text,
 )
 from llm_local.jobs.hello import TRAINING, Hello, Refusal, Terms
-from llm_local.jobs.packet_log import DamagedLog, PacketLog
+from llm_local.jobs.packet_log import PacketLog
 from llm_local.jobs.ways import Way
 from llm_local.watchdog import LostPeer
 
@@ -58,6 +58,7 @@ class Channel:
 
     first: the number of the first packet that it has not. absent_seconds: how long the other end may be away; None: for
     ever. beat: what the other end is to know of this job; finished: called, once, when it needs nothing any more.
+    silence_seconds: after which a connection counts as broken.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Channel:
         absent_seconds: float | None,
         beat: Callable[[], dict[str, Any]],
         finished: Callable[[], None],
+        silence_seconds: float = SILENCE_SECONDS,
     ):
         self.name = name
         self.neighbour: dict[str, Any] = {}  # what the other end's last beat says
@@ -85,10 +87,11 @@ class Channel:
         self._absent_seconds = absent_seconds
         self._beat = beat
         self._on_finished = finished
+        self._silence_seconds = silence_seconds
         self._received = self._taken = self._durable = first
         self._window = terms.mine.window
         self._ready: Queue[torch.Tensor] = Queue()
-        self._failure: LostPeer | DamagedLog | None = None
+        self._failure: Exception | None = None
         self._present = terms.mine  # the other end, once there was one
         self._is_connected, self._away_since = False, time.monotonic()
         self._is_finished = self._is_welcome = False
@@ -116,7 +119,7 @@ class Channel:
         return self._taken
 
     def check(self) -> None:
-        """Raises LostPeer where the other end has refused this one or is away for too long, DamagedLog."""
+        """Raises LostPeer where the other end has refused this one or is away for too long, DamagedLog, Unwritten."""
         if self._failure is not None:
             raise self._failure
         away = 0.0 if self._is_connected else time.monotonic() - self._away_since
@@ -197,12 +200,12 @@ class Channel:
                 if met is not None:
                     with met[0] as connection:
                         self._meet(connection, met[1])
-            except DamagedLog as error:
-                self._failure = error
-            except (OSError, Garbled) as error:
+            except (OSError, Garbled, UnicodeError) as error:
                 self.trouble = describe(error)
                 if not self._stopped.is_set():
                     self._say(self.trouble, f"{self.name}: no connection to stage {self._terms.stage}: {self.trouble}")
+            except Exception as error:  # DamagedLog and Unwritten among them: a thread alone would end unheard
+                self._failure = error
             finally:
                 if self._is_connected:
                     self._is_connected, self._away_since = False, time.monotonic()
@@ -225,7 +228,7 @@ class Channel:
             self._disagree(refusal.reason, refusal.standing, mine.standing)
             return
         other = Hello.of(first)
-        self._terms.log_begins = self._log.first if self._log is not None else 0
+        self._terms.log_begins = max(self._log.first, self._log.durable) if self._log is not None else 0
         connection.settimeout(BEAT_SECONDS)
         if objection := self._terms.objection(other):
             connection.sendall(Refusal(objection, mine.standing).to_bytes())
@@ -240,11 +243,15 @@ class Channel:
         if other.wants is None:  # it only asks
             return
         self._present = other
-        self._is_connected = self._is_welcome = True
+        self._is_connected = True
         self.num_connections += 1
+        _Conversation(self, connection, other, mine).go_on()
+
+    def _welcomed(self) -> None:
+        """The other end agrees, too."""
+        self._is_welcome = True
         self.trouble = ""
         self._said.clear()
-        _Conversation(self, connection, other, mine).go_on()
 
     def _changes(self, met: tuple[ssl.SSLSocket, Frame], silent_seconds: float) -> bool:
         """Whether who has come now takes the place of the present one, whose connection may have gone without a sign.
@@ -286,6 +293,7 @@ class _Conversation:
         self._channel, self._connection = channel, connection
         self._said_taken, self._said_durable, self._said_finish = mine.taken, mine.durable, mine.finished
         self._said_farewell = mine.farewell
+        self._standing, self._is_welcome = mine.standing, False
         self._cursor = 0 if other.wants is None else other.wants
         self._peer_taken, self._peer_window = other.taken, other.window
         self._parser = parse(channel._max_packet_bytes, _room)
@@ -298,29 +306,31 @@ class _Conversation:
         if mine.farewell:
             channel._farewell_said.set()
         if other.finished:
-            self._hear(Frame(FINISHED))
+            self._finished()
         if other.farewell:
-            self._hear(Frame(FAREWELL))
+            channel._peer_knows.set()
 
     def go_on(self) -> None:
         """Raises OSError or Garbled when it is over."""
         channel, connection = self._channel, self._connection
         connection.setblocking(False)
+        waits = select.poll()  # select takes no file above 1023
+        waits.register(connection)
+        waits.register(channel._wake_read, select.POLLIN)
         while not channel._stopped.is_set() and channel._failure is None:
             self._now = time.monotonic()
             self._read()
-            if self._now - self._heard > SILENCE_SECONDS:
-                raise TimeoutError(f"no sign of life for {SILENCE_SECONDS:g} s")
+            if self._now - self._heard > channel._silence_seconds:
+                raise TimeoutError(f"no sign of life for {channel._silence_seconds:g} s")
             if (met := channel._way.visitor()) and channel._changes(met, self._now - self._heard):
                 raise ConnectionAbortedError("the other end has come again")
             is_stuck = self._write()
             if self._connection.pending():
                 continue
-            files = [connection, channel._wake_read]
-            readable, _, _ = select.select(files, [connection] if is_stuck else [], [], BEAT_SECONDS)
-            if channel._wake_read in readable:
-                with suppress(BlockingIOError):
-                    channel._wake_read.recv(4096)
+            waits.modify(connection, select.POLLIN | (select.POLLOUT if is_stuck else 0))
+            waits.poll(1000 * BEAT_SECONDS)
+            with suppress(BlockingIOError):
+                channel._wake_read.recv(4096)
 
     def _read(self) -> None:
         left = _READ_AT_A_TIME
@@ -389,6 +399,13 @@ class _Conversation:
 
     def _hear(self, frame: Frame) -> None:
         channel = self._channel
+        if frame.kind == REFUSAL:  # by the end that comes, which is the second to know
+            refusal = Refusal.of(frame)
+            channel._disagree(refusal.reason, refusal.standing, self._standing)
+            raise ConnectionAbortedError(refusal.reason)
+        if not self._is_welcome:
+            self._is_welcome = True
+            channel._welcomed()
         if frame.kind == PACKET:
             room = channel._taken + channel._window
             if frame.number != channel._received or frame.number >= room:
@@ -397,19 +414,25 @@ class _Conversation:
                 )
             channel._received += 1
             channel._ready.put(torch.from_numpy(frame.body))
+        elif frame.kind in (TAKEN, DURABLE) and frame.number > self._cursor:
+            raise Garbled(f"news of {frame.number} packets, of which {self._cursor} were sent")
         elif frame.kind == TAKEN:
             self._peer_taken = frame.number
         elif frame.kind == DURABLE and channel._log is not None:
             channel._log.trim(frame.number)
         elif frame.kind == BEAT:
             channel.neighbour = frame.content
-        elif frame.kind == FINISHED and not channel._peer_finished.is_set():
-            channel._on_finished()
-            channel._peer_finished.set()
+        elif frame.kind == FINISHED:
+            self._finished()
         elif frame.kind == FAREWELL:
             channel._peer_knows.set()
-        elif frame.kind in (HELLO, REFUSAL):
+        elif frame.kind == HELLO:
             raise Garbled("a second hello")
+
+    def _finished(self) -> None:
+        if not self._channel._peer_finished.is_set():
+            self._channel._on_finished()
+            self._channel._peer_finished.set()
 
 
 def _room(num_bytes: int) -> Any:

@@ -42,7 +42,7 @@ class Frame:
         """Of a frame with text. Raises Garbled."""
         try:
             found = json.loads(bytes(self.body))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Garbled(f"text that is no JSON: {error}") from error
         if not isinstance(found, dict):
             raise Garbled("text that is no JSON object")

@@ -48,9 +48,12 @@ class Hello:
         if frame.kind != HELLO:
             raise Garbled("a frame where a hello was due")
         try:
-            return TypeAdapter(Hello).validate_python(frame.content)
+            found = TypeAdapter(Hello).validate_python(frame.content)
         except ValidationError as error:
             raise Garbled("a hello of another version") from error
+        if min(found.taken, found.durable) < 0 or max(found.taken, found.durable) > (found.wants or 0):
+            raise Garbled("a hello that has more packets than it has got")
+        return found
 
     def __str__(self) -> str:
         return f"stage {self.stage}, replica {self.replica} ({self.place})"

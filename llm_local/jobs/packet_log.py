@@ -109,7 +109,8 @@ class PacketLog:
 
     def start_at(self, number: int) -> None:
         """The sender goes on from where it had sent so many packets: those from there on are forgotten, as it makes
-        them again, and the next one appended has that number."""
+        them again, and the next one appended has that number. That some of them were durable is forgotten, too: the
+        receiver may go back as far, and says so when it comes."""
         with self._state:
             self._state.wait_for(lambda: self._in_use is None)
             for packets in (self._stored, self._unstored):
@@ -124,7 +125,10 @@ class PacketLog:
                     os.truncate(last.path, last.size)
             self._next = number
             self._tail = None
+            was_durable, self._durable = self._durable, min(self._durable, number)
             self._state.notify_all()
+        if number < was_durable:
+            self._remember_durable(number)
 
     def append(self, *buffers: Buffer) -> int:
         """Keeps a packet, without a copy: nobody may change the buffers. Returns its number.

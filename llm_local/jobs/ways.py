@@ -110,7 +110,8 @@ class Door:
         self._arrived: Queue[tuple[ssl.SSLSocket, Frame]] = Queue()
         self._places = threading.BoundedSemaphore(_HANDSHAKES)
         self._listener = _listen(address)
-        threading.Thread(target=self._welcome, name="door", daemon=True).start()
+        self._thread = threading.Thread(target=self._welcome, name="door", daemon=True)
+        self._thread.start()
 
     def connection(self, hello: Callable[[], Hello], seconds: float) -> tuple[ssl.SSLSocket, Frame] | None:
         """Of those that have come the last: the others have gone."""
@@ -130,7 +131,16 @@ class Door:
             return None
 
     def close(self) -> None:
+        """The port is free when it returns, and who has come and was not met hears that nobody is here."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else `accept` goes on, on a port that nobody has closed
         self._listener.close()
+        self._thread.join()
+        self._send_away()
+
+    def _send_away(self) -> None:
+        while met := self.visitor():
+            met[0].close()
 
     def _welcome(self) -> None:
         while True:
@@ -151,6 +161,8 @@ class Door:
             secured = _secured(plain, self._context, server_side=True, seconds=HANDSHAKE_SECONDS)
             try:
                 self._arrived.put((secured, first_frame(secured, ANSWER_SECONDS)))
+                if self._listener.fileno() < 0:
+                    self._send_away()
             except BaseException:
                 secured.close()
                 raise

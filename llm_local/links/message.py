@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from llm_local.links.packet import CHECK, END, INTEGER_PARTS, Packet
+from llm_local.links.packet import CHECK, END, INTEGER_PARTS, KINDS, Packet
 from llm_local.links.wire import CODES, decode, encode, expected, wire_dtype_of
 
 Shaped: TypeAlias = "tuple[tuple[int, ...], torch.dtype]"
@@ -60,7 +60,7 @@ class PacketHeader:
         """The inverse of `to_bytes`. Raises ValueError for anything else."""
         numbers = received.view(torch.int64)
         magic, kind, step, index, rows, tokens, width, code, mask, _ = numbers.tolist()
-        if magic != _MAGIC:
+        if magic != _MAGIC or not 0 <= kind < len(KINDS):
             raise ValueError("no packet header")
         names = tuple(name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1)
         weight = float(numbers[-1:].view(torch.float64))
