@@ -15,7 +15,7 @@ adapters: torch_internals hf_internals deepspeed_internals
 program ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
 trainer_flags config head_plan
-simulator: peer_schedules channel clock simulate
+simulator: peer_schedules channel clock simulate failures
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message link transports ends
 jobs: segment packet_log positions key frames hello ways channel ends
@@ -37,7 +37,7 @@ examine assembly run_trace recorder rank best finish training_arguments callback
 offline_export
 coverage: model_type run report
 study: points comparison runs
-plan: times machine memory model stages layouts report search
+plan: times machine memory model stages layouts failing report search
 bench: saved_bytes peers worker cases calibration relay
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate plot probe
 commands: key status up timeline study

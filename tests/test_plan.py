@@ -52,6 +52,17 @@ def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: 
     assert len(spans) == best["num_stages"] * 2 * (2 * best["gradient_accumulation_steps"] + 1)
 
 
+def test_what_is_left_where_stages_fail(script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "plan.json"
+    assert run(script, model, "--mtbf_hours", "24", "--num_stages", "1", "4", "--json", str(out)) == 0
+    assert "Throughput that is left when each stage fails every 24 h and is back in 60 s:" in capsys.readouterr().out
+    found = json.loads(out.read_text())["failures"]
+    assert {each["num_stages"] for each in found if each["as_jobs"] is not None} == {4}
+    assert all(each["as_jobs"] > each["in_one_launch"] for each in found if each["as_jobs"] is not None)
+    assert run(script, model, "--mtbf_hours", "0") == 2
+    assert "--mtbf-hours 0 must be more than 0" in capsys.readouterr().err
+
+
 def test_a_fast_network_is_for_data_parallelism_and_a_slow_one_is_not(
     script: ModuleType, model: Path, capsys: pytest.CaptureFixture
 ):

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
@@ -20,6 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.methods.method import local_methods
+from llm_local.plan import failing
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
 from llm_local.plan.model import read_model
@@ -52,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--num_stages", nargs="+", type=int, help="stages (all that divide the devices)")
     what.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4), help="ZeRO stages (all)")
     what.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of training (bf16)")
+    faults = p.add_argument_group("failures")
+    faults.add_argument("--mtbf_hours", type=float, help="mean time between two failures of a stage (none)")
+    faults.add_argument("--restart_seconds", type=float, default=60, help="until it trains again (60)")
     out = p.add_argument_group("output")
     out.add_argument("--top", type=int, default=5, help="layouts that are shown (5)")
     out.add_argument("--json", type=Path, help="file for everything in numbers")
@@ -84,9 +88,15 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
 
 def write(given: argparse.Namespace, planner: Planner, plan: Plan) -> None:
     print(text(planner, plan))
+    numbers = as_json(planner, plan)
+    if given.mtbf_hours is not None:
+        times = (given.mtbf_hours * 3600, given.restart_seconds)
+        found = failing.shares(planner.config, plan.best, plan.peers, *times)
+        numbers["failures"] = [asdict(each) for each in found]
+        print(f"\n{failing.text(found, *times)}")
     if given.json:
         with writing(given.json):
-            given.json.write_text(json.dumps(as_json(planner, plan), indent=1) + "\n")
+            given.json.write_text(json.dumps(numbers, indent=1) + "\n")
     shown = next(iter((*plan.best, *plan.peers)), None)
     if shown is None or shown.pipe is None or not (given.picture or given.trace):
         return

@@ -30,6 +30,7 @@ _SET = ("method", "head", "num_stages", "stage_layers", "final_backprop_steps", 
 def check_plan(given: Mapping[str, Any], config: Config) -> None:
     """Raises ConfigError with every problem of the flags that shows without the model."""
     problems = [_positive(name, given[name]) for name in POSITIVE]
+    problems += [_positive(n, given[n]) for n in ("mtbf_hours", "restart_seconds") if given[n] is not None]
     latency = given["link_latency_us"]
     if not 0 <= latency < math.inf:
         problems.append(f"--link-latency-us {latency:g} must be 0 or more")
