@@ -1,6 +1,6 @@
 """The fault campaign: three stages as jobs of their own, faults at random moments, and the losses of a run without any.
 
-python -m tests.campaign --kills 200 [--seed 1] [--replicas 1] [--output DIR] [--longest 30] [flags of a run]
+python -m tests.campaign --kills 200 [--seed 1] [--replicas 1] [--output DIR] [--longest 30] [flags]
 
 It trains a tiny model once in one launch. Then each stage is a job under torchrun, its links go through relays, and
 faults.py hurts them, start-up, saving and the end included. At the end every loss of every stage, and the assembled
@@ -74,7 +74,7 @@ class Campaign:
         self.random = Random(given.seed)
         self.max_steps = given.steps or STEPS_A_FAULT * given.kills + 60
         self.flags = [*self._flags(), *flags]
-        self.longest_seconds = given.longest
+        self.longest_seconds, self.share_soon = given.longest, given.soon
         self.reports: list[Report] = []
         self.wrong: list[str] = []
         self.hangs = 0
@@ -162,8 +162,7 @@ class Campaign:
                 due = now + self.random.uniform(0, 3)
             if left and due is not None and now >= due and (left > num_at_end or self._is_at_end()):
                 self._strike(kinds[len(self.reports)])
-                # one in three comes while the stage starts again, or another one has to do without it
-                is_soon = self.random.random() < 0.33 or left <= num_at_end
+                is_soon = self.random.random() < self.share_soon or left <= num_at_end
                 due = time.time() + self.random.uniform(0, 8) if is_soon else None
 
     def _all_train(self) -> bool:
@@ -290,6 +289,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1, help="ranks of each stage (1)")
     parser.add_argument("--longest", type=float, default=30.0, help="seconds for which a link is away at most (30)")
+    parser.add_argument(
+        "--soon", type=float, default=0.33, help="share of faults that come while another one is felt (0.33)"
+    )
     parser.add_argument("--steps", type=int, help=f"of the run ({STEPS_A_FAULT} a fault, and some)")
     parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="a new folder (runs/campaign)")
     given, flags = parser.parse_known_args(arguments)

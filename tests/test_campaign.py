@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.processes
 def test_ten_faults_change_no_loss_and_end_no_other_stage(tmp_path: Path):
     """Each kind once, with links away for 3 s at most; what differs is printed."""
-    command = [sys.executable, "-m", "tests.campaign", "--kills", "10", "--longest", "3", "--steps", "300"]
+    command = [sys.executable, "-m", "tests.campaign", "--kills", "10", "--steps", "200"]
+    command += ["--longest", "3", "--soon", "0.8"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run(
         [*command, "--output", str(tmp_path / "campaign")], cwd=ROOT, env=environment, capture_output=True, text=True
