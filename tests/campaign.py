@@ -74,6 +74,7 @@ class Campaign:
         self.random = Random(given.seed)
         self.max_steps = given.steps or STEPS_A_FAULT * given.kills + 60
         self.flags = [*self._flags(), *flags]
+        self.limit_seconds = 60 * given.minutes
         self.longest_seconds, self.share_soon = given.longest, given.soon
         self.reports: list[Report] = []
         self.wrong: list[str] = []
@@ -155,8 +156,10 @@ class Campaign:
             self._look()
             if self._hangs():
                 return
-            left = self.kills - len(self.reports)
             now = time.time()
+            if now - self.begun > self.limit_seconds:
+                self.kills = len(self.reports)
+            left = self.kills - len(self.reports)
             self._pace(left - num_at_end)
             if due is None and self._all_train() and not self._active:
                 due = now + self.random.uniform(0, 3)
@@ -166,7 +169,7 @@ class Campaign:
                 due = time.time() + self.random.uniform(0, 8) if is_soon else None
 
     def _all_train(self) -> bool:
-        return all(stage.is_done or (stage.lives and stage.trains_since(0)) for stage in self.scene.stages)
+        return all(stage.is_back(0) for stage in self.scene.stages)
 
     def _is_at_end(self) -> bool:
         return self.scene.stages[0].step >= self.max_steps - 5
@@ -221,14 +224,14 @@ class Campaign:
                 self._active.remove(active)
         for stage in self.scene.stages:
             may_end = any(stage is active.blow.stage or stage in active.blow.involved for active in self._active)
-            if not may_end and stage.trains_since(0):
-                stage.is_hit = False
+            if not may_end and stage.is_back(0):
+                stage.hit_at = None
 
     def _trains_again(self, active: Active) -> bool:
         report, stage = active.report, active.blow.stage
         hit_at = self.begun + report.at
         is_new = stage.life.created > hit_at - 0.2
-        if (stage.is_hit and not (is_new or stage.is_done)) or not stage.trains_since(active.since):
+        if not stage.is_back(active.since):
             return False
         report.recovery_seconds = round(max(stage.moved - active.since, 0.0), 2)
         if is_new and stage.life.ready is not None:
@@ -292,6 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--soon", type=float, default=0.33, help="share of faults that come while another one is felt (0.33)"
     )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further fault comes")
     parser.add_argument("--steps", type=int, help=f"of the run ({STEPS_A_FAULT} a fault, and some)")
     parser.add_argument("--output", type=Path, default=Path("runs/campaign"), help="a new folder (runs/campaign)")
     given, flags = parser.parse_known_args(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def kill_rank(scene: Scene, stage: Stage) -> Blow:
     ranks = stage.ranks()
     if not ranks:
         return kill_job(scene, stage)
-    stage.is_hit = True
+    stage.hit_at = time.time()
     victim = scene.random.choice(ranks)
     with suppress(psutil.Error):
         victim.kill()
@@ -55,13 +56,13 @@ def kill_rank(scene: Scene, stage: Stage) -> Blow:
 def kill_launcher(scene: Scene, stage: Stage) -> Blow:
     """Its ranks end by themselves."""
     assert stage.process is not None
-    stage.is_hit = True
+    stage.hit_at = time.time()
     stage.process.kill()
     return Blow(stage)
 
 
 def kill_job(scene: Scene, stage: Stage) -> Blow:
-    stage.is_hit = True
+    stage.hit_at = time.time()
     stage.kill()
     return Blow(stage)
 
@@ -105,7 +106,7 @@ def tear_log(scene: Scene, stage: Stage) -> Blow:
         if not any(each.is_done for each in before) and stage.logs():
             os.truncate(stage.logs()[-1], int(share * stage.logs()[-1].stat().st_size))
             for each in before:
-                each.is_hit = True
+                each.hit_at = time.time()
             stage.kill()
         for relay in scene.links[stage.number]:
             relay.restore()
@@ -122,7 +123,7 @@ def fill_disk(scene: Scene, stage: Stage) -> Blow:
     ranks = stage.ranks()
     if not ranks or not stage.metrics.exists():
         return kill_job(scene, stage)
-    stage.is_hit = True
+    stage.hit_at = time.time()
     room = scene.random.choice([0, stage.metrics.stat().st_size + (1 << 15)])  # the second is for larger files
     for rank in ranks:
         with suppress(OSError):

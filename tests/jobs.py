@@ -107,7 +107,8 @@ class Life:
 
 @dataclass
 class Stage:
-    """A job, as the campaign sees it. step: the last that was trained, at `moved`. is_hit: a fault may have ended it"""
+    """A job, as the campaign sees it. step: the last that was trained, at `moved`. hit_at: when a fault has ended it,
+    until it trains again."""
 
     number: int
     output: Path
@@ -120,7 +121,7 @@ class Stage:
     lives: list[Life] = field(default_factory=list)
     step: int = 0
     moved: float = 0.0
-    is_hit: bool = True
+    hit_at: float | None = 0.0
     is_done: bool = False
     news: list[str] = field(default_factory=list)
 
@@ -162,13 +163,13 @@ class Stage:
         if not self.is_done and (status := self.process.poll()) is not None:
             self.is_done = status == 0
             if status != 0:
-                if not self.is_hit:
+                if self.hit_at is None:
                     wrong.append(f"the launcher of stage {self.number} has ended with {status}: {self.last_news()}")
                 self.start()
         if ranks := self.ranks():
             first = min(ranks, key=lambda each: each.pid)
             if not self.lives or self.life.pid != first.pid:
-                if not self.is_hit:
+                if self.hit_at is None:
                     wrong.append(f"stage {self.number} has ended, which no fault has hit: {self.last_news()}")
                 with suppress(psutil.Error):
                     self.lives.append(Life(first.pid, first.create_time(), self.zero))
@@ -185,6 +186,11 @@ class Stage:
         if ready is None or self.life.resumed == self.max_steps:
             return ready is not None
         return self.moved > max(ready, moment) and self.step > self.life.resumed
+
+    def is_back(self, moment: float) -> bool:
+        """Whether it trains in a life that began after the fault which has ended the one before, if any has."""
+        is_old = self.hit_at is not None and not (self.lives and self.life.created > self.hit_at - 0.2)
+        return self.is_done or (not is_old and self.trains_since(moment))
 
     def last_news(self) -> str:
         return " / ".join(line for line in self.news[-8:])
