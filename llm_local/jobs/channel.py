@@ -201,8 +201,8 @@ class Channel:
                     with met[0] as connection:
                         self._meet(connection, met[1])
             except (OSError, Garbled, UnicodeError) as error:
-                self.trouble = describe(error)
-                if not self._stopped.is_set():
+                if not (self._stopped.is_set() or self._peer_finished.is_set()):  # who has finished goes
+                    self.trouble = describe(error)
                     self._say(self.trouble, f"{self.name}: no connection to stage {self._terms.stage}: {self.trouble}")
             except Exception as error:  # DamagedLog and Unwritten among them: a thread alone would end unheard
                 self._failure = error
