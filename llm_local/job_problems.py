@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -95,17 +96,25 @@ def surroundings_problems(config: Config) -> list[str]:
         try:
             socket.getaddrinfo(address.host, address.port)
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or "no name of a host"
-            problems.append(f"send_to={text}: {address.host} is no known host ({reason}); correct it")
+            problems.append(f"send_to={text}: {address.host} is no known host ({_reason(error)}); correct it")
     if local.receive_on is not None:
         address = Address.of(local.receive_on)
         try:
             with socket.create_server((address.host, address.port), family=_family(address)):
                 pass
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or "no name of a host"
-            problems.append(f"receive_on={address} cannot be listened on ({reason}); choose another port or address")
+            what = f"receive_on={address} cannot be listened on ({_reason(error)})"
+            problems.append(f"{what}; choose another port or address")
     return problems
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Without the address, which Python's own message names again."""
+    if isinstance(error, UnicodeError):
+        return "no name of a host"
+    if isinstance(error, socket.gaierror) or error.errno is None:
+        return str(error.strerror or error)
+    return os.strerror(error.errno)
 
 
 def _family(address: Address) -> socket.AddressFamily:

@@ -44,6 +44,7 @@ IDENTITY = "job.json"
 GB = 10**9
 # of the machine that a stage runs on: they change rounding at most
 _OWN = ("deepspeed", "gradient_checkpointing", "torch_compile", "attn_implementation")
+_CUT = ("partition", "stage_layers")  # ways to what "blocks" and "stages" say
 _EVALUATION = ("eval_batches", "eval_steps", "eval_strategy", "eval_on_start")
 _VERSIONS = ("torch", "transformers", "deepspeed")
 
@@ -69,7 +70,11 @@ def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
     """What two jobs of a run have alike."""
     config = setup.config
     flags = config.flat()
-    names = [n for n in (*deciding(TRAINING, AMOUNT, LAYOUT), *_EVALUATION) if n not in _OWN and not FLAGS[n].is_read]
+    names = [
+        n
+        for n in (*deciding(TRAINING, AMOUNT, LAYOUT), *_EVALUATION)
+        if n not in (*_OWN, *_CUT) and not FLAGS[n].is_read
+    ]
     layout = layout_of(config, setup.partition, num_replicas, setup.model_config())
     versions = installed_versions()
     return {

@@ -199,12 +199,13 @@ class Relay:
         while True:
             try:
                 one, _ = self._listener.accept()
-                other = socket.create_connection(("127.0.0.1", self._to))
-            except ConnectionRefusedError:
-                one.close()
-                continue
             except OSError:
                 return
+            try:
+                other = socket.create_connection(("127.0.0.1", self._to))
+            except OSError:  # as of an end that is between two lives
+                one.close()
+                continue
             self._pairs.append((one, other))
             threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
 
@@ -222,10 +223,17 @@ class Relay:
 
 
 class Stranger:
-    """A connection to a port, with a key or as plain TCP."""
+    """A connection to a port, once somebody listens there; with a key, or as plain TCP."""
 
     def __init__(self, port: int, key: Path | None = None):
-        self.socket: socket.socket = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
+        end = time.monotonic() + SECONDS
+        while True:
+            try:
+                self.socket: socket.socket = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < end, "nobody listens"
+                time.sleep(0.05)
         if key is not None:
             self.socket = tls(key, server=False).wrap_socket(self.socket)
 
