@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(600)
 def test_ten_faults_change_no_loss_and_end_no_other_stage(tmp_path: Path):
     """Each kind once, with links away for 3 s at most; what differs is printed."""
     command = [sys.executable, "-m", "tests.campaign", "--kills", "10", "--steps", "200"]
