@@ -152,12 +152,10 @@ KINDS: dict[str, Fault] = {
 
 
 def deal(count: int, random: Random) -> list[str]:
-    """As many kinds, each about as often; another ZeRO stage, which changes rounding, in the last tenth alone."""
+    """As many kinds, each about as often; another ZeRO stage, which may change rounding, near the end alone."""
     found: list[str] = []
     while len(found) < count:
         found += random.sample(sorted(KINDS), len(KINDS))
-    found = found[:count]
-    for number in range(count - max(1, count // 10)):
-        if found[number] == "zero":
-            found[number] = "rank"
+    found = ["rank" if kind == "zero" and n < count * 0.9 else kind for n, kind in enumerate(found[:count])]
+    found[max(0, count - 2)] = "zero"
     return found
