@@ -237,6 +237,8 @@ class TestLives:
         assert (again.durable, again.covers(again.durable, 10)) == (4, False)
         again.start_at(3)
         fill(again, 10)
+        assert (again.first, kept(again)) == (3, [*range(3, 10)])
+        again.trim(4)  # as the receiver says when it comes
         assert (again.first, kept(again)) == (4, [*range(4, 10)])
 
     def test_a_log_that_was_lost(self, tmp_path: Path):
