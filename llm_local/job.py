@@ -21,7 +21,7 @@ from typing import Any
 
 from llm_local.checkpoint.line import committed
 from llm_local.files import write_json, write_whole
-from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
+from llm_local.job_start import DONE, GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import STATUS, Rate
 from llm_local.jobs.channel import Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
@@ -154,12 +154,13 @@ class Job:
             self._behind.made_durable(positions.refreshed)
 
     def finish(self) -> None:
-        """Until the stages behind need nothing of this one, and the one before knows that. Raises LostPeer."""
+        """Until the stages behind need nothing of this one, and the one before knows. Raises LostPeer, Unwritten."""
         self.state = "finished"
         if self._behind is not None:
             self._behind.await_finish()
         if self._before is not None:
             self._before.finish()
+        write_whole(self._setup.config.output_dir / DONE, str(self._setup.config.train.max_steps))
 
     def close(self) -> None:
         for channel in self._channels:

@@ -41,6 +41,7 @@ from llm_local.watchdog import LostPeer
 from llm_local.world import Place
 
 IDENTITY = "job.json"
+DONE = "done"  # the steps after which the job has ended for good: nobody needs anything of it
 GB = 10**9
 # of the machine that a stage runs on: they change rounding at most
 _OWN = ("deepspeed", "gradient_checkpointing", "torch_compile", "attn_implementation")
@@ -136,6 +137,16 @@ def _is_covered(logs: list[tuple[PacketLog, bool]], positions: Positions) -> boo
     """Whether the logs, some of them of shared heads, have all that was sent and is not durable at its receiver."""
     sent = [(log, positions.refreshed if is_back else positions.sent) for log, is_back in logs]
     return all(number <= log.durable or log.covers(log.durable, number) for log, number in sent)
+
+
+def is_done(config: Config) -> bool:
+    """Whether an earlier life of the job that is gone on with has come to the end."""
+    if not config.is_job or (config.train.resume_from_checkpoint or "false").lower() == "false":
+        return False
+    try:
+        return (config.output_dir / DONE).read_text() == str(config.train.max_steps)
+    except OSError:
+        return False
 
 
 def identity_of(config: Config) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from transformers import TrainerCallback
 from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
-from llm_local.config import ConfigError, parse
+from llm_local.config import Config, ConfigError, parse
 from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss
 from llm_local.export.model_folder import WrongExport
 from llm_local.files import Unwritten
+from llm_local.job_start import is_done
 from llm_local.rendezvous import RunRefused
 from llm_local.start import begin, first_watchdog, has_begun
 from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
@@ -45,7 +46,11 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
     except ConfigError as error:
         return _refuse(0, error)
     try:
-        run = begin(parse(arguments), watchdog, callbacks, refused=say)
+        config = parse(arguments)
+        if is_done(config):  # its neighbours are gone
+            _say_done(config, watchdog.rank)
+            return 0
+        run = begin(config, watchdog, callbacks, refused=say)
         run.train()
         run.export()
         run.close()
@@ -65,6 +70,12 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
             return 1
         _fail(watchdog, error)
     return 0
+
+
+def _say_done(config: Config, rank: int) -> None:
+    if rank == 0:
+        stage, folder = config.local.stage, config.output_dir
+        print(f"llm_local: stage {stage} has come to its end before: {folder / 'export'}", file=sys.stderr, flush=True)
 
 
 def _say(error: Exception) -> None:

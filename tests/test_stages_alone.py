@@ -30,7 +30,7 @@ class Launch:
     """A command in the background; when the block ends, it and its descendants do."""
 
     def __init__(self, command: list[str], log: Path):
-        self.log = log
+        self.log, self.command = log, command
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=out, cwd=ROOT, env=os.environ | ENVIRONMENT, start_new_session=True
@@ -131,6 +131,9 @@ def test_two_under_torchrun_as_the_example_has_it(trainer: Trainer):
             launch.ends_well()
     assert [status(folders[stage], stage)["life"] for stage in range(2)] == [2, 1]
     assert status(folders[1], 1)["pid"] == pid
+    again = Launch(launches[1].command, trainer.folder / "again.txt")  # its neighbour is gone, and it needs none
+    again.ends_well()
+    assert f"stage 1 has come to its end before: {folders[1] / 'export'}" in again.text
     for stage in range(2):
         assert trained(folders[stage], stage) == trained(one, stage)
     parts = [str(folder / "export") for folder in folders]

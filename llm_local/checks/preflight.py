@@ -59,7 +59,7 @@ from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("tensorboard", "csv", TRACE, "job.json", "status.json", "log", "log-back")
+OURS += ("tensorboard", "csv", TRACE, "job.json", "status.json", "log", "log-back", "done")
 
 
 def preflight(given: Config, world_size: int) -> Setup:
