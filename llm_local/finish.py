@@ -72,7 +72,8 @@ def finish_part(run: Rank, checkpoint: Path) -> Path:
     config.dtype = DTYPES[run.config.export_dtype]
     name = type(engine.bodies[0].model).__name__
     model = Description(config, name, run.start.tokenizer, run.setup.generation, run.setup.code)
-    write_part(checkpoint, export, model, (engine.check_ids, logits))
+    metrics = run.metrics.path if run.metrics else None
+    write_part(checkpoint, export, model, (engine.check_ids, logits), metrics)
     run.progress.say(f"part: {export}; llm-local assemble makes the model of those of all stages")
     return export
 

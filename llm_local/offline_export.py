@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from llm_local.checkpoint.catalog import Catalog, read_data_state
+from llm_local.checkpoint.line import METRICS
 from llm_local.checkpoint.loader import fill, fill_block
 from llm_local.checks.exit_check import refused_exits
 from llm_local.checks.preflight import plan_partition
@@ -38,6 +39,7 @@ from llm_local.export.stages import (
     write_stage,
 )
 from llm_local.flags import ModelArguments
+from llm_local.metrics import read_records
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice
@@ -128,7 +130,14 @@ def assemble(
             reason = refused.get(exit_name(stage))
             say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, checks[stage]))
         there = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-        write_cards(replace(_training(catalogs[0], config, run), exits=there), draft)
+        losses = tuple(_loss(part, stage, catalogs[0].manifest.step) for stage, part in enumerate(parts))
+        write_cards(replace(_training(catalogs[0], config, run), exits=there, losses=losses), draft)
+
+
+def _loss(part: Path, stage: int, step: int) -> float | None:
+    """On the first validation set, if the exit was evaluated after that step."""
+    records = read_records(part / METRICS / f"stage-{stage:02d}.jsonl")
+    return next((each["loss"] for each in reversed(records) if (each["split"], each["step"]) == ("eval", step)), None)
 
 
 def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:

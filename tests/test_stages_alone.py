@@ -109,6 +109,7 @@ def test_the_middle_one_is_killed_under_llm_local_up(trainer: Trainer):
     for stage in range(3):
         assert trained(folders[stage], stage) == trained(one, stage)
     same_model(folder / "export", one / "export")
+    assert "## Validation loss" in (folder / "export" / "README.md").read_text()
 
 
 def test_two_under_torchrun_as_the_example_has_it(trainer: Trainer):

@@ -3,6 +3,7 @@
     PART/stage-01/replica-00.safetensors    the stage's weights, as a checkpoint has them, without the optimizer's state
     PART/stage-01/state.json, data.json     as in a checkpoint
     PART/model/                             the model's config and its tokenizer, in one of the parts at least
+    PART/metrics/stage-01.jsonl             all that the stage measured
     PART/check.safetensors                  a row of text, and the stage's logits on it
     PART/manifest.json                      written last
 
@@ -34,7 +35,7 @@ from llm_local.checkpoint.catalog import (
     replica_file,
     save_stretches,
 )
-from llm_local.checkpoint.line import committed
+from llm_local.checkpoint.line import METRICS, committed
 from llm_local.config import ConfigError
 from llm_local.export.model_folder import Description, replaced, write_description, write_text, writing
 from llm_local.export.stages import CHECK_FILE
@@ -45,11 +46,17 @@ MOST_POSITIONS = 64  # of the logits that a part brings along
 Check = tuple[torch.Tensor, torch.Tensor]
 
 
-def write_part(checkpoint: Path, folder: Path, model: Description | None = None, check: Check | None = None) -> None:
+def write_part(
+    checkpoint: Path,
+    folder: Path,
+    model: Description | None = None,
+    check: Check | None = None,
+    metrics: Path | None = None,
+) -> None:
     """Makes a part of a checkpoint that holds one stage, in memory that its weights take.
 
     model: of the run; one part must have it where the files that the flags name may be gone. check: ids (1, T) and the
-    stage's logits (1, T, V). Raises BrokenCheckpoint, and Unwritten naming a file.
+    stage's logits (1, T, V). metrics: the stage's file. Raises BrokenCheckpoint, and Unwritten naming a file.
     """
     catalog = Catalog(checkpoint)
     (stage,) = catalog.manifest.held()
@@ -61,6 +68,10 @@ def write_part(checkpoint: Path, folder: Path, model: Description | None = None,
             for file in (checkpoint / name / each for each in (STATE_FILE, DATA_FILE)):
                 if file.exists():
                     shutil.copyfile(file, draft / name / file.name)
+        if metrics is not None:
+            with writing(draft / METRICS):
+                (draft / METRICS).mkdir()
+                shutil.copyfile(metrics, draft / METRICS / metrics.name)
         if model is not None:
             with writing(draft / MODEL):
                 (draft / MODEL).mkdir()
