@@ -71,7 +71,7 @@ def relay(every: int, max_steps: int, resume_at: int) -> Any:
     block = stage_of_one_block(world, is_last)
     output = block.head.model.get_output_embeddings()
     timetable = Timetable(every, max_steps)
-    refresher = Refresher([block], timetable, world, links, "fp32")
+    refresher = Refresher([block], timetable, world, links, "fp32", world.timeout_seconds)
     state = None
     if resume_at:
         now = read_in(timetable)[resume_at - 1]
@@ -114,7 +114,8 @@ def test_the_matrix_is_relayed_in_the_background_and_counted(every: int, resume_
 def wait_in_vain() -> str:
     world = meet(seconds=1.0)
     links = Links.join(world, "fp32", 4, back_dtype=None, refresh_dtype="fp32")
-    refresher = Refresher([stage_of_one_block(world, world.place.is_last_stage)], Timetable(1, 9), world, links, "fp32")
+    block = stage_of_one_block(world, world.place.is_last_stage)
+    refresher = Refresher([block], Timetable(1, 9), world, links, "fp32", world.timeout_seconds)
     refresher.start(0)
     said = ""
     if world.place.stage == 0:
