@@ -63,7 +63,7 @@ def test_a_good_run_is_not_refused(trainer: Trainer, tmp_path: Path):
         (5, {"num_stages": 5}, "4 layers"),
         (1, {"method": "layerwise"}, "method='layerwise' is unknown; choose one of backprop, chunked, greedy"),
         (1, {"head": "mlp"}, "head='mlp' is unknown; choose one of decoder, linear"),
-        (2, {"num_stages": 2, "wire_dtype": "int4"}, "wire_dtype='int4' is unknown; choose one of auto, fp32, bf16"),
+        (2, {"num_stages": 2, "wire_dtype": "int2"}, "wire_dtype='int2' is unknown; choose one of auto, fp32, bf16"),
         (1, {"seq_length": 128}, "seq_length=128 is longer than the model's 64 positions; shorten it, or set max_pos"),
         (1, {"config_overrides": "vocab_size=500"}, "500 has no row for the tokenizer's highest id 4095; set vocab"),
         (1, {"config_overrides": "no_such=1"}, "config_overrides='no_such=1'"),
