@@ -115,10 +115,10 @@ class Callbacks:
         """Rank 0 has what every stage says of a step or an evaluation."""
         if not self._callbacks:
             return
-        if split != "train":
-            self._log(step, metrics_of(split, losses, self._rank.world.place.stages.start))
-            return
         first = self._rank.world.place.stages.start
+        if split != "train":
+            self._log(step, metrics_of(split, losses, first))
+            return
         by_stage = {f"loss_stage_{number}": loss for number, loss in enumerate(losses, first)}
         if (record := self._records.pop(step, None)) is not None:
             self._log(step, _training_logs(record, {"loss": losses[-1], **by_stage}))

@@ -21,14 +21,14 @@ from typing import Any
 
 from llm_local.checkpoint.line import committed
 from llm_local.files import write_json, write_whole
-from llm_local.job_start import DONE, GB, hello_of, packet_bytes, positions_at
-from llm_local.job_status import STATUS, Rate
+from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
+from llm_local.job_status import Rate
 from llm_local.jobs.channel import Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.hello import Terms
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog
-from llm_local.jobs.positions import Positions
+from llm_local.jobs.positions import DONE, LOG, LOG_BACK, STATUS, Positions
 from llm_local.jobs.ways import Address, Dial, Door, Way
 from llm_local.links.ends import REFRESH_IN_FLIGHT, Links
 from llm_local.model.anatomy import text_config
@@ -36,7 +36,7 @@ from llm_local.model.heads.head import head_of
 from llm_local.setup import Setup
 from llm_local.world import Place, World
 
-LOG, LOG_BACK, FINISHED = "log", "log-back", "finished"
+FINISHED = "finished"  # of a log: the stage behind needs nothing more
 STATUS_SECONDS = 1.0
 _SMALL = 1 << 20  # of a packet, beside its tensors
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm_local.config import Config
 from llm_local.jobs.key import key_problems
-from llm_local.jobs.ways import Address
+from llm_local.jobs.ways import Address, listen
 
 _OF_JOBS = ("send_to", "receive_on", "run_key_file")
 
@@ -100,8 +100,7 @@ def surroundings_problems(config: Config) -> list[str]:
     if local.receive_on is not None:
         address = Address.of(local.receive_on)
         try:
-            with socket.create_server((address.host, address.port), family=_family(address)):
-                pass
+            listen(address).close()
         except (OSError, UnicodeError) as error:
             what = f"receive_on={address} cannot be listened on ({_reason(error)})"
             problems.append(f"{what}; choose another port or address")
@@ -115,7 +114,3 @@ def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, socket.gaierror) or error.errno is None:
         return str(error.strerror or error)
     return os.strerror(error.errno)
-
-
-def _family(address: Address) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address.host else socket.AF_INET

@@ -32,7 +32,7 @@ from llm_local.jobs.frames import Frame, Garbled
 from llm_local.jobs.hello import NEW, SAVED, Hello, Refusal, Terms
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog, bytes_needed
-from llm_local.jobs.positions import NOTE, Positions
+from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positions
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
 from llm_local.links.wire import expected
@@ -40,8 +40,6 @@ from llm_local.setup import Setup
 from llm_local.watchdog import LostPeer
 from llm_local.world import Place
 
-IDENTITY = "job.json"
-DONE = "done"  # the steps after which the job has ended for good: nobody needs anything of it
 GB = 10**9
 # of the machine that a stage runs on: they change rounding at most
 _OWN = ("deepspeed", "gradient_checkpointing", "torch_compile", "attn_implementation")
@@ -113,8 +111,9 @@ def sound_start(config: Config) -> Config:
     if newest is None or config.local.stage is None:
         return config
     logs = [
-        (PacketLog(folder, 0, None), folder.parent.name != "log")
-        for folder in sorted(config.output_dir.glob("log*/replica-*"))
+        (PacketLog(folder, 0, None), name == LOG_BACK)
+        for name in (LOG, LOG_BACK)
+        for folder in sorted((config.output_dir / name).glob("replica-*"))
     ]
     line = [path for path in committed(config.output_dir) if path.name <= newest.name] or [newest]
     sound = next((path for path in reversed(line) if _is_covered(logs, positions_at(path, config.local.stage))), None)

@@ -8,7 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-STATUS = "status.json"
+from llm_local.jobs.positions import STATUS
+
 RATE_SECONDS = 30.0
 
 

@@ -40,6 +40,7 @@ from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.flags import FLAGS
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.job_problems import surroundings_problems
+from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, STATUS
 from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
 from llm_local.model.document_mask import DocumentMask
@@ -59,7 +60,7 @@ from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("tensorboard", "csv", TRACE, "job.json", "status.json", "log", "log-back", "done")
+OURS += ("tensorboard", "csv", TRACE, IDENTITY, STATUS, DONE, LOG, LOG_BACK)
 
 
 def preflight(given: Config, world_size: int) -> Setup:

@@ -42,7 +42,6 @@ class Job:
 
     stage: int
     command: list[str]
-    environment: dict[str, str]
     process: subprocess.Popen[str]
     starts: int = 1
     is_done: bool = False
@@ -130,7 +129,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _look_after(jobs: list[Job], plan: Plan, refusal: Path, stopped: list[int]) -> int:
-    news = _News(Path(plan.config.train.output_dir), len(jobs))
+    news = _News(Path(plan.config.train.output_dir))
     while not all(job.is_done for job in jobs):
         time.sleep(LOOK_SECONDS)
         if stopped or refusal.exists():
@@ -173,7 +172,7 @@ def _start(stage: int, command: list[str], environment: dict[str, str], starts: 
     )
     assert process.stdout is not None
     threading.Thread(target=_repeat, args=(stage, process.stdout), daemon=True).start()
-    return Job(stage, command, environment, process, starts)
+    return Job(stage, command, process, starts)
 
 
 def _end_with_parent() -> None:
@@ -202,8 +201,8 @@ def _stop(jobs: list[Job], number: int) -> None:
 class _News:
     """Which stage is in which life and how far behind the first one, when a life begins and every so often."""
 
-    def __init__(self, folder: Path, num_stages: int):
-        self._folder, self._num_stages = folder, num_stages
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._lives: dict[int, int] = {}
         self._last = time.monotonic()
 

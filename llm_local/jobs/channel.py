@@ -42,6 +42,7 @@ from llm_local.jobs.frames import (
 )
 from llm_local.jobs.hello import TRAINING, Hello, Refusal, Terms
 from llm_local.jobs.packet_log import PacketLog
+from llm_local.jobs.segment import payload_bytes
 from llm_local.jobs.ways import Way
 from llm_local.watchdog import LostPeer
 
@@ -133,7 +134,7 @@ class Channel:
     def send(self, *buffers: Any) -> None:
         """Puts a packet into the log, and waits as long as that is full. Raises as `check`, and Unwritten."""
         assert self._log is not None
-        size = sum(memoryview(buffer).nbytes for buffer in buffers)
+        size = payload_bytes(buffers)
         while not self._log.wait_for_room(size, BEAT_SECONDS):
             self.check()
             self._say(
@@ -392,10 +393,8 @@ class _Conversation:
         if log is None or self._cursor >= min(log.next, self._peer_taken + self._peer_window):
             return []
         packet = log.read(self._cursor)
-        buffers = packet if isinstance(packet, (list, tuple)) else [packet]
-        views = [memoryview(each).cast("B") for each in buffers]
         self._cursor += 1
-        return [header(PACKET, self._cursor - 1, sum(view.nbytes for view in views)), *views]
+        return [header(PACKET, self._cursor - 1, payload_bytes(packet)), *packet]
 
     def _hear(self, frame: Frame) -> None:
         channel = self._channel

@@ -15,9 +15,8 @@ NEW, SAVED, TRAINING = range(3)
 
 @dataclass(frozen=True)
 class Hello:
-    """One end. run: the run's identity, once it is known. place: where it runs, for a
-    person. life: how many times it was started. standing: NEW, SAVED (it has a checkpoint), or TRAINING
-    (or linked with the other one) in this life.
+    """One end. run: the run's identity, once it is known. place: where it runs, for a person. life: how many times it
+    was started. standing: NEW, SAVED (it has a checkpoint), or TRAINING (or linked with the other one) in this life.
 
     fingerprint: what both must have alike, by name. facts: what stage 0 alone has read and all must know.
     wants: the number of the first packet that this end has not; None: it only asks. taken, durable: as in frames.py.

@@ -1,4 +1,4 @@
-"""Where a job's links stand after a step, which its checkpoint has to hold, and what is to be done with it then."""
+"""Where a job's links stand after a step, which its checkpoint has to hold, and the names of what a job writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 NOTE = "links.json"  # of a checkpoint's stage
+# of the job's folder: its run and its life; what it does; the steps after which it has ended for good; its logs
+IDENTITY, STATUS, DONE, LOG, LOG_BACK = "job.json", "status.json", "done", "log", "log-back"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Door:
         self._context = context
         self._arrived: Queue[tuple[ssl.SSLSocket, Frame]] = Queue()
         self._places = threading.BoundedSemaphore(_HANDSHAKES)
-        self._listener = _listen(address)
+        self._listener = _listen_soon(address)
         self._thread = threading.Thread(target=self._welcome, name="door", daemon=True)
         self._thread.start()
 
@@ -174,13 +174,18 @@ class Door:
             self._places.release()
 
 
-def _listen(address: Address) -> socket.socket:
+def listen(address: Address) -> socket.socket:
+    """Raises OSError, or UnicodeError for what is no name of a host."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    return socket.create_server((address.host, address.port), family=family, backlog=64)
+
+
+def _listen_soon(address: Address) -> socket.socket:
     """Raises OSError where the port is somebody else's."""
     end = time.monotonic() + _BIND_SECONDS
     while True:
         try:
-            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-            return socket.create_server((address.host, address.port), family=family, backlog=64)
+            return listen(address)
         except OSError:
             if time.monotonic() > end:
                 raise
