@@ -112,6 +112,7 @@ def make_partition(
     head_layers: Sequence[int] = (0,),
     shared_head: bool = False,
     token_fraction: float = 1.0,
+    stage_speeds: Sequence[float] = (),
 ) -> Partition:
     """Cuts the model so that the costliest stage is as cheap as can be.
 
@@ -120,7 +121,8 @@ def make_partition(
     stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head with private layers, as
     the schedule head_layers says, fewer where the model ends; otherwise the last stage alone pays for one (backprop).
     shared_head: all heads but the last read a matrix without training it, which saves a third of what it costs.
-    token_fraction: share of the positions that all heads but the last see.
+    token_fraction: share of the positions that all heads but the last see. stage_speeds: of each stage, where they
+    differ; a stage of twice the speed pays half of what its layers cost.
     Raises ValueError where a stage would have no block, stage_layers cut a block, or there is one window only.
     """
     unit = layers_per_block or 1
@@ -147,12 +149,14 @@ def make_partition(
         whole = matrix + costs.of(Span(stop, min(stop + held(head_layers, block), num_layers)))
         return token_fraction * whole if stop < num_layers else whole
 
+    speeds = stage_speeds or [1.0] * num_stages
+    assert len(speeds) == num_stages
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
     elif layers_per_block is not None:
-        stages = _balance([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)], num_stages)
+        stages = _balance([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)], speeds)
     else:
-        stages = _balance([costs.of(Span(i, i + 1)) for i in range(num_layers)], num_stages, head)
+        stages = _balance([costs.of(Span(i, i + 1)) for i in range(num_layers)], speeds, head)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))
@@ -180,29 +184,30 @@ def _stages_by_hand(blocks: Sequence[Span], num_layers: int, stage_layers: Seque
 
 
 def _balance(
-    costs: Sequence[float], num_stages: int, end: Callable[[int, int], float] = lambda _stage, _stop: 0.0
+    costs: Sequence[float], speeds: Sequence[float], end: Callable[[int, int], float] = lambda _stage, _stop: 0.0
 ) -> tuple[Span, ...]:
-    """Contiguous groups with the least maximum cost; group k that ends before item `stop` also pays end(k, stop).
+    """Contiguous groups, one for each speed, with the least maximum of cost / speed; group k that ends before item
+    `stop` also pays end(k, stop).
 
     Dynamic programming over (groups, items). Of equal maxima the more even one wins, then the one whose last group
     is smaller.
     """
     prefix = [0.0, *accumulate(costs)]
-    low, high = 0.0, 2 * (prefix[-1] + end(num_stages - 1, len(costs)))
+    low, high = 0.0, 2 * (prefix[-1] + end(len(speeds) - 1, len(costs))) / min(speeds)
     for _ in range(24):
         most = (low + high) / 2
-        low, high = (low, most) if _fits(prefix, num_stages, end, most) else (most, high)
-    while (found := _balance_below(prefix, num_stages, end, high)) is None:
+        low, high = (low, most) if _fits(prefix, speeds, end, most) else (most, high)
+    while (found := _balance_below(prefix, speeds, end, high)) is None:
         high *= 1.1
     return found
 
 
-def _fits(prefix: Sequence[float], num_stages: int, end: Callable[[int, int], float], most: float) -> bool:
+def _fits(prefix: Sequence[float], speeds: Sequence[float], end: Callable[[int, int], float], most: float) -> bool:
     """Whether groups that take all they can reach the last item; no more than a hint, as a group's cost may fall."""
     n, start = len(prefix) - 1, 0
-    for stage in range(num_stages):
-        stop = start
-        while stop <= n - num_stages + stage and prefix[stop + 1] - prefix[start] + end(stage, stop + 1) <= most:
+    for stage, speed in enumerate(speeds):
+        stop, room = start, most * speed
+        while stop <= n - len(speeds) + stage and prefix[stop + 1] - prefix[start] + end(stage, stop + 1) <= room:
             stop += 1
         if stop == start:
             return False
@@ -211,27 +216,29 @@ def _fits(prefix: Sequence[float], num_stages: int, end: Callable[[int, int], fl
 
 
 def _balance_below(
-    prefix: Sequence[float], num_stages: int, end: Callable[[int, int], float], most: float
+    prefix: Sequence[float], speeds: Sequence[float], end: Callable[[int, int], float], most: float
 ) -> tuple[Span, ...] | None:
     """The best groups if none of them costs more than `most`; None if there are none. Groups that lead to more are not
     looked at: of a thousand layers, most."""
     n = len(prefix) - 1
     best = {0: (0.0, 0.0)}
     starts: list[dict[int, int]] = []  # of each group by where it ends
-    for stage in range(num_stages):
-        left = (num_stages - stage - 1) * most
+    behind = [0.0, *accumulate(reversed(speeds))]
+    for stage, speed in enumerate(speeds):
+        left, room = behind[len(speeds) - stage - 1] * most, most * speed
         step: dict[int, tuple[float, float]] = {}
         starts.append({})
         for start, (worst, squares) in best.items():
-            for stop in range(start + 1, n - num_stages + stage + 2):
+            for stop in range(start + 1, n - len(speeds) + stage + 2):
                 layers = prefix[stop] - prefix[start]
-                if layers > most:
+                if layers > room:
                     break
                 if prefix[n] - prefix[stop] > left:
                     continue  # too much for the groups behind
-                cost = layers + end(stage, stop)
-                if cost > most:
+                whole = layers + end(stage, stop)
+                if whole > room:
                     continue
+                cost = whole / speed
                 found = (max(worst, cost), squares + cost * cost)
                 if stop not in step or found <= step[stop]:
                     step[stop] = found

@@ -32,7 +32,7 @@ LAUNCHERS = set(
     """--num_gpus --hostfile --no_ssh --node_rank --master_addr --master_port --nproc_per_node --nnodes --config_file
     --max_restarts --standalone --signals_to_handle --num_processes --main_process_port --help --jobs --export --prompt
     --assistant --signal --pty --exit --dtype --model --model_args --tasks
-    --steps --output --peak_tflops --devices --memory --link --picture --json --mtbf_hours
+    --steps --output --peak_tflops --devices --device --stage_replicas --memory --link --picture --json --mtbf_hours
     --kind --vocab_size --rows --megabytes""".split()  # noqa: SIM905
 )
 

@@ -37,7 +37,7 @@ examine assembly run_trace recorder rank best finish training_arguments callback
 offline_export
 coverage: model_type run report
 study: points comparison runs
-plan: times machine memory model stages layouts failing report search
+plan: times machine memory model stages layouts splits failing report search
 bench: saved_bytes peers worker cases calibration relay
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate plot probe
 commands: key status up timeline study

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -175,10 +176,14 @@ def document_mask(config: Config) -> DocumentMask | None:
 
 
 def plan_partition(
-    config: Config, model_config: PretrainedConfig, anatomy: Anatomy, costs: Costs | None = None
+    config: Config,
+    model_config: PretrainedConfig,
+    anatomy: Anatomy,
+    costs: Costs | None = None,
+    stage_speeds: Sequence[float] = (),
 ) -> Partition:
-    """The cut that the flags ask for; costs: by default counted. Raises ValueError where it leaves a stage without a
-    layer."""
+    """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
+    ValueError where it leaves a stage without a layer."""
     local = config.local
     costs = costs or estimate_costs(
         anatomy.active_layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
@@ -195,6 +200,7 @@ def plan_partition(
         head_layers=config.head_layers_schedule,
         shared_head=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
+        stage_speeds=stage_speeds,
     )
 
 

@@ -22,7 +22,7 @@ from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.methods.method import local_methods
 from llm_local.plan import failing
 from llm_local.plan.layouts import Planner
-from llm_local.plan.machine import Machine
+from llm_local.plan.machine import Machine, hosts_of, of_each
 from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
 from llm_local.plan.search import check_plan, search
@@ -37,10 +37,16 @@ def make_parser() -> argparse.ArgumentParser:
     p = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     machine = p.add_argument_group("machine")
     machine.add_argument("--devices", type=int, required=True, help="devices, in the order of ranks")
-    machine.add_argument("--devices-per-host", type=int, default=1, help="of them on each host (1)")
-    machine.add_argument("--memory-gb", type=float, default=80, help="GB of a device that tensors may take (80)")
-    machine.add_argument("--memory-tb-per-second", type=float, default=1.5, help="of a device, for the optimizer (1.5)")
-    machine.add_argument("--device-tflops", type=float, default=100, help="that a device reaches in training (100)")
+    machine.add_argument(
+        "--devices-per-host", nargs="+", type=int, default=[1], help="of them on each host (1), or on each in turn"
+    )
+    for name, default, about in (
+        ("--memory-gb", 80, "GB of a device that tensors may take"),
+        ("--memory-tb-per-second", 1.5, "of a device, for the optimizer"),
+        ("--device-tflops", 100, "that a device reaches in training"),
+    ):
+        about = f"{about} ({default}); or one number for each host, or for each device"
+        machine.add_argument(name, nargs="+", type=float, default=[default], help=about)
     machine.add_argument("--link-gbps", type=float, default=25, help="Gb/s of a host's network, each direction (25)")
     machine.add_argument("--local-link-gbps", type=float, default=2400, help="Gb/s between devices of a host (2400)")
     machine.add_argument("--link-latency-us", type=float, default=20, help="microseconds from host to host (20)")
@@ -51,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--head", nargs="+", choices=HEADS, help="heads (linear and shared)")
     what.add_argument("--num_stages", nargs="+", type=int, help="stages (all that divide the devices)")
+    what.add_argument(
+        "--stage_replicas",
+        nargs="+",
+        help="replicas of each stage, as 4,2,1; any: such splits are searched, too (any where devices differ)",
+    )
     what.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4), help="ZeRO stages (all)")
     what.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of training (bf16)")
     faults = p.add_argument_group("failures")
@@ -71,15 +82,16 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
     train = replace(flags.train, bf16=precision == "bf16", fp16=precision == "fp16")
     config = Config(flags.model, flags.data, flags.local, train)
     check_plan(vars(given), config)
+    hosts = hosts_of(given.devices, given.devices_per_host)
     machine = Machine(
         devices=given.devices,
-        memory_bytes=given.memory_gb * 1e9,
-        flops=given.device_tflops * 1e12,
-        memory_bytes_per_second=given.memory_tb_per_second * 1e12,
+        memory_bytes=of_each([each * 1e9 for each in given.memory_gb], hosts),
+        flops=of_each([each * 1e12 for each in given.device_tflops], hosts),
+        memory_bytes_per_second=of_each([each * 1e12 for each in given.memory_tb_per_second], hosts),
         link_gbps=given.link_gbps,
         local_link_gbps=given.local_link_gbps,
         link_latency_seconds=given.link_latency_us * 1e-6,
-        devices_per_host=given.devices_per_host,
+        devices_per_host=hosts if len(set(hosts)) > 1 else given.devices_per_host[0],
     )
     anatomy, sizes = read_model(config.model)
     rows = given.devices * train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -103,10 +115,10 @@ def write(given: argparse.Namespace, planner: Planner, plan: Plan) -> None:
     timeline, count = short(shown.pipe)
     print(f"\n{shown.layout}: two steps of {count} micro-batches")
     if given.picture:
-        print(draw(timeline))
+        print(draw(shown.pipe, timeline))
     if given.trace:
         with writing(given.trace):
-            given.trace.write_text(json.dumps(trace_events(timeline)) + "\n")
+            given.trace.write_text(json.dumps(trace_events(shown.pipe, timeline)) + "\n")
         print(f"trace: {given.trace}")
 
 
@@ -116,7 +128,7 @@ def main(arguments: list[str]) -> int:
     try:
         given, rest = make_parser().parse_known_args(arguments)
         planner = make_planner(given, rest)
-        plan = search(planner, given.method, given.head, given.num_stages, given.zero, given.top)
+        plan = search(planner, given.method, given.head, given.num_stages, given.zero, given.top, given.stage_replicas)
         write(given, planner, plan)
     except (ConfigError, OSError) as error:
         return refused(NAME, error)

@@ -35,7 +35,7 @@ def _share(config: Config, outcome: Outcome, mean_seconds: float, restart_second
     stages, seconds = outcome.layout.num_stages, outcome.step_seconds
     save_steps = int(config.save_interval) or SAVE_STEPS
     capacity = (config.local.log_memory_gb + config.local.log_disk_gb) * _GB
-    step_bytes = outcome.tokens * outcome.forward_bytes / outcome.layout.num_replicas
+    step_bytes = outcome.tokens * outcome.forward_bytes / min(outcome.layout.replicas[:-1], default=1)
     log_steps = int(min(capacity / step_bytes, MOST_LOGGED * save_steps)) if step_bytes else MOST_LOGGED * save_steps
     failures = Failures(mean_seconds, restart_seconds, save_steps, log_steps)
     lives_alone = is_local and stages > 1 and log_steps > save_steps

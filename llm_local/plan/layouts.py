@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from llm_local.config import Config
 from llm_local.methods.method import PLAIN_ZERO, local_methods
@@ -18,13 +19,16 @@ from llm_local.plan.stages import PEER_METHODS, Candidate, Stages
 from llm_local.plan.times import Pipe, Prediction, predict_pipe
 from llm_local.registry import METHODS
 
+Replicas: TypeAlias = tuple[int, ...]  # of each stage
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What a layout would take, or why it cannot be.
 
-    micro_batches: of a step on each replica, each of so many rows. memory: of a device of each stage. tokens: of a
-    step, all replicas. recomputes: whether it checkpoints, which the flags may not ask for.
+    micro_batches: of a step on each replica of the stage with the most, each of so many rows. memory: of a device of
+    each stage, that has such room. tokens: of a step, all replicas. recomputes: whether it checkpoints, which the flags
+    may not ask for. stage_layers: of its cut, which is the flags' own where stages are equally fast (is_even).
     forward_bytes, backward_bytes: of a token over each boundary. refresh_bytes: a step, of the shared head's matrix.
     """
 
@@ -35,6 +39,9 @@ class Outcome:
     recomputes: bool = False
     tokens: int = 0
     memory: tuple[Memory, ...] = ()
+    room: tuple[float, ...] = ()
+    stage_layers: tuple[int, ...] = ()
+    is_even: bool = True
     forward_bytes: float = 0.0
     backward_bytes: float = 0.0
     refresh_bytes: float = 0.0
@@ -58,6 +65,12 @@ class Outcome:
     def most_total(self) -> float:
         return self.most_memory.total if self.memory else 0.0
 
+    @property
+    def fullest(self) -> tuple[float, int]:
+        """The bytes that a stage has too many, most of all, and which stage."""
+        over = [memory.total - room for memory, room in zip(self.memory, self.room, strict=True)]
+        return max(over, default=0.0), over.index(max(over)) if over else 0
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -70,21 +83,22 @@ class Planner:
     rows: int
 
     def layouts(
-        self, methods: Sequence[str], heads: Sequence[str], stages: Sequence[int], zero: Sequence[int]
+        self, methods: Sequence[str], heads: Sequence[str], stages: Sequence[int | Replicas], zero: Sequence[int]
     ) -> Iterator[Candidate]:
         """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, and one block is
-        backpropagation."""
+        backpropagation. stages: their number, of equally many replicas, or the replicas of each."""
         for method in methods:
             is_local = method in local_methods()
             is_one_block = is_local and METHODS[method].block_layers(self.config.local) is None
-            for count in [1] if method == "data_parallel" else stages:
-                if count == 1 and (is_one_block or method in PEER_METHODS[1:]):
+            for given in [1] if method == "data_parallel" else stages:
+                each = (self.machine.devices // given,) * given if isinstance(given, int) else given
+                if len(each) == 1 and (is_one_block or method in PEER_METHODS[1:]):
                     continue
-                replicas = self.machine.devices // count
+                unequal, most = each if len(set(each)) > 1 else (), max(each)
                 shards = [stage for stage in zero if stage <= self._most_zero(method)]
-                for stage in shards if replicas > 1 else shards[:1]:
+                for stage in shards if most > 1 else shards[:1]:
                     for head in heads if is_local else ("",):
-                        yield Candidate(method, count, replicas, stage, head)
+                        yield Candidate(method, len(each), most, stage, head, unequal)
 
     def _most_zero(self, method: str) -> int:
         """As ds_problems.py has it."""
@@ -101,18 +115,26 @@ class Planner:
         return min(fitting, key=lambda outcome: outcome.step_seconds) if fitting else tried[-1]
 
     def _largest(self, layout: Candidate, recomputes: bool) -> Outcome:
-        """With the largest micro-batch that fits, of the flags' rows or a half, a quarter, ... of them."""
+        """With the largest micro-batch that fits and that replicas can share, of the flags' rows or a half, a quarter,
+        ... of them."""
         rows = self.config.train.per_device_train_batch_size
-        while (found := self._evaluate(layout, rows, recomputes)).most_total > self.machine.memory_bytes:
-            if rows == 1:
-                return found
-            rows = max(1, rows // 2)
+        tried = [rows, *(rows >> half for half in range(1, rows.bit_length()))]
+        shared = [rows for rows in tried if self._unshared(layout, rows) is None] or [rows]
+        found = self._evaluate(layout, shared[0], recomputes)
+        for rows in shared[1:]:
+            if found.fullest[0] <= 0:
+                break
+            found = self._evaluate(layout, rows, recomputes)
         return found
+
+    def _unshared(self, layout: Candidate, rows: int) -> int | None:
+        """How many replicas cannot have as many micro-batches each."""
+        return next((count for count in layout.replicas if self.rows % (count * rows)), None)
 
     def _evaluate(self, layout: Candidate, rows: int, recomputes: bool) -> Outcome:
         made = Outcome(layout, "", self.rows // (layout.num_replicas * rows), rows, recomputes)
-        if self.rows % (layout.num_replicas * rows):
-            problem = f"{self.rows} rows a step are no multiple of {layout.num_replicas} replicas x {rows} rows"
+        if replicas := self._unshared(layout, rows):
+            problem = f"{self.rows} rows a step are no multiple of {replicas} replicas x {rows} rows"
             return replace(made, problem=problem)
         count = made.micro_batches
         if layout.method == "interleaved" and count % layout.num_stages:
@@ -131,12 +153,13 @@ class Planner:
             return replace(made, problem=str(error))
         memory, (ahead, back) = stages.memory(), stages.traffic()
         made = replace(made, tokens=self.rows * config.data.seq_length, memory=memory)
+        made = replace(made, room=stages.room(), stage_layers=stages.layers(), is_even=stages.is_even)
         made = replace(made, forward_bytes=ahead, backward_bytes=back, refresh_bytes=stages.refresh_bytes())
-        if made.most_total > self.machine.memory_bytes:
-            worst = made.most_memory
-            where = f"stage {memory.index(worst)}" if layout.num_stages > 1 else "a device"
+        over, stage = made.fullest
+        if over > 0:
+            where = f"stage {stage}" if layout.num_stages > 1 else "a device"
             least = f"with one row a micro-batch{' and checkpointing' * recomputes} "
-            problem = f"{least}{where} needs {worst}; a device has {self.machine.memory_bytes / 1e9:g} GB"
+            problem = f"{least}{where} needs {memory[stage]}; a device has {made.room[stage] / 1e9:g} GB"
             return replace(made, problem=problem)
         pipe = stages.pipe()
         return replace(made, pipe=pipe, prediction=predict_pipe(pipe, most_passes=0))

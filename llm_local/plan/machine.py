@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+from typing import TypeAlias
 
 from llm_local.plan.times import Link
+
+Each: TypeAlias = "float | tuple[float, ...]"  # of all devices, or of each in turn where they differ
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices of a stage, one a replica. Each has the same share of a step and waits for the others at its end, so
+    the slowest and the smallest count."""
+
+    num_replicas: int
+    num_hosts: int
+    memory_bytes: float
+    flops: float
+    memory_bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -17,43 +36,94 @@ class Machine:
     """
 
     devices: int
-    memory_bytes: float
-    flops: float
-    memory_bytes_per_second: float
+    memory_bytes: Each
+    flops: Each
+    memory_bytes_per_second: Each
     link_gbps: float
     local_link_gbps: float
     link_latency_seconds: float = 0.0
-    devices_per_host: int = 1
+    devices_per_host: int | tuple[int, ...] = 1
 
-    def boundary(self, num_replicas: int, stage: int) -> Link:
-        """From the replicas of a stage to those of the next. Of several that leave a host at once, each has a part."""
-        crossing = [
-            rank
-            for rank in range(stage * num_replicas, (stage + 1) * num_replicas)
-            if rank // self.devices_per_host != (rank + num_replicas) // self.devices_per_host
-        ]
+    @cached_property
+    def _hosts(self) -> Sequence[int]:
+        """Of each device."""
+        if isinstance(self.devices_per_host, int):
+            return [rank // self.devices_per_host for rank in range(self.devices)]
+        return [host for host, count in enumerate(self.devices_per_host) for _ in range(count)]
+
+    def group(self, ranks: range) -> Group:
+        hosts = self._hosts[ranks.start : ranks.stop]
+        least = (_least(each, ranks) for each in (self.memory_bytes, self.flops, self.memory_bytes_per_second))
+        return Group(len(ranks), len(set(hosts)), *least)
+
+    def alike(self) -> list[range]:
+        """The devices, in runs of equal ones."""
+        starts = [rank for rank in range(self.devices) if rank == 0 or self._kind(rank) != self._kind(rank - 1)]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], self.devices], strict=True)]
+
+    def _kind(self, rank: int) -> tuple[float, ...]:
+        kinds = (self.memory_bytes, self.flops, self.memory_bytes_per_second)
+        return tuple(_least(each, range(rank, rank + 1)) for each in kinds)
+
+    def boundary(self, num_replicas: int | Sequence[int], stage: int) -> Link:
+        """From the replicas of a stage to those of the next, which deal the micro-batches among them; num_replicas: of
+        all stages, or of each. Of several pairs that send or receive on a host at once, each has a part."""
+        if isinstance(num_replicas, int):
+            start, mine, theirs = stage * num_replicas, num_replicas, num_replicas
+        else:
+            start, mine, theirs = sum(num_replicas[:stage]), *num_replicas[stage : stage + 2]
+        pairs = [(start + g % mine, start + mine + g % theirs) for g in range(lcm(mine, theirs))]
+        hosts = [(self._hosts[a], self._hosts[b]) for a, b in pairs]
+        crossing = [(a, b) for a, b in hosts if a != b]
         if not crossing:
-            return Link(0.0, _seconds_per_byte(self.local_link_gbps))
-        together = min(len(crossing), self.devices_per_host)
-        return Link(self.link_latency_seconds, together * _seconds_per_byte(self.link_gbps))
+            return Link(0.0, _most_at_one(pairs) * _seconds_per_byte(self.local_link_gbps))
+        return Link(self.link_latency_seconds, _most_at_one(crossing) * _seconds_per_byte(self.link_gbps))
 
-    def spans_hosts(self, num_replicas: int) -> bool:
-        """Whether the replicas of some stage are on more than one host."""
-        return num_replicas > self.devices_per_host or self.devices_per_host % num_replicas > 0
-
-    def gather_seconds(self, num_bytes: float, num_replicas: int) -> float:
+    def gather_seconds(self, num_bytes: float, num_replicas: int, num_hosts: int | None = None) -> float:
         """An all-gather, or reduce-scatter, of so many bytes by a ring; an all-reduce is one of each.
 
         Every device sends (R - 1)/R of the bytes, and a ring leaves each host once (Patarasu and Yuan 2009).
+        num_hosts: that the replicas are on; None: as those of the first stage.
         """
         if num_replicas == 1:
             return 0.0
         moved = num_bytes * (num_replicas - 1) / num_replicas
-        if not self.spans_hosts(num_replicas):
+        hosts = num_hosts or self.group(range(num_replicas)).num_hosts
+        if hosts == 1:
             return moved * _seconds_per_byte(self.local_link_gbps)
         slowest = max(_seconds_per_byte(self.link_gbps), _seconds_per_byte(self.local_link_gbps))
-        hosts = -(-num_replicas // self.devices_per_host)
         return moved * slowest + hosts * self.link_latency_seconds
+
+
+def hosts_of(devices: int, devices_per_host: Sequence[int]) -> tuple[int, ...]:
+    """The devices of each host; devices_per_host: one number for all, or theirs."""
+    if len(devices_per_host) > 1:
+        return tuple(devices_per_host)
+    count = devices_per_host[0]
+    return (count,) * (devices // count) if devices > count else (devices,)
+
+
+def of_each(values: Sequence[float], devices_per_host: Sequence[int]) -> Each:
+    """Of a list with one number for all devices, for each host or for each device.
+
+    Raises ValueError for a list of another length.
+    """
+    devices = sum(devices_per_host)
+    if len(values) == len(devices_per_host) != devices:
+        values = [value for value, count in zip(values, devices_per_host, strict=True) for _ in range(count)]
+    if len(values) not in (1, devices):
+        hosts = f"each of the {len(devices_per_host)} hosts, or of the {devices} devices"
+        raise ValueError(f"{len(values)} numbers; give one, or one for {hosts}")
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _least(each: Each, ranks: range) -> float:
+    return min(each[ranks.start : ranks.stop]) if isinstance(each, tuple) else each
+
+
+def _most_at_one(pairs: Sequence[tuple[int, int]]) -> int:
+    """Most pairs that share a sending, or a receiving, end."""
+    return max(max(Counter(ends).values()) for ends in zip(*pairs, strict=True))
 
 
 def _seconds_per_byte(gbps: float) -> float:

@@ -147,8 +147,9 @@ def wire_bytes(sizes: ModelSizes, wire_dtype: str) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
-def packet_memory(sizes: ModelSizes, config: Config, has_before: bool, has_behind: bool) -> float:
-    """Bytes of the packets in flight of a local stage: sent ones, and those that are received ahead of their use."""
+def packet_memory(sizes: ModelSizes, config: Config, has_before: int, has_behind: int) -> float:
+    """Bytes of the packets in flight of a local stage: sent ones, and those that are received ahead of their use;
+    has_before, has_behind: of how many links, none or one where neighbours have as many replicas."""
     tokens = config.train.per_device_train_batch_size * config.data.seq_length
     each = tokens * (wire_bytes(sizes, config.wire_dtype) + TOKEN_IDS)
     bound = config.local.max_packets_in_flight

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import lcm
 from typing import Any
 
 from llm_local.costs import head_in_layers
 from llm_local.plan.layouts import Outcome, Planner
+from llm_local.plan.machine import Machine
+from llm_local.plan.stages import Candidate
 from llm_local.plan.times import MOST_PASSES, Pipe
 from llm_local.simulator.simulate import Timeline, picture
 from llm_local.timeline.chrome_trace import bar, process_name
@@ -31,6 +34,8 @@ def text(planner: Planner, plan: Plan) -> str:
     parts = [_model(planner), _ranking("Local layouts, fastest first:", plan.best, "No local layout fits.")]
     parts.append(_ranking("Backpropagation, the fastest layout of each kind:", plan.peers, "No backpropagation fits."))
     parts.append(verdict(plan))
+    if plan.best:
+        parts.append(f"The best local layout, as flags of pretrain:\n  {flags(planner, plan.best[0])}")
     if plan.refused:
         parts.append("\n".join(["Does not fit:", *_refusals(plan.refused)]))
     return "\n\n".join(parts)
@@ -46,10 +51,18 @@ def _model(planner: Planner) -> str:
             f"hidden size {sizes.hidden_size}, vocabulary {sizes.vocab_size:,}",
             f"a head costs as much as V/(12h) = {share:.2f} layers: each block beside the last adds "
             f"{share / sizes.num_layers:.1%} to the model's layers",
-            f"{machine.devices} devices of {machine.memory_bytes / 1e9:g} GB at {machine.flops / 1e12:g} TFLOP/s, "
-            f"{machine.devices_per_host} a host; {machine.link_gbps:g} Gb/s between hosts; a step is {rows}",
+            f"{_devices(machine)}; {machine.link_gbps:g} Gb/s between hosts; a step is {rows}",
         ]
     )
+
+
+def _devices(machine: Machine) -> str:
+    """'8 devices of 80 GB at 100 TFLOP/s, 4 a host', and of other kinds in the order of ranks."""
+    kinds = [(len(run), machine.group(run)) for run in machine.alike()]
+    each = [f"{count} of {kind.memory_bytes / 1e9:g} GB at {kind.flops / 1e12:g} TFLOP/s" for count, kind in kinds]
+    each[0] = each[0].replace(" of", " devices of" if len(kinds) == 1 or kinds[0][0] > 1 else " device of", 1)
+    hosts = machine.devices_per_host
+    return f"{', '.join(each)}; {' and '.join(map(str, hosts)) if isinstance(hosts, tuple) else hosts} a host"
 
 
 def _ranking(title: str, outcomes: Sequence[Outcome], nothing: str) -> str:
@@ -122,6 +135,23 @@ def verdict(plan: Plan) -> str:
     return " ".join(lines)
 
 
+def flags(planner: Planner, outcome: Outcome) -> str:
+    """Of a run in this local layout, beside those that the plan was given."""
+    layout, each = outcome.layout, outcome.layout.replicas
+    found = {"method": layout.method, "head": layout.head, "num_stages": layout.num_stages}
+    if layout.stage_replicas:
+        found["stage_replicas"] = ",".join(map(str, each))
+    if not outcome.is_even:  # else as the run itself cuts
+        found["stage_layers"] = ",".join(map(str, outcome.stage_layers))
+    found |= {"per_device_train_batch_size": outcome.rows, "gradient_accumulation_steps": outcome.micro_batches}
+    fitting, batches = lcm(*each) // max(each), planner.config.train.eval_batches
+    if batches % fitting:  # replicas share those of an evaluation, too
+        found["eval_batches"] = -(-batches // fitting) * fitting
+    found |= {"gradient_checkpointing": "true"} if outcome.recomputes else {}
+    found |= {"deepspeed": f"configs/ds/zero{layout.zero}.json"} if max(each) > 1 else {}
+    return " ".join(f"--{name} {value}" for name, value in found.items())
+
+
 def _times(times: float) -> str:
     return "as fast" if times < 1.005 else f"{times:.2f} times as fast"
 
@@ -134,17 +164,22 @@ def as_json(planner: Planner, plan: Plan) -> dict[str, Any]:
         "machine": asdict(planner.machine),
         "rows": planner.rows,
         "seq_length": planner.config.data.seq_length,
-        "local": [_outcome(o) for o in plan.best],
+        "local": [{**_outcome(o), "flags": flags(planner, o)} for o in plan.best],
         "backpropagation": [_outcome(o) for o in plan.peers],
-        "refused": [{**asdict(o.layout), "problem": o.problem} for o in plan.refused],
+        "refused": [{**_layout(o.layout), "problem": o.problem} for o in plan.refused],
         "verdict": verdict(plan),
     }
+
+
+def _layout(layout: Candidate) -> dict[str, Any]:
+    return {**asdict(layout), "stage_replicas": list(layout.replicas)}
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
     assert outcome.prediction is not None
     return {
-        **asdict(outcome.layout),
+        **_layout(outcome.layout),
+        "stage_layers": list(outcome.stage_layers),
         "gradient_accumulation_steps": outcome.micro_batches,
         "per_device_train_batch_size": outcome.rows,
         "gradient_checkpointing": outcome.recomputes,
@@ -163,23 +198,29 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 def short(pipe: Pipe, num_steps: int = 2) -> tuple[Timeline, int]:
     """A timeline of a few steps, and of how many micro-batches a step: fewer where all would be too many to look at."""
     fewer = pipe
-    while fewer.num_passes * num_steps > MOST_PASSES and fewer.micro_batches % 2 == 0:
+    shared = lcm(*fewer.replicas_of)
+    while fewer.num_passes * num_steps > MOST_PASSES and fewer.micro_batches % (2 * shared) == 0:
         fewer = Pipe(**{**vars(fewer), "micro_batches": fewer.micro_batches // 2})
     return fewer.simulate(num_steps), fewer.micro_batches
 
 
-def draw(timeline: Timeline, width: int = 120) -> str:
-    """A picture about so many characters wide."""
-    return picture(timeline, unit=timeline.makespan / width)
+def draw(pipe: Pipe, timeline: Timeline, width: int = 120) -> str:
+    """A picture of the pipe about so many characters wide; a line for each replica that is simulated."""
+    lines = picture(timeline, unit=timeline.makespan / width).splitlines()
+    if pipe.replicas:
+        lines = [
+            f"stage {k}, replica {r} |{line.partition('|')[2]}" for line, (k, r) in zip(lines, pipe.places, strict=True)
+        ]
+    return "\n".join(lines)
 
 
-def trace_events(timeline: Timeline) -> dict[str, Any]:
-    """In Chrome's Trace Event Format: a process for each stage."""
+def trace_events(pipe: Pipe, timeline: Timeline) -> dict[str, Any]:
+    """In Chrome's Trace Event Format: a process for each stage of the pipe, with a thread for each replica."""
     events: list[dict[str, Any]] = []
-    for stage, spans in enumerate(timeline.spans):
-        events.append(process_name(stage))
+    for (stage, replica), spans in zip(pipe.places, timeline.spans, strict=True):
+        events += [process_name(stage)] if replica == 0 else []
         for span in spans:
             kind, number = _NAMES[span.kind], "" if span.micro_batch is None else f" {span.micro_batch}"
             about = {"step": span.step, "micro_batch": span.micro_batch, "block": span.block}
-            events.append(bar(f"{kind}{number}", kind, stage, 0, span.start, span.end - span.start, about))
+            events.append(bar(f"{kind}{number}", kind, stage, replica, span.start, span.end - span.start, about))
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -7,42 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_local.config import Config, ConfigError
-from llm_local.plan.layouts import Planner, fastest
+from llm_local.plan.layouts import Planner, Replicas, fastest
+from llm_local.plan.machine import hosts_of, of_each
 from llm_local.plan.report import Plan
+from llm_local.plan.splits import splits
 from llm_local.plan.stages import PEER_METHODS, Candidate
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS
 
-POSITIVE = (
-    "devices",
-    "devices_per_host",
-    "memory_gb",
-    "memory_tb_per_second",
-    "device_tflops",
-    "link_gbps",
-    "local_link_gbps",
-    "top",
-)
+POSITIVE = ("devices", "link_gbps", "local_link_gbps", "top")
+EACH = ("memory_gb", "memory_tb_per_second", "device_tflops")  # one number, or of each host or device
+ANY = "any"
 # of a run, that a plan sets itself or that say nothing here
-_SET = ("method", "head", "num_stages", "stage_layers", "final_backprop_steps", "deepspeed")
+_SET = ("method", "head", "num_stages", "stage_replicas", "stage_layers", "final_backprop_steps", "deepspeed")
 
 
 def check_plan(given: Mapping[str, Any], config: Config) -> None:
     """Raises ConfigError with every problem of the flags that shows without the model."""
     problems = [_positive(name, given[name]) for name in POSITIVE]
+    problems += [_positive(name, value) for name in ("devices_per_host", *EACH) for value in given[name]]
     problems += [_positive(n, given[n]) for n in ("mtbf_hours", "restart_seconds") if given[n] is not None]
     latency = given["link_latency_us"]
     if not 0 <= latency < math.inf:
         problems.append(f"--link-latency-us {latency:g} must be 0 or more")
-    devices, per_host = given["devices"], given["devices_per_host"]
-    if min(devices, per_host) > 0 and devices > per_host and devices % per_host:
-        problems.append(f"--devices {devices} are no multiple of --devices-per-host {per_host}; use full hosts")
-    for count in given["num_stages"] or []:
-        if count < 1:
-            problems.append(f"--num_stages {count} must be 1 or more")
-        elif devices > 0 and devices % count:
-            near = ", ".join(str(n) for n in _divisors(devices) if n <= 2 * count)
-            problems.append(f"--num_stages {count} does not divide the {devices} devices; use one of {near}")
+    if not any(problems):
+        problems += [*_device_problems(given), *_stage_problems(given)]
     problems += [
         f"--{name} {given[name]}: there is no folder {given[name].parent}; make it"
         for name in ("json", "trace")
@@ -59,6 +48,52 @@ def check_plan(given: Mapping[str, Any], config: Config) -> None:
             problems += static_problems(Candidate(method, 1, 1, 0, head).flags(config), 1, True, True)
     if problems := [problem for problem in dict.fromkeys(problems) if problem]:
         raise ConfigError(problems)
+
+
+def _device_problems(given: Mapping[str, Any]) -> list[str]:
+    """Of numbers that are more than 0."""
+    devices, per_host = given["devices"], given["devices_per_host"]
+    if len(per_host) > 1 and sum(per_host) != devices:
+        return [f"--devices-per-host {_list(per_host)} are {sum(per_host)} devices, --devices is {devices}"]
+    if len(per_host) == 1 and devices > per_host[0] and devices % per_host[0]:
+        return [f"--devices {devices} are no multiple of --devices-per-host {per_host[0]}; use full hosts"]
+    problems = []
+    for name in EACH:
+        try:
+            of_each(given[name], hosts_of(devices, per_host))
+        except ValueError as error:
+            problems.append(f"--{name.replace('_', '-')} {_list(given[name])} are {error}")
+    return problems
+
+
+def _stage_problems(given: Mapping[str, Any]) -> list[str]:
+    devices, counts, asked = given["devices"], given["num_stages"] or [], given["stage_replicas"] or []
+    problems = [f"--num_stages {count} must be 1 or more" for count in counts if count < 1]
+    if not asked and all(len(set(given[name])) == 1 for name in EACH):  # stages are equal, then
+        for count in (count for count in counts if count > 0 and devices % count):
+            near = ", ".join(str(n) for n in _divisors(devices) if n <= 2 * count)
+            problems.append(f"--num_stages {count} does not divide the {devices} devices; use one of {near}")
+    for text in asked:
+        found, name = parse_replicas(text), f"--stage_replicas {text}"
+        if text == ANY:
+            continue
+        if found is None or 0 in found:
+            problems.append(f"{name} is neither a list of 1 or more for each stage, such as 4,2,1, nor {ANY}")
+        elif sum(found) != devices:
+            problems.append(f"{name} are {sum(found)} devices, --devices is {devices}")
+        elif counts and len(found) not in counts:
+            problems.append(f"{name} names {len(found)} stages, --num_stages is {_list(counts)}")
+    return problems
+
+
+def parse_replicas(text: str) -> Replicas | None:
+    """'4,2,1' → (4, 2, 1); None if the text is no such list."""
+    parts = text.split(",")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else None
+
+
+def _list(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def default_heads(config: Config) -> tuple[str, ...]:
@@ -78,9 +113,11 @@ def search(
     stages: Sequence[int] | None,
     zero: Sequence[int],
     top: int,
+    replicas: Sequence[str] | None = None,
 ) -> Plan:
     """The fastest local layouts, the fastest of each backpropagation, and what does not fit.
 
+    replicas: of each stage, as --stage_replicas; None: any where devices differ, else as many of each stage.
     Raises ConfigError for stages, or positions, that the model has not.
     """
     layers = planner.sizes.num_layers
@@ -91,14 +128,19 @@ def search(
     if most is not None and length > most:
         raise ConfigError([f"--seq_length {length} is longer than the model's {most} positions; shorten it"])
     heads = heads or default_heads(planner.config)
-    counts = stages or _divisors(planner.machine.devices)
+    alike, counts = planner.machine.alike(), _divisors(planner.machine.devices)
+    equal = [count for count in stages or counts if count in counts]
+    unequal = [found for text in replicas or [] if (found := parse_replicas(text))]
+    if ANY in (replicas or [ANY] * (len(alike) > 1)):
+        unequal += [s for s in splits(alike, planner.rows, max(stages or [layers])) if not stages or len(s) in stages]
     shards = sorted(set(zero))
-    local = [planner.evaluate(layout) for layout in planner.layouts(methods, heads, counts, shards)]
+    splits_wanted = unequal if replicas and ANY not in replicas else [*equal, *unequal]
+    local = [planner.evaluate(layout) for layout in planner.layouts(methods, heads, splits_wanted, shards)]
     best = fastest(local, top)
     refused = [outcome for outcome in local if outcome.problem]
     peers = []
     for method in PEER_METHODS:
-        found = [planner.evaluate(layout) for layout in planner.layouts([method], heads, counts, shards)]
+        found = [planner.evaluate(layout) for layout in planner.layouts([method], heads, equal, shards)]
         refused += [outcome for outcome in found if outcome.problem]
         peers += fastest(found, 1)
     return Plan(tuple(best), tuple(peers), tuple(refused))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from math import gcd
 
 from transformers import PretrainedConfig
 
@@ -17,7 +19,7 @@ from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.heads.head import head_of
 from llm_local.partition import Partition
-from llm_local.plan.machine import Machine
+from llm_local.plan.machine import Group, Machine
 from llm_local.plan.memory import (
     BYTES,
     TOKEN_IDS,
@@ -33,7 +35,7 @@ from llm_local.plan.memory import (
     state_memory,
     wire_bytes,
 )
-from llm_local.plan.times import Pipe, StageSeconds
+from llm_local.plan.times import Link, Pipe, StageSeconds
 from llm_local.registry import HEADS
 
 PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
@@ -44,13 +46,19 @@ _ADAM_BYTES = 30
 
 @dataclass(frozen=True)
 class Candidate:
-    """head is '' for backpropagation, which has the model's own."""
+    """head is '' for backpropagation, which has the model's own. stage_replicas: of each stage, where they differ;
+    num_replicas is then the most."""
 
     method: str
     num_stages: int
     num_replicas: int
     zero: int
     head: str = ""
+    stage_replicas: tuple[int, ...] = ()
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        return self.stage_replicas or (self.num_replicas,) * self.num_stages
 
     @property
     def is_local(self) -> bool:
@@ -61,7 +69,8 @@ class Candidate:
         return CHUNKS if self.method == "interleaved" else 1
 
     def __str__(self) -> str:
-        stages = f"{self.num_stages} stage{'s' if self.num_stages > 1 else ''} x {self.num_replicas}"
+        each = ",".join(map(str, self.stage_replicas)) or self.num_replicas
+        stages = f"{self.num_stages} stage{'s' if self.num_stages > 1 else ''} x {each}"
         return f"{self.method}, {stages}, ZeRO {self.zero}" + (f", {self.head} heads" if self.head else "")
 
     def flags(self, config: Config) -> Config:
@@ -79,11 +88,19 @@ class Stages:
 
     def __init__(self, layout: Candidate, config: Config, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
         self.layout, self.config, self.sizes, self.machine = layout, config, sizes, machine
+        ends = [0, *accumulate(layout.replicas)]
+        self.groups = [machine.group(range(a, b)) for a, b in pairwise(ends)]
+        speeds = [group.num_replicas * group.flops for group in self.groups]
+        self.is_even = len(set(speeds)) == 1
         # the cut does not depend on the training, so that all of its flags share one
-        self.partition = _cut(replace(config, train=type(config.train)()), anatomy)
+        self.partition = _cut(
+            replace(config, train=type(config.train)()), anatomy, () if self.is_even else (*speeds,) * layout.num_chunks
+        )
         if layout.is_local and (problems := cut_problems(config, self.partition)):
             raise ValueError("; ".join(problems))
-        self.micro_batches = config.train.gradient_accumulation_steps
+        if layout.stage_replicas and (not layout.is_local or self._own_schedule.back):
+            raise ValueError("what comes back over its boundaries needs as many replicas of each stage")
+        self.micro_batches = config.train.gradient_accumulation_steps * layout.num_replicas  # of a step
         self.tokens = config.train.per_device_train_batch_size * config.data.seq_length  # of a micro-batch
         self.parameters = [self._parameters(stage) for stage in range(layout.num_stages)]
 
@@ -123,23 +140,42 @@ class Stages:
 
     def memory(self) -> tuple[Memory, ...]:
         """Of a device of each stage."""
-        found: dict[tuple[Parameters, float, bool, bool], Memory] = {}
+        found: dict[tuple[Parameters, float, int, int, int], Memory] = {}
         memories = []
-        for stage in range(self.layout.num_stages):
-            key = (self.parameters[stage], self._kept_layers(stage), stage > 0, stage < self.layout.num_stages - 1)
+        for stage, replicas in enumerate(self.layout.replicas):
+            links = self._links(stage, stage - 1), self._links(stage, stage + 1)
+            key = (self.parameters[stage], self._kept_layers(stage), replicas, *links)
             if key not in found:
                 found[key] = self._memory(*key)
             memories.append(found[key])
         return tuple(memories)
 
+    def room(self) -> tuple[float, ...]:
+        """Of a device of each stage, the bytes that it has."""
+        return tuple(group.memory_bytes for group in self.groups)
+
+    def layers(self) -> tuple[int, ...]:
+        """Of each stage."""
+        return tuple(sum(len(self.partition.blocks[b]) for b in self._blocks(k)) for k in range(self.layout.num_stages))
+
+    def _links(self, stage: int, other: int) -> int:
+        """Of each replica, to those of a neighbour."""
+        if not 0 <= other < self.layout.num_stages:
+            return 0
+        mine, theirs = self.layout.replicas[stage], self.layout.replicas[other]
+        return theirs // gcd(mine, theirs)
+
     def pipe(self) -> Pipe:
         """What its step's time depends on."""
-        count, replicas = self.layout.num_stages, self.layout.num_replicas
-        links = [self.machine.boundary(replicas, stage) for stage in range(count - 1)]
-        each = tuple(links) if len(set(links)) > 1 else tuple(links[:1]) or (self.machine.boundary(1, 0),)
+        replicas = self.layout.replicas
+        links = [self.machine.boundary(replicas, stage) for stage in range(self.layout.num_stages - 1)]
+        each = tuple(links) if len(set(links)) > 1 else tuple(links[:1]) or (Link(),)
         ahead, back = (self.tokens * size for size in self.traffic())
         bound = self.config.local.max_packets_in_flight
-        return Pipe(self.schedule, self._seconds(), self.micro_batches, each, ahead, back, bound)
+        alike = gcd(*replicas)  # parts of the pipe that have nothing to do with each other
+        made = (self._seconds(), self.micro_batches // alike, each, ahead, back, bound)
+        dealt = tuple(count // alike for count in replicas) if self.layout.stage_replicas else ()
+        return Pipe(self.schedule, *made, replicas=dealt)
 
     def _parameters(self, stage: int) -> Parameters:
         if self.layout.is_local:
@@ -165,11 +201,12 @@ class Stages:
         most = max(
             len(self.partition.blocks[b]) + seen * len(self.partition.private_layers(b, schedule)) for b in blocks
         )
-        return most * alive_passes(self.schedule, self.layout.num_stages, stage, self.micro_batches, len(blocks))
+        share = self.micro_batches // self.layout.replicas[stage]
+        return most * alive_passes(self.schedule, self.layout.num_stages, stage, share, len(blocks))
 
-    def _memory(self, parameters: Parameters, kept: float, has_before: bool, has_behind: bool) -> Memory:
+    def _memory(self, parameters: Parameters, kept: float, replicas: int, has_before: int, has_behind: int) -> Memory:
         precision, is_local = self.config.precision, self.layout.is_local
-        states = state_memory(parameters, precision, self.layout.zero, self.layout.num_replicas)
+        states = state_memory(parameters, precision, self.layout.zero, replicas)
         trains_matrix = not (is_local and head_of(self.config).shares_matrix and has_behind)
         logits = head_memory(self.sizes, precision, trains_matrix) if is_local or not has_behind else 0.0
         packets = packet_memory(self.sizes, self.config, has_before, has_behind) if is_local else 0.0
@@ -192,17 +229,17 @@ class Stages:
 
     def _seconds(self) -> tuple[StageSeconds, ...]:
         passes = self._passes()
-        found: dict[tuple[tuple[Passes, ...], Parameters], StageSeconds] = {}
+        found: dict[tuple[tuple[Passes, ...], Parameters, Group], StageSeconds] = {}
         made = []
-        for stage, parameters in enumerate(self.parameters):
-            key = (tuple(passes[block] for block in self._blocks(stage)), parameters)
+        for stage, (parameters, group) in enumerate(zip(self.parameters, self.groups, strict=True)):
+            key = (tuple(passes[block] for block in self._blocks(stage)), parameters, group)
             if key not in found:
-                found[key] = self._with_collectives(self._computing(key[0]), parameters)
+                found[key] = self._with_collectives(self._computing(key[0], group), parameters, group)
             made.append(found[key])
         return tuple(made)
 
-    def _computing(self, passes: Sequence[Passes]) -> StageSeconds:
-        each = self.tokens / self.machine.flops
+    def _computing(self, passes: Sequence[Passes], group: Group) -> StageSeconds:
+        each = self.tokens / group.flops
         again = each * self.config.train.gradient_checkpointing
         return StageSeconds(
             forward=tuple(each * p.forward for p in passes),
@@ -211,16 +248,20 @@ class Stages:
             from_above=tuple(each * (p.from_above or p.backward) for p in passes),  # the last block has none
         )
 
-    def _with_collectives(self, stage: StageSeconds, parameters: Parameters) -> StageSeconds:
+    def _with_collectives(self, stage: StageSeconds, parameters: Parameters, group: Group) -> StageSeconds:
         """With the optimizer's own time, and what the replicas tell each other (the ZeRO paper, section 7).
 
         ZeRO 0 and 1 reduce once a step: after it in a pipe's stage, and for data parallelism beside the last backward
         pass, as the usual engines do. ZeRO 2 reduces beside every backward pass, ZeRO 3 gathers beside every pass.
         """
-        zero, replicas, machine = self.layout.zero, self.layout.num_replicas, self.machine
-        gather = machine.gather_seconds(BYTES[self.config.precision] * parameters.trained, replicas)
+        zero, replicas, num_bytes = (
+            self.layout.zero,
+            group.num_replicas,
+            BYTES[self.config.precision] * parameters.trained,
+        )
+        gather = self.machine.gather_seconds(num_bytes, replicas, group.num_hosts)
         held = parameters.trained / (replicas if zero else 1)
-        adam = _ADAM_BYTES * held / machine.memory_bytes_per_second
+        adam = _ADAM_BYTES * held / group.memory_bytes_per_second
         if zero <= 1:
             beside = sum(stage.backward) if self.layout.method == "data_parallel" else 0.0
             return replace(stage, optimizer=adam + max(0.0, gather - beside) + gather)
@@ -235,5 +276,5 @@ class Stages:
 
 
 @lru_cache(maxsize=256)
-def _cut(config: Config, anatomy: Anatomy) -> Partition:
-    return plan_partition(config, PretrainedConfig(), anatomy)
+def _cut(config: Config, anatomy: Anatomy, stage_speeds: tuple[float, ...]) -> Partition:
+    return plan_partition(config, PretrainedConfig(), anatomy, stage_speeds=stage_speeds)

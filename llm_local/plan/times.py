@@ -10,11 +10,12 @@ where it has more passes than a person would wait for, it is estimated by the fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import lcm
 
-from deepspeed.runtime.pipe.schedule import PipeInstruction, TrainSchedule
+from deepspeed.runtime.pipe.schedule import PipeInstruction, RecvActivation, SendActivation, TrainSchedule
 
 from llm_local.in_flight import packets_asked_for
 from llm_local.methods.method import local_schedules
@@ -87,6 +88,8 @@ class Pipe:
     """A schedule with all that its step's time depends on. links: one for each boundary, or one for all.
 
     forward_bytes, backward_bytes: of a message to the stage behind and to the one before. num_cores: as in simulate.
+    replicas: of each stage, where they differ and nothing comes back: micro-batch g is trained by replica g mod R, and
+    each pair of replicas has a link of its own. Clocks of a stage's replicas run apart.
     Raises ValueError for what cannot be.
     """
 
@@ -98,6 +101,7 @@ class Pipe:
     backward_bytes: float = 0.0
     max_packets_in_flight: int = 4
     num_cores: int | None = None
+    replicas: tuple[int, ...] = ()
 
     def __post_init__(self):
         known = (*local_schedules(), *PEERS)
@@ -113,6 +117,12 @@ class Pipe:
             )
         if min(self.forward_bytes, self.backward_bytes) < 0:
             raise ValueError("a message has 0 bytes or more")
+        if len(self.replicas) not in (0, len(self.stages)) or any(self.micro_batches % r for r in self.replicas):
+            raise ValueError(
+                f"replicas={self.replicas}: give one number for each of the {len(self.stages)} stages that divides "
+                f"the {self.micro_batches} micro-batches"
+            )
+        assert not self.replicas or (self.local is not None and self.local.back is None), "dealt one way"
 
     @property
     def local(self) -> type[Schedule] | None:
@@ -128,6 +138,15 @@ class Pipe:
         """Of all stages in one step."""
         return self.micro_batches * sum(len(stage.forward) + len(stage.backward) for stage in self.stages)
 
+    @property
+    def replicas_of(self) -> tuple[int, ...]:
+        return self.replicas or (1,) * len(self.stages)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Stage and replica of all that are simulated, in the order of a timeline's spans."""
+        return tuple((stage, r) for stage, count in enumerate(self.replicas_of) for r in range(count))
+
     def link(self, boundary: int) -> Link:
         """Of the stage behind the given one; the slowest where the last stage sends to the first."""
         if 0 <= boundary < self.num_stages - 1:
@@ -135,8 +154,8 @@ class Pipe:
         return max(self.links, key=lambda link: link.seconds(self.forward_bytes))
 
     def make(self, stage: int) -> Iterable[Sequence[PipeInstruction]]:
-        """The instructions of a stage."""
-        count, blocks = self.micro_batches, len(self.stages[stage].forward)
+        """The instructions of a stage, on each of its replicas."""
+        count, blocks = self.micro_batches // self.replicas_of[stage], len(self.stages[stage].forward)
         peers = {"gpipe": GPipeSchedule, "1f1b": TrainSchedule, "zero_bubble": ZeroBubbleSchedule}
         if self.local is not None:
             return self.local(count, self.num_stages, stage, blocks)
@@ -164,8 +183,27 @@ class Pipe:
         """Every instruction of so many steps; by default as many as it takes until each is like the one before."""
         bound = None if self.local is None else self.max_packets_in_flight
         steps = num_steps or (_PEER_STEPS if self.local is None else _STEPS)
-        durations = [self.durations(k) for k in range(self.num_stages)]
-        return simulate(self.make, self.num_stages, steps, durations, bound, self.num_cores)
+        durations = [self.durations(stage) for stage, _ in self.places]
+        made = self.make if not self.replicas else self._dealt
+        return simulate(made, len(durations), steps, durations, bound, self.num_cores)
+
+    def _dealt(self, number: int) -> Iterable[Sequence[PipeInstruction]]:
+        """The instructions of one of `places`, whose messages name the other end's number."""
+        stage, replica = self.places[number]
+        sources, targets = self._peers(stage, replica, stage - 1), self._peers(stage, replica, stage + 1)
+
+        def addressed(each: PipeInstruction) -> PipeInstruction:
+            if isinstance(each, RecvActivation):
+                return RecvActivation(**each.kwargs, source=next(sources))
+            return SendActivation(**each.kwargs, target=next(targets)) if isinstance(each, SendActivation) else each
+
+        return ([addressed(each) for each in commands] for commands in self.make(stage))
+
+    def _peers(self, stage: int, replica: int, other: int) -> Iterator[int]:
+        """Who of the other stage has this one's micro-batches, one after the other."""
+        first, count = sum(self.replicas[:other]), self.replicas[other]
+        for micro_batch in range(replica, self.micro_batches, self.replicas[stage]):
+            yield first + micro_batch % count
 
 
 def predict(
@@ -202,7 +240,8 @@ def work_seconds(pipe: Pipe) -> tuple[float, ...]:
         if pipe.local is not None and pipe.local.passes_again:
             above = stage.backward if stage.from_above is None else stage.from_above
             again = sum(above[:-1] if number == pipe.num_stages - 1 else above)
-        found.append(pipe.micro_batches * (sum(stage.once) + again) + stage.optimizer)
+        share = pipe.micro_batches // pipe.replicas_of[number]
+        found.append(share * (sum(stage.once) + again) + stage.optimizer)
     return tuple(found)
 
 
@@ -220,7 +259,8 @@ def estimate_seconds(pipe: Pipe) -> float:
         link = pipe.link(k)
         there_and_back = seconds + link.latency_seconds
         each = there_and_back / packets_asked_for(pipe.max_packets_in_flight)
-        step = max(step, pipe.micro_batches * max(link.seconds_per_byte * pipe.forward_bytes, each))
+        packets = pipe.micro_batches // lcm(*pipe.replicas_of[k : k + 2])
+        step = max(step, packets * max(link.seconds_per_byte * pipe.forward_bytes, each))
     waits = []
     for k, (own, behind) in enumerate(pairwise(pipe.stages)):
         backward = (own.backward[-1], (own.from_above or own.backward)[-1])
