@@ -71,8 +71,8 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     blocks = build_blocks(config, model_config, setup.anatomy, setup.partition, place.stage, setup.documents)
     engines = []
     for index, block in enumerate(blocks):
-        monitor = name if index == len(blocks) - 1 else None
-        settings = resolve(config, place.num_replicas, text, cpu, monitor)
+        monitor = name if index == len(blocks) - 1 and place.is_recorder else None
+        settings = resolve(config, config.engine_ranks(place.num_replicas), text, cpu, monitor)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")

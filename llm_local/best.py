@@ -23,7 +23,7 @@ def load_best(run: Rank, last: int) -> int:
     if step == last:
         return step
     catalog = Catalog(checkpoint_of(run.config.output_dir, step))
-    load_engines(catalog, run.engine.engines, place.replica)
+    load_engines(catalog, run.engine.engines, world.shard)
     for block in run.engine.blocks:
         install_saved(catalog, block)
     if run.metrics is not None:  # what an earlier life of the run measured

@@ -113,6 +113,10 @@ class Config:
         """How many stages share the ranks of the launch."""
         return 1 if self.is_job else max(1, self.local.num_stages)
 
+    def engine_ranks(self, num_replicas: int) -> int:
+        """How many of a stage's replicas an engine of DeepSpeed spans: all, or each has its own."""
+        return 1 if self.local.replica_sync_steps else num_replicas
+
     @property
     def precision(self) -> str:
         return "bf16" if self.train.bf16 else "fp16" if self.train.fp16 else "fp32"

@@ -99,7 +99,7 @@ def _export(run: Rank, export: Path) -> None:
         place.is_recorder,
         _folded(engine),
         None if config.train.export_dtype == "auto" else DTYPES[config.export_dtype],
-        masters_of(engine.engines, place.replica) if config.export_dtype == "fp32" != config.precision else None,
+        masters_of(engine.engines, world.shard) if config.export_dtype == "fp32" != config.precision else None,
     )
     if place.is_recorder:
         write_stage(export, place.stage, place.num_stages, tensors, has_head)

@@ -205,6 +205,16 @@ class LocalArguments:
         4, "Micro-batches a stage may be ahead of the next one; raise it for a link of long latency.", POSITIVE
     )
     link_timeout_seconds: float = _option(600.0, "Longest wait for a living peer, in seconds.", POSITIVE, decides=WATCH)
+    replica_sync_steps: int = _option(
+        0,
+        "Steps that the replicas of a stage train apart, each by itself, before they meet in an outer step; 0: "
+        "DeepSpeed reduces gradients in each step.",
+        NOT_NEGATIVE,
+    )
+    outer_learning_rate: float = _option(
+        0.7, "Rate of the outer step, SGD on what the replicas have moved on average since they met.", POSITIVE
+    )
+    outer_momentum: float = _option(0.9, "Nesterov momentum of the outer step; 0: none.", RATE)
     stage: int | None = _option(
         None, "The stage that this launch trains, as a job of its own; default: all.", NOT_NEGATIVE, decides=START
     )

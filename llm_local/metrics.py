@@ -5,8 +5,9 @@ tokens, which are those of text, and what is sent and received are their sums; p
 wait_seconds is the time that the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that
 checkpoints have held the training up since the record before. name, perplexity and bits_per_byte are of an evaluation:
 split is "eval" for the first validation set and "eval_NAME" for the others. padding is the share of the rows' places
-that hold no token, in this step or evaluation. DeepSpeed's own pipeline (--method backprop) has no links of ours: what
-is counted on them is null there.
+that hold no token, in this step or evaluation. sent_replica_bytes, like save_seconds, is all since the record before:
+what replicas that train apart have sent to each other; null where they don't. DeepSpeed's own pipeline (--method
+backprop) has no links of ours: what is counted on them is null there.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Record:
     received_bytes: int | None = None
     sent_gradient_bytes: int | None = None
     sent_refresh_bytes: int | None = None
+    sent_replica_bytes: int | None = None
     save_seconds: float | None = None
     peak_memory_bytes: int | None = None
     name: str | None = None
@@ -50,10 +52,9 @@ class Record:
     padding: float | None = None
 
 
-def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float | None:
-    """Norm over all blocks of the stage; None where DeepSpeed computes none."""
-    total = math.sqrt(sum(float("nan") if norm is None else float(norm) ** 2 for norm in norms))
-    return total if math.isfinite(total) else None
+def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float:
+    """Norm over all blocks of the stage; NaN where DeepSpeed computes none."""
+    return math.sqrt(sum(float("nan") if norm is None else float(norm) ** 2 for norm in norms))
 
 
 class MetricsFile:

@@ -8,6 +8,7 @@ from llm_local.config import Config
 from llm_local.flags import FLAGS
 from llm_local.head_problems import head_problems
 from llm_local.job_problems import job_problems
+from llm_local.model.heads.head import head_of
 
 
 def parse_stage_layers(text: str) -> list[int] | None:
@@ -31,6 +32,7 @@ def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_
         + _best_problems(config)
         + _layout_problems(config, world_size)
         + _method_problems(config)
+        + _replica_problems(config, world_size)
         + head_problems(config)
         + job_problems(config)
         + (_precision_problems(config, fp16_supported, bf16_supported))
@@ -154,6 +156,28 @@ def _method_problems(config: Config) -> list[str]:
         )
     if steps > max(0, config.train.max_steps):
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
+    return problems
+
+
+def _replica_problems(config: Config, world_size: int) -> list[str]:
+    local, steps, defaults = config.local, config.local.replica_sync_steps, Config().local
+    if not steps:
+        names = ("outer_learning_rate", "outer_momentum")
+        given = [(name, value) for name in names if (value := getattr(local, name)) != getattr(defaults, name)]
+        return [f"{name}={value} is of replicas that train apart; give replica_sync_steps" for name, value in given]
+    named, problems = f"replica_sync_steps={steps}", []
+    if config.is_pipelined:
+        problems.append(
+            f"{named}: DeepSpeed's pipeline (method={local.method} on several stages) joins all replicas in each step; "
+            "use a method with local losses, or num_stages=1"
+        )
+    if world_size < 2 * config.launched_stages:
+        problems.append(f"{named} is for stages of two replicas or more; start more ranks, or leave it out")
+    if head_of(config).shares_matrix and local.head_refresh_steps % steps:
+        problems.append(
+            f"{named} with head={local.head}: replicas have one matrix to share when they meet, and "
+            f"head_refresh_steps={local.head_refresh_steps} is no multiple of it; make it one"
+        )
     return problems
 
 

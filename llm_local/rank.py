@@ -34,6 +34,7 @@ from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, best_step
 from llm_local.model.refresh import Refresher, make_refresher
+from llm_local.outer_optimizer import OuterOptimizer, make_outer, open_checkpoint
 from llm_local.owner import claim_folder
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
@@ -57,6 +58,7 @@ class Rank:
     feed: Feed | None
     links: Links
     refresher: Refresher | None
+    outer: OuterOptimizer | None
     metrics: MetricsFile | None
     progress: Progress
     saver: Saver
@@ -148,9 +150,9 @@ def build(
     startup = float(config.train.ddp_timeout)
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages, config.local.stage)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
-    join_stage(world, one_world=config.is_pipelined)
+    join_stage(world, one_world=config.is_pipelined, is_apart=config.local.replica_sync_steps > 0)
     layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
-    catalog = Catalog(Path(setup.checkpoint)) if setup.checkpoint else None
+    catalog = open_checkpoint(Path(setup.checkpoint), config.local, place) if setup.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
     data = start.data if start is not None else None
     feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
@@ -160,6 +162,7 @@ def build(
     engine, links = make_engine(setup, world, feed, job)
     tracer = begin_trace(config, world, engine, links)
     news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
+    outer = make_outer(config.local, world, engine.engines, catalog)
     refresher = make_refresher(
         config, setup.partition, world, links, engine.blocks, job.positions.refreshed if job else 0
     )
@@ -167,12 +170,12 @@ def build(
         refresher.start(first_step, load_shared_head(catalog, engine.blocks[-1].head) if catalog else None)
     metrics = None
     if place.is_recorder:
-        samples = first_step * layout.sequences_per_step
+        samples = first_step * engine.engines[-1].train_batch_size()
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
     progress = Progress(world, config.train.max_steps, first_step)
     _say_what_begins(progress, setup, place, data, warnings_of_data, news)
     saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages), job)
-    recorder = Recorder(config, world, layout, links, refresher, saver, metrics, progress)
+    recorder = Recorder(config, world, layout, links, refresher, outer, saver, metrics, progress)
     return Rank(
         config=config,
         setup=setup,
@@ -182,6 +185,7 @@ def build(
         feed=feed,
         links=links,
         refresher=refresher,
+        outer=outer,
         metrics=metrics,
         progress=progress,
         saver=saver,

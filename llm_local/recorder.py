@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from llm_local.engine import StepResult
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.model.refresh import Refresher
+from llm_local.outer_optimizer import OuterOptimizer
 from llm_local.progress import Progress
 from llm_local.world import World
 
@@ -44,6 +46,7 @@ class Recorder:
         layout: Layout,
         links: Links,
         refresher: Refresher | None,
+        outer: OuterOptimizer | None,
         saver: Saver,
         metrics: MetricsFile | None,
         progress: Progress,
@@ -53,6 +56,7 @@ class Recorder:
         self._layout = layout
         self._links = links
         self._refresher = refresher
+        self._outer = outer
         self._saver = saver
         self._metrics = metrics
         self._progress = progress
@@ -71,8 +75,9 @@ class Recorder:
         Every replica must call."""
         synchronize(self._world.device)
         mine = self._read().since(self._before)
-        values = torch.tensor([*result.losses.tolist(), *mine, float(result.tokens)], dtype=torch.float64)
-        *means, tokens_each = self._world.mean_over_replicas(values).tolist()
+        others = [self._outer.take_sent_bytes() if self._outer else 0, total_norm(result.grad_norms), result.tokens]
+        values = torch.tensor([*result.losses.tolist(), *mine, *map(float, others)], dtype=torch.float64)
+        *means, sent_each, norm, tokens_each = self._world.mean_over_replicas(values).tolist()
         losses, (seconds, wait, *moved) = means[: len(result.losses)], means[len(result.losses) :]
         counted = not self._config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
         replicas = self._world.place.num_replicas
@@ -89,13 +94,14 @@ class Recorder:
             block_losses=losses,
             tokens=tokens,
             lr=result.lr,
-            grad_norm=total_norm(result.grad_norms),
+            grad_norm=norm if math.isfinite(norm) else None,
             step_seconds=seconds,
             wait_seconds=wait if counted else None,
             sent_bytes=sent,
             received_bytes=received,
             sent_gradient_bytes=gradients,
             sent_refresh_bytes=refreshes,
+            sent_replica_bytes=round(sent_each * replicas) if self._outer else None,
             save_seconds=self._saver.take_seconds(),
             peak_memory_bytes=peak_memory_bytes(self._world.device),
             padding=1 - tokens / places,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +39,7 @@ from llm_local.jobs.positions import Positions
 from llm_local.rank import Rank
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
-from llm_local.trace import REFRESH_WAIT, traced
+from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
 from llm_local.watchdog import leave
 from llm_local.world import Place
 
@@ -159,8 +160,9 @@ class Run:
         rank.engine.check_finite()
         shared_head = rank.refresher.state() if rank.refresher else None
         notes = {DATA_FILE: rank.data_state(), TRAINER_FILE: self._callbacks.saved_state()}
+        outer, engines = rank.outer.state() if rank.outer else None, rank.engine.engines
         with rank.traced("save", step):
-            rank.saver.save(rank.engine.engines, step, rank.rows_after(step), shared_head, notes, self._positions())
+            rank.saver.save(engines, step, rank.rows_after(step), shared_head, notes, self._positions(), outer)
         self._saved = step
         self._callbacks.saved()
         return checkpoint_of(self.output_dir, step)
@@ -173,10 +175,12 @@ class Run:
         not what was trained.
         """
         self._end_training()
+        if self._rank.job is not None and self._saved != self._step:
+            self.save()
+        if self._rank.outer is not None:
+            self._rank.outer.settle()
         step = load_best(self._rank, self._step) if self.config.train.load_best_model_at_end else self._step
         if self._rank.job is not None:
-            if self._saved != self._step:
-                self.save()
             self._rank.saver.wait()
             return finish_part(self._rank, checkpoint_of(self.output_dir, step))
         finish(self._rank, step, self._evaluated == self._step)
@@ -230,8 +234,10 @@ class Run:
 
     def _evaluate(self) -> None:
         """Each stage by itself, unless a callback wants to know of all."""
-        for number, each in enumerate(self._rank.setup.eval_sets):
-            _measure(self._rank, self._step, number, each)
+        outer = self._rank.outer
+        with outer.averaged() if outer else nullcontext():
+            for number, each in enumerate(self._rank.setup.eval_sets):
+                _measure(self._rank, self._step, number, each)
         self._evaluated = self._step
         if self._callbacks.wait_for_evaluations:
             self._callbacks.evaluated(self._losses_of_all())
@@ -276,6 +282,9 @@ def _train_step(rank: Rank, step: int) -> StepResult:
         with traced(rank.tracer, REFRESH_WAIT):
             rank.refresher.before(step)
     result = rank.engine.train_batch(step)
+    if rank.outer is not None:
+        with traced(rank.tracer, OUTER_STEP):
+            rank.outer.after(step)
     if rank.refresher is not None:
         rank.refresher.after(step)
     return result

@@ -23,7 +23,7 @@ from llm_local.files import writing
 FORMAT = 1
 FOLDER = "trace"
 STEP, COMPUTE, RECEIVE, REFRESH = LANES = ("step", "compute", "receive", "refresh")
-REFRESH_WAIT = "RefreshHead"
+REFRESH_WAIT, OUTER_STEP = BESIDE_SCHEDULE = ("RefreshHead", "OuterStep")
 BUFFERED_EVENTS = 1000
 ROUNDS = 20
 

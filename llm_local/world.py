@@ -69,7 +69,10 @@ class Place:
 
 
 class World:
-    """The ranks of this run: the store between all of them, the process group of this stage."""
+    """The ranks of this run: the store between all of them, the process group of this stage.
+
+    is_apart: whether each replica is a world of its own to DeepSpeed.
+    """
 
     def __init__(self, place: Place, device: torch.device, store: Any, watchdog: Watchdog, timeout_seconds: float):
         self.place = place
@@ -80,6 +83,7 @@ class World:
         self.peers: list[Peer] = []
         self.device_ids: list[str] = []
         self.replicas: Any = None  # this stage's group where it is not the default one
+        self.is_apart = False
 
     def publish(self, key: str, value: str) -> None:
         self.store.set(key, value)
@@ -96,13 +100,22 @@ class World:
         """Counts the callers of this key; the one that gets world_size is the last."""
         return self.store.add(key, 1)
 
+    @property
+    def shard(self) -> int:
+        """This rank's number among those that share the weights of its engines."""
+        return 0 if self.is_apart else self.place.replica
+
     def mean_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise mean of each replica's values of this stage; every replica must call."""
         if self.place.num_replicas > 1:
-            values = values.to(self.device)
+            values = values.to("cpu" if self.is_apart else self.device)
             dist.all_reduce(values, group=self.replicas)
             values = values / self.place.num_replicas
         return values
+
+    def take_from_first_replica(self, values: torch.Tensor) -> None:
+        """Puts replica 0's values of this stage, in host memory, in place of these; every replica must call."""
+        dist.broadcast(values, group=self.replicas, group_src=0)
 
     def everybody(self, key: str, seconds: float, what: str) -> None:
         """Waits until every rank has come here. Raises LostPeer naming what was awaited."""
@@ -148,12 +161,18 @@ def connect(
     return world
 
 
-def join_stage(world: World, one_world: bool) -> None:
-    """Makes the default process group: this stage's replicas, or all ranks for the stock pipeline."""
+def join_stage(world: World, one_world: bool, is_apart: bool = False) -> None:
+    """Makes the default process group: this stage's replicas, or all ranks for the stock pipeline, or this rank alone,
+    where replicas train apart; these meet through host memory."""
     place = world.place
     name, rank, size = f"stage{place.stage}", place.replica, place.num_replicas
     if one_world:
         name, rank, size = "all", place.rank, place.world_size
+    if is_apart:
+        shared, world.is_apart = dist.PrefixStore(f"replicas{place.stage}", world.store), True
+        limit = timedelta(seconds=world.timeout_seconds)
+        world.replicas = dist.ProcessGroupGloo(shared, place.replica, place.num_replicas, limit)
+        name, rank, size = f"{name}-{place.replica}", 0, 1
     dist.init_process_group(
         collective_backend(world.device),
         store=dist.PrefixStore(name, world.store),

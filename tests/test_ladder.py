@@ -33,7 +33,8 @@ metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
 job_status job_start job
-examine assembly run_trace recorder rank best finish training_arguments callbacks run start train trainer
+examine assembly outer_optimizer run_trace recorder rank best finish
+training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report
 study: points comparison runs

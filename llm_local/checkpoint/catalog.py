@@ -2,6 +2,8 @@
 
     OUTPUT/checkpoints/step-00000200/stage-00/replica-00.safetensors    this rank's stretch of every tensor of its stage
     OUTPUT/checkpoints/step-00000200/stage-00/state.json                schedulers and loss scales of the stage's blocks
+    OUTPUT/checkpoints/step-00000200/stage-00/replica-00/               where replicas are apart: each one's, of these
+    OUTPUT/checkpoints/step-00000200/stage-00/outer.safetensors         and of the outer optimizer (outer_optimizer.py)
     OUTPUT/checkpoints/step-00000200/manifest.json                      the commit mark, written last
 
 Tensors have the model's names (shards.py) and lie flat, in the safetensors format of torch.distributed.checkpoint
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import NAME_OR_PATH
-from llm_local.checkpoint.shards import SCALAR, STATE, Stretch
+from llm_local.checkpoint.shards import OUTER, SCALAR, STATE, Stretch
 from llm_local.config import Config, ConfigError, from_flat
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
@@ -41,6 +43,7 @@ from llm_local.registry import HEADS, METHODS
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
+OUTER_FILE = "outer.safetensors"
 DATA_FILE = "data.json"  # of the first stage, which reads: see feed.py
 TRAINER_FILE = "trainer_state.json"  # of the first stage: what transformers' Trainer keeps of its callbacks
 
@@ -104,7 +107,8 @@ def layout_of(config: Config, partition: Partition, num_replicas: int, model_con
 class Manifest:
     """step: the last one trained. rows: sequences of the training data that are used up. flags: the run's. deepspeed:
     the JSON that they name; None in a checkpoint of a time when it was not kept. stages: those that the checkpoint
-    holds; None for all. run: which run's jobs wrote it; None of one launch."""
+    holds; None for all. run: which run's jobs wrote it; None of one launch. apart: whether each replica has tensors of
+    its own."""
 
     step: int
     rows: int
@@ -114,6 +118,7 @@ class Manifest:
     deepspeed: dict[str, Any] | None = None
     stages: list[int] | None = None
     run: str | None = None
+    apart: bool = False
 
     def held(self) -> list[int]:
         """The stages whose tensors the checkpoint has."""
@@ -213,27 +218,37 @@ class Catalog:
     """What a checkpoint holds, by name. Raises BrokenCheckpoint naming the file that is missing or damaged.
 
     blocks: state.json of the stages it holds. states, scalars: what the optimizer kept of a parameter, by its name.
+    replica: whose tensors are read, where they are apart; None: the mean of all.
     """
 
-    def __init__(self, checkpoint: Path):
-        self.path = checkpoint
+    def __init__(self, checkpoint: Path, replica: int | None = None):
+        self.path, self.replica = checkpoint, replica
         self.manifest = read_manifest(checkpoint)
         self.blocks: list[dict[str, Any]] = []
         self.states: dict[str, list[str]] = {}
         self.scalars: dict[str, list[str]] = {}
         self._numels: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        self._folders: dict[str, Path] = {}
-        for stage in self.manifest.held():
-            self._add(checkpoint / f"stage-{stage:02d}")
+        self._folders: dict[str, tuple[Path, ...]] = {}  # of a mean, those of all its parts
+        replicas = range(self.manifest.layout.replicas)
+        for folder in (checkpoint / f"stage-{stage:02d}" for stage in self.manifest.held()):
+            if not self.manifest.apart:
+                self._add_blocks(folder)
+                self._add(folder, [replica_file(each) for each in replicas])
+                continue
+            self._add(folder, [OUTER_FILE])
+            self._add_blocks(replica_folder(folder, replica or 0))
+            for each in replicas if replica is None else [replica]:
+                self._add(replica_folder(folder, each), [replica_file(each)])
 
-    def _add(self, folder: Path) -> None:
+    def _add_blocks(self, folder: Path) -> None:
         try:
             self.blocks += json.loads((folder / STATE_FILE).read_text())
         except (OSError, ValueError) as error:
             raise BrokenCheckpoint(folder / STATE_FILE, error) from error
-        for replica in range(self.manifest.layout.replicas):
-            path = folder / replica_file(replica)
+
+    def _add(self, folder: Path, files: Iterable[str]) -> None:
+        for path in (folder / file for file in files):
             try:
                 with safe_open(path, "pt"):  # a truncated file shows by its header
                     pass
@@ -241,7 +256,9 @@ class Catalog:
                 raise BrokenCheckpoint(path, error) from error
         for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
             tensor: Any = found
-            self._folders[name] = folder
+            self._folders[name] = (*self._folders.get(name, ()), folder)
+            if len(self._folders[name]) > 1:
+                continue
             self._numels[name], self._dtypes[name] = tensor.size.numel(), tensor.properties.dtype
             for kept, mark in ((self.states, STATE), (self.scalars, SCALAR)):
                 if mark in name:
@@ -250,7 +267,7 @@ class Catalog:
     @property
     def weights(self) -> list[str]:
         """Names of the parameters and buffers."""
-        return [name for name in self._numels if STATE not in name and SCALAR not in name]
+        return [name for name in self._numels if not any(mark in name for mark in (STATE, SCALAR, OUTER))]
 
     def source(self, name: str, numel: int) -> str | None:
         """The name under which the checkpoint has a tensor of so many elements; another one where it was tied."""
@@ -260,23 +277,49 @@ class Catalog:
 
     def read(self, wanted: Mapping[str, Stretch]) -> None:
         """Fills the stretches, in whatever dtype they have, from the tensors of these names."""
-        batches: dict[Path, list[dict[str, Stretch]]] = {}
+        batches: dict[tuple[Path, ...], list[dict[str, Stretch]]] = {}
         for name, stretch in wanted.items():
             found = batches.setdefault(self._folders[name], [{}])
             if sum(other.values.nbytes for other in found[-1].values()) >= _BYTES_AT_A_TIME:
                 found.append({})
             found[-1][name] = stretch
-        for folder, some in ((folder, some) for folder, found in batches.items() for some in found):
-            reader, planner = HuggingFaceStorageReader(str(folder)), _StretchPlanner(some)
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load({n: s.values for n, s in some.items()}, storage_reader=reader, planner=planner, no_dist=True)
+        for folders, some in ((folders, some) for folders, found in batches.items() for some in found):
+            if len(folders) == 1:
+                _load(folders[0], some)
+            else:
+                self._load_mean(folders, some)
+
+    def _load_mean(self, folders: Sequence[Path], wanted: Mapping[str, Stretch]) -> None:
+        """Of what is a whole number, the first one's."""
+        means: dict[str, torch.Tensor] = {}
+        for count, folder in enumerate(folders, start=1):
+            one = {n: replace(s, values=torch.empty(len(s.values), dtype=self._dtypes[n])) for n, s in wanted.items()}
+            _load(folder, one)
+            for name, stretch in one.items():
+                mean = means.setdefault(name, stretch.values)
+                if mean.is_floating_point():
+                    mean += (stretch.values - mean) / count  # of equal numbers that number
+        with torch.no_grad():
+            for name, stretch in wanted.items():
+                stretch.values.copy_(means[name])
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole of one, flat."""
         whole = torch.empty(self._numels[name], dtype=self._dtypes[name])
         self.read({name: Stretch(whole.numel(), 0, whole)})
         return whole
+
+
+def _load(folder: Path, wanted: Mapping[str, Stretch]) -> None:
+    reader, planner = HuggingFaceStorageReader(str(folder)), _StretchPlanner(wanted)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({n: s.values for n, s in wanted.items()}, storage_reader=reader, planner=planner, no_dist=True)
+
+
+def replica_folder(stage_folder: Path, replica: int) -> Path:
+    """Of a replica that has tensors of its own."""
+    return stage_folder / f"replica-{replica:02d}"
 
 
 def replica_file(replica: int) -> str:

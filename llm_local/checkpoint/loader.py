@@ -40,7 +40,7 @@ def take_up(
 
     Every rank must call. Raises BrokenCheckpoint where the model itself is not whole.
     """
-    read, missing = load_engines(catalog, engines, world.place.replica)
+    read, missing = load_engines(catalog, engines, world.shard)
     gone = [name for name in missing if not name.startswith(EXITS)]
     if gone:
         raise BrokenCheckpoint(catalog.path, f"it lacks {some_of(gone)}, of the model's own tensors")
@@ -55,6 +55,8 @@ def take_up(
     left = [name for name in catalog.weights if name.startswith(EXITS) and name not in read]
     changes = ", ".join(layout_changes(catalog.manifest, layout, config.flat()))
     lines = [f"goes on after {catalog.path}" + (f", with other settings: {changes}" if changes else "")]
+    if catalog.manifest.apart and catalog.replica is None:
+        lines += [f"its {catalog.manifest.layout.replicas} replicas were apart: all go on from their mean"]
     lines += [f"new, as the checkpoint has none: {_heads(missing)}"] if missing else []
     lines += [f"in the checkpoint, and of no use here: {_heads(left)}"] if left else []
     return tuple(lines)

@@ -23,10 +23,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from llm_local.adapters.deepspeed_internals import base_optimizer
 from llm_local.checkpoint.catalog import (
     MANIFEST,
+    OUTER_FILE,
     STATE_FILE,
     Layout,
     Manifest,
     replica_file,
+    replica_folder,
     save_stretches,
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
@@ -80,39 +82,48 @@ class Saver:
         shared_head: Mapping[str, torch.Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
         positions: Positions | None = None,
+        outer: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
         shared_head: the state of the stage's Refresher. notes: further JSON files of the stage, by name.
-        positions: of a job's links. Raises
+        positions: of a job's links. outer: the state of the outer optimizer, which is the same on all replicas. Raises
         Unwritten where this save cannot begin or the one before has failed, and MisplacedWeights rather than save
         another model than is trained.
         """
         start = time.perf_counter()
         self.wait()
         if not self._checked:
-            check_masters(engines, self._world.place.replica)
+            check_masters(engines, self._world.shard)
             self._checked = True
         place, root = self._world.place, checkpoint_of(self._folder.parent, step)
         folder = root / f"stage-{place.stage:02d}"
+        own = replica_folder(folder, place.replica) if self._world.is_apart else folder
         if place.is_recorder:  # what a killed run left half written, or one that went on from before
             with writing(folder, repair=REPAIR):
                 (root / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         self._world.stage_barrier()
-        tensors, starts = snapshot(engines, place.replica)
-        files: dict[str, Any] = {}
-        if place.is_recorder:
+        with writing(own, repair=REPAIR):
+            own.mkdir(exist_ok=True)
+        tensors, starts = snapshot(engines, self._world.shard)
+        files: dict[Path, str] = {}
+        if place.is_recorder or self._world.is_apart:
             for name, matrix in (shared_head or {}).items():
                 tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
-            files[STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
+            files[own / STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
+        shares = [(own / replica_file(place.replica), tensors)]
+        if place.is_recorder:
             notes = {**(notes or {}), NOTE: asdict(positions) if positions else None}
-            files |= {name: json.dumps(value) for name, value in notes.items() if value}
+            files |= {folder / name: json.dumps(value) for name, value in notes.items() if value}
+            if outer is not None:
+                shares.append((folder / OUTER_FILE, {name: tensor.clone() for name, tensor in outer.items()}))
         manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
+        manifest = replace(manifest, apart=self._world.is_apart)
         if self._job is not None:
             manifest = replace(manifest, stages=[place.stage], run=self._job.run)
-        arguments = (root, folder, tensors, starts, files, manifest, positions)
+        arguments = (root, folder, shares, starts, files, manifest, positions)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)
         self._thread.start()
         self._seconds += time.perf_counter() - start
@@ -138,18 +149,18 @@ class Saver:
         self,
         root: Path,
         folder: Path,
-        tensors: dict[str, torch.Tensor],
+        shares: Sequence[tuple[Path, dict[str, torch.Tensor]]],
         starts: dict[str, int],
-        files: dict[str, str],
+        files: dict[Path, str],
         manifest: Manifest,
         positions: Positions | None,
     ) -> None:
-        path = folder / replica_file(self._world.place.replica)
+        path = root
         try:
-            save_stretches(tensors, starts, path)
-            _to_disk(path)
-            for name, text in files.items():
-                path = folder / name
+            for path, tensors in shares:
+                save_stretches(tensors, starts, path)
+                _to_disk(path)
+            for path, text in files.items():
                 path.write_text(text + "\n")
                 _to_disk(path)
             if self._job is not None and positions is not None:

@@ -7,6 +7,7 @@ stretches, so that a run of any layout takes from it what it needs.
     model.layers.3.mlp.up_proj.weight                  float32, the optimizer's own copy where there is one
     model.layers.3.mlp.up_proj.weight/state/exp_avg    what the optimizer keeps for each weight
     model.layers.3.mlp.up_proj.weight/scalar/step      and for the parameter as a whole
+    model.layers.3.mlp.up_proj.weight/outer/anchor     where replicas train apart: where they met (outer_optimizer.py)
     exits.4.model.norm.weight                          of the head that reads layer 3, unless it is the model's own
 """
 
@@ -32,7 +33,7 @@ from llm_local.adapters.deepspeed_internals import (
 )
 from llm_local.partition import Span
 
-STATE, SCALAR = "/state/", "/scalar/"
+STATE, SCALAR, OUTER = "/state/", "/scalar/", "/outer/"
 
 
 class MisplacedWeights(RuntimeError):

@@ -71,8 +71,9 @@ def preflight(given: Config, world_size: int) -> Setup:
         config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     num_replicas = max(1, world_size // config.launched_stages)
-    problems += report_problems(config) + deepspeed_problems(config, num_replicas)
-    problems = problems or (engine_problems(config, num_replicas) + surroundings_problems(config))
+    engine_ranks = config.engine_ranks(num_replicas)
+    problems += report_problems(config) + deepspeed_problems(config, engine_ranks)
+    problems = problems or (engine_problems(config, engine_ranks) + surroundings_problems(config))
     problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
     problems += cache_problems

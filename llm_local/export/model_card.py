@@ -204,6 +204,12 @@ def _facts(training: Training) -> dict[str, str]:
         facts = {"started from": config.model.model_name_or_path, **facts}
     if local.final_backprop_steps:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
+    if local.replica_sync_steps:
+        momentum = f", Nesterov momentum {local.outer_momentum:g}" if local.outer_momentum else ""
+        facts["replicas"] = (
+            f"apart for {local.replica_sync_steps} steps, then an outer step at rate {local.outer_learning_rate:g}"
+            f"{momentum}"
+        )
     return facts
 
 

@@ -65,9 +65,9 @@ def write_part(
         with writing(draft / name):
             (draft / name).mkdir(parents=True)
             save_stretches({each: catalog.tensor(each) for each in catalog.weights}, {}, draft / name / replica_file(0))
-            for file in (checkpoint / name / each for each in (STATE_FILE, DATA_FILE)):
-                if file.exists():
-                    shutil.copyfile(file, draft / name / file.name)
+            write_text(draft / name / STATE_FILE, json.dumps(catalog.blocks) + "\n")
+            if (checkpoint / name / DATA_FILE).exists():
+                shutil.copyfile(checkpoint / name / DATA_FILE, draft / name / DATA_FILE)
         if metrics is not None:
             with writing(draft / METRICS):
                 (draft / METRICS).mkdir()
@@ -81,8 +81,8 @@ def write_part(
             tensors = {"input_ids": ids, "logits": logits[:, :MOST_POSITIONS].float()}
             with writing(draft / CHECK_FILE):
                 save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, draft / CHECK_FILE)
-        layout = replace(catalog.manifest.layout, replicas=1)
-        write_text(draft / MANIFEST, json.dumps(asdict(replace(catalog.manifest, layout=layout)), indent=1) + "\n")
+        manifest = replace(catalog.manifest, layout=replace(catalog.manifest.layout, replicas=1), apart=False)
+        write_text(draft / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_check(part: Path) -> Check | None:

@@ -17,7 +17,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_local.trace import COMPUTE, FOLDER, FORMAT, LANES, RECEIVE, REFRESH_WAIT, STEP, Event, TraceHeader, trace_file
+from llm_local.trace import (
+    COMPUTE,
+    FOLDER,
+    FORMAT,
+    LANES,
+    OUTER_STEP,
+    RECEIVE,
+    REFRESH_WAIT,
+    STEP,
+    Event,
+    TraceHeader,
+    trace_file,
+)
 
 FORWARD, BACKWARD, FROM_ABOVE, OPTIMIZER, LOAD, WAIT = "forward", "backward", "from above", "optimizer", "load", "wait"
 SAVE = "save"
@@ -34,6 +46,7 @@ KINDS = {
     "SendGrad": WAIT,
     "RecvGrad": WAIT,
     REFRESH_WAIT: WAIT,
+    OUTER_STEP: WAIT,
 }
 TRAIN, EVAL = "train", "eval"
 

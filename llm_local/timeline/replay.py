@@ -26,7 +26,7 @@ from llm_local.timeline.measured import (
     Row,
     RunTrace,
 )
-from llm_local.trace import COMPUTE, RECEIVE, REFRESH_WAIT
+from llm_local.trace import BESIDE_SCHEDULE, COMPUTE, RECEIVE
 
 _KINDS = {"F": FORWARD, "B": BACKWARD, "G": FROM_ABOVE, "O": OPTIMIZER}
 _FILLING_STEPS = 50  # simulated before those that are wanted, so that a stage is as far ahead as it comes to be
@@ -36,7 +36,7 @@ def programs(rank: RankTrace) -> dict[int, list[pipe.PipeInstruction]]:
     """The instructions of each training step, as the rank followed them."""
     found: dict[int, list[pipe.PipeInstruction]] = defaultdict(list)
     for event in rank.events:
-        if event.lane == COMPUTE and event.split == TRAIN and event.name != REFRESH_WAIT:
+        if event.lane == COMPUTE and event.split == TRAIN and event.name not in BESIDE_SCHEDULE:
             options: dict[str, Any] = {} if event.block is None else {"block": event.block}
             options |= {"from_above": True} if event.from_above else {}
             arguments = () if event.micro_batch is None else (0,)
