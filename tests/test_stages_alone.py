@@ -112,6 +112,21 @@ def test_the_middle_one_is_killed_under_llm_local_up(trainer: Trainer):
     assert "## Validation loss" in (folder / "export" / "README.md").read_text()
 
 
+def test_replicas_that_meet_rarely_come_back_as_they_were(trainer: Trainer):
+    settings = {"num_stages": 2, **LONG, "replica_sync_steps": 8}
+    one = trainer.run("one", 4, **settings)
+    folder = trainer.folder / "jobs"
+    flags = [*trainer.flags("jobs", **settings), "--nproc_per_node", "2"]
+    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+        until_saved(folder / "stage-00", up)
+        kill_rank(folder / "stage-00", 0)
+        up.ends_well()
+    assert [status(folder / f"stage-{stage:02d}", stage)["life"] for stage in range(2)] == [2, 1]
+    for stage in range(2):
+        assert trained(folder / f"stage-{stage:02d}", stage) == trained(one, stage)
+    same_model(folder / "export", one / "export")
+
+
 def test_two_under_torchrun_as_the_example_has_it(trainer: Trainer):
     """The first is killed; matrices of a shared head go back to it."""
     settings = {"num_stages": 2, **LONG, "head": "shared", "head_refresh_steps": 3}

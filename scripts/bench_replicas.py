@@ -1,0 +1,113 @@
+"""What replicas lose that meet rarely, and what they save: validation loss and traffic against --replica_sync_steps.
+
+python scripts/bench_replicas.py [--steps 400] [--repeats 1] [--only NAME]
+
+Runs of the quickstart's model under torchrun, each a few minutes on two cores; one that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llm_local.bench.cases import ROOT, BenchmarkError, arguments_of, table, torchrun, write
+from llm_local.files import ends_with_a_line
+from llm_local.metrics import read_records
+
+PLAIN = "in each step, by DeepSpeed"
+MEAN = {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+RUNS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "1, mean": {"replica_sync_steps": 1, **MEAN},
+    **{str(steps): {"replica_sync_steps": steps} for steps in (1, 10, 50, 100)},
+    "50, mean": {"replica_sync_steps": 50, **MEAN},
+}
+INTRODUCTION = """
+The quickstart's Llama of 5M parameters as two blocks in one stage with two replicas, {steps} steps of 2 x 2 x 256
+tokens, its optimizer and schedule; `--replica_sync_steps` at `--outer_learning_rate 0.7 --outer_momentum 0.9`, or
+("mean") 1 and 0. Losses are of 256 rows of held-out text at the end, of the blocks of layers 0-3 and 0-7{seeds}.
+Traffic is what both replicas send each other in a ring, as counted (`sent_replica_bytes`), of float32 numbers; that of
+DeepSpeed's all-reduce, which nobody counts, is one meeting's in each step.
+"""
+
+
+def train(folder: Path, steps: int, seed: int, flags: dict[str, Any]) -> None:
+    """One run, unless it is there."""
+    if (folder / "export").exists():
+        return
+    flags = {
+        "num_stages": 1,
+        "layers_per_block": 4,
+        "per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "eval_steps": 0,
+        "eval_batches": 64,
+        "save_steps": 0,
+        "seed": seed,
+        "output_dir": folder,
+        "overwrite_output_dir": True,
+        **flags,
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [*torchrun(2), "scripts/pretrain.py", "configs/quickstart.yaml", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise BenchmarkError(f"{folder.name} failed:\n{done.stderr[-2000:]}")
+
+
+@ends_with_a_line(BenchmarkError)
+def main(arguments: list[str] | None = None) -> int:
+    parser = arguments_of(__doc__, repeats=1, steps=400)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/replicas", help="folder of the runs")
+    parser.add_argument("--only", choices=RUNS, help="train this one, and write nothing")
+    given = parser.parse_args(arguments)
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in RUNS.items():
+        losses, sent, tokens = [], 0, 0
+        if given.only not in (None, name):
+            continue
+        for seed in range(42, 42 + given.repeats):
+            folder = given.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{given.steps}-{seed}"
+            print(folder.name, file=sys.stderr, flush=True)
+            train(folder, given.steps, seed, flags)
+            records = read_records(folder / "metrics/stage-00.jsonl")
+            losses.append([record["block_losses"] for record in records if record["split"] == "eval"][-1])
+            sent += sum(record["sent_replica_bytes"] or 0 for record in records if record["split"] == "train")
+            tokens += given.steps * 2 * 2 * 256
+        found[name] = {"losses": losses, "bytes_a_token": sent / tokens}
+    if given.only is not None:
+        return 0
+    plain, each = found[PLAIN], found["1"]["bytes_a_token"]
+    plain["bytes_a_token"] = each
+    rows = []
+    for name, one in found.items():
+        blocks = [mean(of_block) for of_block in zip(*one["losses"], strict=True)]
+        ours, theirs = (mean(of_run[-1] for of_run in some["losses"]) for some in (one, plain))
+        traffic = [f"{one['bytes_a_token']:,.0f}", f"{one['bytes_a_token'] / each:.3g}"]
+        rows.append([name, *(f"{loss:.4f}" for loss in blocks), f"{ours - theirs:+.4f}", *traffic])
+    header = [
+        "replicas meet every ... steps",
+        "loss of block 0",
+        "of block 1",
+        "against plain",
+        "bytes a token",
+        "share",
+    ]
+    seeds = f"; means over {given.repeats} seeds" if given.repeats > 1 else ""
+    said = INTRODUCTION.format(steps=given.steps, seeds=seeds)
+    write(given.output, "replicas", f"{said}\n{table(header, rows)}", {"steps": given.steps, "runs": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
