@@ -68,6 +68,8 @@ class Active:
 
 
 class Campaign:
+    num_paced = 1  # the first stage: the others follow as they can
+
     def __init__(self, given: argparse.Namespace, flags: Sequence[str]):
         self.folder: Path = given.output
         self.kills, self.num_ranks = given.kills, given.replicas
@@ -133,7 +135,7 @@ class Campaign:
                 own += ["--send_to", f"127.0.0.1:{self._relays(links, ports[stage * self.num_ranks :])}"]
             output = self.folder / f"jobs/stage-{stage:02d}"
             output.mkdir(parents=True)
-            variables = {PACE: str(pace)} if stage == 0 else {}  # the others follow as they can
+            variables = {PACE: str(pace)} if stage < self.num_paced else {}
             stages.append(Stage(stage, output, [*self.flags, *own], self.num_ranks, self.max_steps, variables, ZERO))
         self.scene = Scene(stages, links, self.random, self.longest_seconds)
         self.begun = time.time()

@@ -46,6 +46,19 @@ def test_a_larger_log_is_not_worse_and_a_slower_stage_hides_the_failures_of_othe
     assert slow[1] == pytest.approx(slow[0], abs=0.02)
 
 
+def test_a_stage_waits_for_the_one_before_and_hardly_for_others():
+    """However large logs are: each is away with the stage that keeps it."""
+
+    def loss(*step_seconds: float) -> float:
+        found = [as_jobs(step_seconds, failures(DAY, log_steps=50_000), seed) for seed in range(6)]
+        return 1 - sum(found) / 6
+
+    alone = loss(1.0)
+    assert loss(1.0, 1.0) == pytest.approx(2 * alone, rel=0.2)
+    assert loss(*[1.0] * 8) < 3.5 * alone
+    assert loss(1.0, 0.5) == pytest.approx(alone, rel=0.2)  # who is faster makes up for it
+
+
 def test_who_fails_more_often_than_he_saves_does_not_come_on():
     assert in_one_launch(1.0, 1024, failures(3600)) == 0.0
     assert as_jobs([1.0], failures(10.0)) == 0.0
