@@ -150,7 +150,7 @@ def build(
     startup = float(config.train.ddp_timeout)
     place = Place.of(launch.rank, launch.world_size, config.local.num_stages, config.local.stage)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
-    join_stage(world, one_world=config.is_pipelined, is_apart=config.local.replica_sync_steps > 0)
+    join_stage(world, config.is_pipelined, config.local.replica_sync_steps)
     layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
     catalog = open_checkpoint(Path(setup.checkpoint), config.local, place) if setup.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
@@ -207,7 +207,9 @@ def _say_what_begins(
     for line in news:
         progress.say(f"llm_local: {line}")
     stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
-    layout = f"{stages} x {place.num_replicas} replicas, {setup.config.precision}"
+    apart = setup.config.local.replica_sync_steps
+    replicas = f"{place.num_replicas} replicas" + (f" that meet every {apart} steps" if apart else "")
+    layout = f"{stages} x {replicas}, {setup.config.precision}"
     progress.say(f"llm_local: {layout}; {setup.partition.describe()}")
     for source in data.sources if data is not None else ():
         progress.say(f"llm_local: {source.describe()}")

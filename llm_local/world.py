@@ -161,16 +161,16 @@ def connect(
     return world
 
 
-def join_stage(world: World, one_world: bool, is_apart: bool = False) -> None:
+def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
     """Makes the default process group: this stage's replicas, or all ranks for the stock pipeline, or this rank alone,
-    where replicas train apart; these meet through host memory."""
+    where replicas train apart for so many steps; these meet through host memory, and may be as far apart in time."""
     place = world.place
     name, rank, size = f"stage{place.stage}", place.replica, place.num_replicas
     if one_world:
         name, rank, size = "all", place.rank, place.world_size
-    if is_apart:
+    if steps_apart:
         shared, world.is_apart = dist.PrefixStore(f"replicas{place.stage}", world.store), True
-        limit = timedelta(seconds=world.timeout_seconds)
+        limit = timedelta(seconds=world.timeout_seconds * steps_apart)
         world.replicas = dist.ProcessGroupGloo(shared, place.replica, place.num_replicas, limit)
         name, rank, size = f"{name}-{place.replica}", 0, 1
     dist.init_process_group(

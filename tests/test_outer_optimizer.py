@@ -13,7 +13,9 @@ from conftest import TINY, Trainer, block_losses, records, weights
 from test_resume import same_bits
 
 from llm_local.checkpoint.catalog import Catalog
-from llm_local.config import from_flat
+from llm_local.checks.preflight import preflight
+from llm_local.config import ConfigError, from_flat, parse
+from llm_local.offline_export import export_checkpoint
 from llm_local.problems import static_problems
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
@@ -86,9 +88,10 @@ class TestSteps:
         output = trainer.run("run", 4, max_steps=5, eval_steps=1, **common)
         alone = trainer.run("alone", 4, max_steps=5, eval_batches=0, **common)
         assert block_losses(output, 2) == block_losses(alone, 2)
-        catalog = Catalog(checkpoint(output, 5))
+        export_checkpoint(checkpoint(output, 5), trainer.folder / "later", None, "fp32")
+        later = weights(trainer.folder / "later")
         for name, tensor in weights(output / "export").items():
-            torch.testing.assert_close(tensor.view(-1), catalog.tensor(name), rtol=0.0, atol=1e-7)
+            torch.testing.assert_close(tensor, later[name], rtol=0.0, atol=1e-7)
         again = {**common, "replica_sync_steps": 0, "resume_from_checkpoint": checkpoint(output, 5)}
         met = trainer.run("as one", 4, max_steps=5, **again)
         assert block_losses(met, 2, "eval")[-1] == pytest.approx(block_losses(output, 2, "eval")[-1], rel=1e-3)
@@ -166,6 +169,14 @@ class TestCheckpoints:
             assert not torch.equal(outer(first, ANCHOR), outer(checkpoint(trainer.folder / "again", 4), ANCHOR))
         if ranks == 4:
             assert block_losses(trainer.folder / "again", 2)[-1] == block_losses(output, 1)[3]
+
+    def test_a_replica_that_is_missing_is_named(self, trainer: Trainer):
+        output = trainer.run("run", 2, num_stages=1, replica_sync_steps=3, max_steps=2, save_steps=2, eval_batches=0)
+        missing = checkpoint(output, 2) / "stage-00/replica-01/replica-01.safetensors"
+        missing.unlink()
+        flags = {"resume_from_checkpoint": "true", "replica_sync_steps": 3, "max_steps": 4}
+        with pytest.raises(ConfigError, match=f"{missing}: .*; resume from an earlier checkpoint"):
+            preflight(parse(trainer.flags("run", **flags)), 2)
 
     def test_the_best_is_the_mean_that_was_measured(self, trainer: Trainer):
         common = {"num_stages": 1, "replica_sync_steps": 10, "save_steps": 1, "eval_steps": 1, "max_steps": 4}

@@ -28,6 +28,7 @@ from llm_local.timeline.replay import simulated
 from llm_local.trace import (
     BUFFERED_EVENTS,
     COMPUTE,
+    OUTER_STEP,
     RECEIVE,
     REFRESH,
     REFRESH_WAIT,
@@ -230,6 +231,13 @@ class TestOfOtherRuns:
             arrived = [e.step for e in rank.events if e.lane == REFRESH]
             assert arrived == ([2] if rank.header.stage == 0 else [])
         assert len(stage_times(measured(trace, trace.steps))) == 2
+
+    def test_replicas_apart(self, train: Callable[..., Path]):
+        trace: RunTrace = read_trace(train("apart", 2, num_stages=1, replica_sync_steps=2, max_steps=4))
+        for rank in trace.ranks:
+            assert sum(e.name == OUTER_STEP for e in rank.events) == 4, "a look at the number of each step"
+        assert simulated(trace, trace.steps)
+        assert [row.seconds(["wait"]) > 0 for row in measured(trace, trace.steps)] == [True, True]
 
     def test_a_run_without_the_flag_writes_none(self, trainer: Trainer):
         assert not (trainer.run("plain", 1, max_steps=1) / "trace").exists()
