@@ -23,6 +23,7 @@ from llm_local.model.distillation import Distillation
 from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block, build_blocks
+from llm_local.replicas import of_stage
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.world import World
@@ -61,10 +62,11 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     config, place = setup.config, world.place
     startup, model_config = float(config.train.ddp_timeout), setup.model_config()
     text, cpu = text_config(model_config), world.device.type == "cpu"
+    of_engine = of_stage(config, place.replicas, place.stage)
     name = f"stage-{place.stage:02d}"
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
-        settings = resolve(config, place.num_replicas, text, cpu, name if place.is_recorder else None)
+        settings = resolve(of_engine, place.num_replicas, text, cpu, name if place.is_recorder else None)
         model = (model_config, setup.anatomy, setup.partition)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
@@ -72,7 +74,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
-        settings = resolve(config, config.engine_ranks(place.num_replicas), text, cpu, monitor)
+        settings = resolve(of_engine, config.engine_ranks(place.num_replicas), text, cpu, monitor)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")
@@ -92,11 +94,11 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
         engines,
         place.stage,
         place.num_stages,
-        config.train.gradient_accumulation_steps,
+        of_engine.train.gradient_accumulation_steps,
         partial(config.method.schedule_at, local, config.train.max_steps),
         feed,
         links,
-        HeadPlan.of(config, setup.partition, place.stage, place.replica, place.num_replicas),
+        HeadPlan.of(config, setup.partition, place.stage, place.dealing(0)),
         Distillation(local.distillation_weight, local.distillation_top_k),
     )
     return engine, links

@@ -201,7 +201,7 @@ def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tup
     return Training(
         config=config,
         partition=run.setup.partition,
-        num_replicas=run.world.place.num_replicas,
+        replicas=run.world.place.replicas,
         model_type=run.setup.model["model_type"],
         steps=step,
         tokens=run.feed.tokens,

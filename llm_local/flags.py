@@ -215,6 +215,12 @@ class LocalArguments:
         0.7, "Rate of the outer step, SGD on what the replicas have moved on average since they met.", POSITIVE
     )
     outer_momentum: float = _option(0.9, "Nesterov momentum of the outer step; 0: none.", RATE)
+    stage_replicas: str | None = _option(
+        None,
+        "Replicas of each stage, as '4,2,1', where they differ; --gradient_accumulation_steps and --eval_batches are "
+        "those of a replica of the stage with the most, others have more.",
+        decides=LAYOUT,
+    )
     stage: int | None = _option(
         None, "The stage that this launch trains, as a job of its own; default: all.", NOT_NEGATIVE, decides=START
     )

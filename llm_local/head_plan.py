@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llm_local.config import Config
 from llm_local.partition import Partition, held
+from llm_local.replicas import ALONE, Dealing
 
 
 def seed_of(text: str) -> int:
@@ -46,7 +47,7 @@ class HeadPlan:
     """The heads of one rank's blocks in training, by their number in the stage.
 
     weights: of the blocks' losses. first_block: number of the stage's first block in the model, which has num_blocks.
-    fraction: share of the positions that all heads but the model's last see.
+    fraction: share of the positions that all heads but the model's last see. dealing: between this rank and stage 0.
     """
 
     weights: tuple[float, ...]
@@ -54,20 +55,20 @@ class HeadPlan:
     num_blocks: int
     fraction: float = 1.0
     seed: int = 0
-    replica: int = 0
-    num_replicas: int = 1
+    dealing: Dealing = ALONE
 
     @staticmethod
-    def of(config: Config, partition: Partition, stage: int, replica: int, num_replicas: int) -> HeadPlan:
+    def of(config: Config, partition: Partition, stage: int, dealing: Dealing) -> HeadPlan:
         blocks, count = partition.stages[stage], len(partition.blocks)
         weights = loss_weights(config, count)[blocks.start : blocks.stop]
         fraction = config.local.head_token_fraction
-        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, replica, num_replicas)
+        return HeadPlan(weights, blocks.start, count, fraction, config.train.seed, dealing)
 
     def dropout_seed(self, step: int, index: int, block: int) -> int:
         """Of the stage's block in micro-batch `index`: the same wherever the block runs, and after a resume."""
         number = self.first_block + block
-        return seed_of(f"dropout:{self.seed}:{step}:{index}:{number}:{self.replica}")
+        replica, first_index = self.dealing.at(index)
+        return seed_of(f"dropout:{self.seed}:{step}:{first_index}:{number}:{replica}")
 
     def window(self, step: int, index: int, block: int, num_rows: int, num_positions: int) -> list[range] | None:
         """Positions that the head of the stage's block sees of each row of micro-batch `index`; None: of all, all."""
@@ -76,8 +77,9 @@ class HeadPlan:
             return None
         length = window_length(self.fraction, num_positions)
         windows = []
-        for row in range(index * num_rows, (index + 1) * num_rows):
-            place = self.replica + row * self.num_replicas  # in the step's global batch, see feed.py
+        replica, first_index = self.dealing.at(index)
+        for row in range(first_index * num_rows, (first_index + 1) * num_rows):
+            place = replica + row * self.dealing.theirs  # in the step's global batch, see feed.py
             digest = hashlib.sha256(f"window:{self.seed}:{step}:{number}:{place}".encode()).digest()
             start = int.from_bytes(digest[:8], "big") % (num_positions - length + 1)
             windows.append(range(start, start + length))

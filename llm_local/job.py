@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,11 +30,13 @@ from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog
 from llm_local.jobs.positions import DONE, LOG, LOG_BACK, STATUS, Positions
 from llm_local.jobs.ways import Address, Dial, Door, Way
+from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
 from llm_local.links.ends import REFRESH_IN_FLIGHT, Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.heads.head import head_of
+from llm_local.replicas import Dealing, sequences_per_step
 from llm_local.setup import Setup
-from llm_local.world import Place, World
+from llm_local.world import World
 
 FINISHED = "finished"  # of a log: the stage behind needs nothing more
 STATUS_SECONDS = 1.0
@@ -42,7 +44,10 @@ _SMALL = 1 << 20  # of a packet, beside its tensors
 
 
 class Job:
-    """A rank's two channels. links: what its stage trains with; step: the last that it has trained."""
+    """A rank's channels with the replicas before and behind it.
+
+    links: what its stage trains with. step: the last that it has trained.
+    """
 
     def __init__(self, setup: Setup, world: World, local_rank: int):
         """Every rank must call; it waits for nobody."""
@@ -51,16 +56,23 @@ class Job:
         place = world.place
         self.positions = positions_at(setup.checkpoint, place.stage)
         config = setup.config
-        tokens = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-        self._rate = Rate(tokens * place.num_replicas * config.data.seq_length)
+        self._rate = Rate(sequences_per_step(config, place.replicas) * config.data.seq_length)
         self._shares = head_of(config).shares_matrix
-        self._log = self._log_back = self._before = self._behind = None
+        self._logs: dict[int, PacketLog] = {}
+        self._logs_back: dict[int, PacketLog] = {}
+        self._before: dict[int, Channel] = {}
+        self._behind: dict[int, Channel] = {}
+        self._receivers: list[LogReceiver] = []
+        self._senders: list[LogSender] = []
         if not place.is_first_stage:
-            self._log_back = self._open(LOG_BACK, self.positions.refreshed) if self._shares else None
-            self._before = self._channel_before(local_rank)
+            dealing = place.dealing(place.stage - 1)
+            targets = dealing.targets if self._shares else ()
+            self._logs_back = {peer: self._open(LOG_BACK, peer, targets, self.positions.refreshed) for peer in targets}
+            self._before = self._channels_before(dealing, local_rank)
         if not place.is_last_stage:
-            self._log = self._open(LOG, self.positions.sent)
-            self._behind = self._channel_behind(self._log)
+            dealing = place.dealing(place.stage + 1)
+            self._logs = {peer: self._open(LOG, peer, dealing.peers, self.positions.sent) for peer in dealing.peers}
+            self._behind = {peer: self._channel_behind(dealing, peer) for peer in dealing.peers}
         self.links = self._make_links()
         for channel in self._channels:
             channel.start()
@@ -74,31 +86,44 @@ class Job:
 
     @property
     def _channels(self) -> list[Channel]:
-        return [channel for channel in (self._before, self._behind) if channel is not None]
+        return [*self._before.values(), *self._behind.values()]
 
-    def _open(self, name: str, number: int) -> PacketLog:
-        local = self._setup.config.local
-        folder = self._setup.config.output_dir / name / f"replica-{self._world.place.replica:02d}"
-        log = PacketLog(folder, int(local.log_memory_gb * GB), int(local.log_disk_gb * GB))
+    def _open(self, name: str, peer: int, peers: Sequence[int], number: int) -> PacketLog:
+        """The log of one of this replica's links to a neighbour, with its share of the room."""
+        local, mine = self._setup.config.local, f"replica-{self._world.place.replica:02d}"
+        folder = self._setup.config.output_dir / name / (mine if len(peers) == 1 else f"{mine}-to-{peer:02d}")
+        memory, disk = (int(size * GB / len(peers)) for size in (local.log_memory_gb, local.log_disk_gb))
+        log = PacketLog(folder, memory, disk)
         log.start_at(number)
         return log
 
-    def _channel_before(self, local_rank: int) -> Channel:
+    def _channels_before(self, dealing: Dealing, local_rank: int) -> dict[int, Channel]:
         local = self._setup.config.local
         address = Address.of(local.receive_on or "").after(local_rank)
-        way = Door(address, tls(Path(local.run_key_file or ""), server=True))
-        terms = self._terms(self._world.place.stage - 1, local.max_packets_in_flight)
-        most = packet_bytes(self._setup, "fp32")
-        return self._channel(way, terms, self._log_back, self.positions.received, most, lambda: None)
+        door = Door(address, tls(Path(local.run_key_file or ""), server=True), dealing.peers)
+        most, received = packet_bytes(self._setup, "fp32"), self.positions.received
+        return {
+            peer: self._channel(
+                visits,
+                self._terms(self._world.place.stage - 1, peer, local.max_packets_in_flight),
+                self._logs_back.get(peer),
+                received,
+                most,
+                lambda: None,
+            )
+            for peer, visits in door.visits.items()
+        }
 
-    def _channel_behind(self, log: PacketLog) -> Channel:
-        local, place = self._setup.config.local, self._world.place
-        way = Dial(address_of(local.send_to or "", place), tls(Path(local.run_key_file or ""), server=False))
-        terms = self._terms(place.stage + 1, REFRESH_IN_FLIGHT if self._shares else 0)
-        most = _matrix_bytes(self._setup) if self._shares else 0
+    def _channel_behind(self, dealing: Dealing, peer: int) -> Channel:
+        local, place, log = self._setup.config.local, self._world.place, self._logs[peer]
+        address = address_of(local.send_to or "", peer, dealing.theirs)
+        way = Dial(address, tls(Path(local.run_key_file or ""), server=False))
+        refreshes = self._shares and peer == dealing.source
+        terms = self._terms(place.stage + 1, peer, REFRESH_IN_FLIGHT if refreshes else 0)
+        most = _matrix_bytes(self._setup) if refreshes else 0
         known, steps = log.folder / FINISHED, str(self._setup.config.train.max_steps)
         finished = partial(write_whole, known, steps)
-        channel = self._channel(way, terms, log, self.positions.refreshed, most, finished)
+        channel = self._channel(way, terms, log, self.positions.refreshed if refreshes else 0, most, finished)
         if known.exists() and known.read_text() == steps:  # not of an end that has been put off since
             channel.knew()
         channel.goes_back = lambda number: self._goes_back(log, number)
@@ -112,54 +137,64 @@ class Job:
         log.go_back(number)
         return True
 
-    def _terms(self, stage: int, window: int) -> Terms:
+    def _terms(self, stage: int, peer: int, window: int) -> Terms:
         mine = hello_of(self._setup, self._world.place)
-        return Terms(replace(mine, window=window), stage)
+        return Terms(replace(mine, window=window), stage, (peer,))
 
     def _channel(
         self, way: Way, terms: Terms, log: PacketLog | None, first: int, most: int, finished: Callable[[], None]
     ) -> Channel:
         stages = sorted((terms.stage, terms.mine.stage))
-        name = f"link {stages[0]}→{stages[1]}, replica {terms.mine.replica}"
+        ends = [terms.mine.replica, *terms.replicas]
+        ends = ends if terms.stage == stages[1] else ends[::-1]
+        name = f"link {stages[0]}→{stages[1]}, replica {'→'.join(str(end) for end in dict.fromkeys(ends))}"
         absent = self._setup.config.local.absent_peer_timeout
         return Channel(name, way, terms, log, first, 4 * most + _SMALL, absent, self._beat, finished)
 
     def _make_links(self) -> Links:
-        config, at, before, behind = self._setup.config, self.positions, self._before, self._behind
-        return Links(
-            receiver=LogReceiver(before) if before else None,
-            sender=LogSender(behind, config.wire_dtype, at.sent) if behind else None,
-            refresh_receiver=LogReceiver(behind) if behind and self._shares else None,
-            refresh_sender=LogSender(before, config.precision, at.refreshed) if before and self._shares else None,
-        )
+        config, place, at = self._setup.config, self._world.place, self.positions
+        receiver = sender = refresh_receiver = refresh_sender = None
+        if not place.is_first_stage:
+            dealing = place.dealing(place.stage - 1)
+            receivers = {peer: LogReceiver(channel) for peer, channel in self._before.items()}
+            receiver, self._receivers = receiver_of(receivers, dealing), [*receivers.values()]
+            if self._shares:
+                back = [self._before[peer] for peer in self._logs_back]
+                refresh_sender = SenderToAll([LogSender(each, config.precision, at.refreshed) for each in back])
+        if not place.is_last_stage:
+            dealing = place.dealing(place.stage + 1)
+            senders = {peer: LogSender(each, config.wire_dtype, at.sent) for peer, each in self._behind.items()}
+            sender, self._senders = sender_of(senders, dealing), [*senders.values()]
+            refresh_receiver = LogReceiver(self._behind[dealing.source]) if self._shares else None
+        return Links(receiver, sender, refresh_receiver=refresh_receiver, refresh_sender=refresh_sender)
 
     def here(self, refreshed: int, evaluated: bool) -> Positions:
-        """Where the links stand now."""
-        sender, receiver = self.links.sender, self.links.receiver
-        received = receiver.number if isinstance(receiver, LogReceiver) else 0
-        return Positions(received, sender.number if isinstance(sender, LogSender) else 0, refreshed, evaluated)
+        """Where the links stand now: after a step or an evaluation those with one neighbour are alike."""
+        received, sent = (next((end.number for end in ends), 0) for ends in (self._receivers, self._senders))
+        return Positions(received, sent, refreshed, evaluated)
 
     def persist(self, positions: Positions) -> None:
         """Forces to disk what was sent until there, as a checkpoint of it is to be committed. Raises Unwritten."""
-        if self._log is not None:
-            self._log.persist(positions.sent)
-        if self._log_back is not None:
-            self._log_back.persist(positions.refreshed)
+        for log in self._logs.values():
+            log.persist(positions.sent)
+        for log in self._logs_back.values():
+            log.persist(positions.refreshed)
 
     def made_durable(self, positions: Positions) -> None:
         """The checkpoint is committed: the neighbours need to keep nothing from before it."""
-        if self._before is not None:
-            self._before.made_durable(positions.received)
-        if self._behind is not None:
-            self._behind.made_durable(positions.refreshed)
+        for channel in self._before.values():
+            channel.made_durable(positions.received)
+        for peer, channel in self._behind.items():
+            if self._shares and peer == self._world.place.dealing(self._world.place.stage + 1).source:
+                channel.made_durable(positions.refreshed)
 
     def finish(self) -> None:
         """Until the stages behind need nothing of this one, and the one before knows. Raises LostPeer, Unwritten."""
         self.state = "finished"
-        if self._behind is not None:
-            self._behind.await_finish()
-        if self._before is not None:
-            self._before.finish()
+        for channel in self._behind.values():
+            channel.await_finish()
+        for channel in self._before.values():
+            channel.finish()
         write_whole(self._setup.config.output_dir / DONE, str(self._setup.config.train.max_steps))
 
     def close(self) -> None:
@@ -167,7 +202,7 @@ class Job:
             channel.close()
 
     def _status(self) -> dict[str, Any]:
-        logs = [log for log in (self._log, self._log_back) if log is not None]
+        logs = [*self._logs.values(), *self._logs_back.values()]
         return {
             "stage": self._world.place.stage,
             "state": self.state,
@@ -189,11 +224,11 @@ class Job:
     def _known(self) -> dict[str, Any]:
         """What is known of all stages, by their number: the neighbours tell of those beyond."""
         found: dict[str, Any] = {}
-        stage = self._world.place.stage
-        for channel in self._channels:
-            told = channel.neighbour.get("stages", {})
-            is_beyond = (lambda k: k < stage) if channel is self._before else (lambda k: k > stage)
-            found |= {k: v for k, v in told.items() if k.isdecimal() and is_beyond(int(k))}
+        place, stage = self._world.place, self._world.place.stage
+        for channels, beyond in ((self._before, range(stage)), (self._behind, range(stage + 1, place.num_stages))):
+            for channel in channels.values():
+                told = channel.neighbour.get("stages", {})
+                found |= {k: v for k, v in told.items() if k.isdecimal() and int(k) in beyond}
         return found | {str(stage): self._status()}
 
     def _write_status(self) -> None:
@@ -203,11 +238,11 @@ class Job:
             time.sleep(STATUS_SECONDS)
 
 
-def address_of(send_to: str, place: Place) -> Address:
+def address_of(send_to: str, replica: int, num_replicas: int) -> Address:
     """Of the next stage's replica: several hosts share them, each with its ports from the one named on."""
     hosts = [Address.of(text) for text in send_to.split(",")]
-    each = -(-place.num_replicas // len(hosts))
-    return hosts[place.replica // each].after(place.replica % each)
+    each = -(-num_replicas // len(hosts))
+    return hosts[replica // each].after(replica % each)
 
 
 def _matrix_bytes(setup: Setup) -> int:

@@ -14,6 +14,7 @@ import ssl
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positi
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
 from llm_local.links.wire import expected
+from llm_local.replicas import replicas_of
 from llm_local.setup import Setup
 from llm_local.watchdog import LostPeer
 from llm_local.world import Place
@@ -65,7 +67,7 @@ class Facts:
         return Facts(values["run"], tuple(EvalSet(**each) for each in values["eval_sets"]))
 
 
-def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
+def fingerprint(setup: Setup, replicas: Sequence[int]) -> dict[str, Any]:
     """What two jobs of a run have alike."""
     config = setup.config
     flags = config.flat()
@@ -74,13 +76,13 @@ def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
         for n in (*deciding(TRAINING, AMOUNT, LAYOUT), *_EVALUATION)
         if n not in (*_OWN, *_CUT) and not FLAGS[n].is_read
     ]
-    layout = layout_of(config, setup.partition, num_replicas, setup.model_config())
+    layout = layout_of(config, setup.partition, replicas, setup.model_config())
     versions = installed_versions()
     return {
         "model": layout.model,
         "blocks": layout.blocks,
         "stages": [[span.start, span.stop] for span in setup.partition.stages],
-        "replicas": num_replicas,
+        "replicas": layout.replicas,
         "tokenizer": setup.tokenizer,
         **{name: flags[name] for name in names},
         "precision": config.precision,
@@ -89,13 +91,13 @@ def fingerprint(setup: Setup, num_replicas: int) -> dict[str, Any]:
 
 
 def hello_of(setup: Setup, place: Place) -> Hello:
-    """What a rank says of itself when it meets the same replica of a neighbour, as far as it knows its run."""
+    """What a rank says of itself when it meets one of a neighbour, as far as it knows its run."""
     return Hello(
         stage=place.stage,
         replica=place.replica,
         place=f"{socket.gethostname()} pid {os.getpid()}",
         life=setup.life,
-        fingerprint=json.loads(json.dumps(fingerprint(setup, place.num_replicas))),
+        fingerprint=json.loads(json.dumps(fingerprint(setup, place.replicas))),
         run=setup.run or None,
         facts=asdict(Facts(setup.run, setup.eval_sets)) if setup.run else None,
         standing=SAVED if setup.checkpoint else NEW,
@@ -162,13 +164,14 @@ def write_identity(setup: Setup) -> None:
     write_json(setup.config.output_dir / IDENTITY, {"life": setup.life, **asdict(facts)})
 
 
-def identified(setup: Setup, num_replicas: int) -> Setup:
+def identified(setup: Setup, world_size: int) -> Setup:
     """The setup with its run and its life, and what stage 0 alone has read.
 
     Of an earlier life, which has written it down; else stage 0 names the run, and another one waits for what the stage
     before tells. Raises ConfigError where that one is of something else, or the log is too small, and LostPeer where it
     is away for too long.
     """
+    place = Place(0, replicas_of(setup.config, world_size), setup.config.local.stage)
     known = identity_of(setup.config)
     goes_on = setup.checkpoint or (setup.config.train.resume_from_checkpoint or "false").lower() != "false"
     if known and goes_on:
@@ -176,25 +179,25 @@ def identified(setup: Setup, num_replicas: int) -> Setup:
     elif setup.config.reads_data:
         facts, life = Facts(uuid.uuid4().hex, setup.eval_sets), 1
     else:
-        facts, life = _told_facts(setup, num_replicas), 1
+        facts, life = _told_facts(setup, place), 1
     setup = replace(setup, run=facts.run, eval_sets=facts.eval_sets, life=life)
-    if problems := log_problems(setup):
+    if problems := log_problems(setup, place):
         raise ConfigError(problems)
     return setup
 
 
-def _told_facts(setup: Setup, num_replicas: int) -> Facts:
+def _told_facts(setup: Setup, place: Place) -> Facts:
     local = setup.config.local
     address = Address.of(local.receive_on or "")
-    mine = hello_of(setup, Place(0, local.num_stages, num_replicas, local.stage))
-    terms = Terms(mine, mine.stage - 1)
+    mine, before = hello_of(setup, place), place.stage - 1
+    terms = Terms(mine, before, place.dealing(before).peers)
     print(f"llm_local: stage {mine.stage} waits for stage {terms.stage} at {address}", file=sys.stderr, flush=True)
     limit = local.absent_peer_timeout
     start = time.monotonic()
     door = Door(address, tls(Path(local.run_key_file or ""), server=True))
     try:
         while limit is None or time.monotonic() - start < limit:
-            met = door.connection(lambda: mine, 1.0)
+            met = door.visits[0].connection(lambda: mine, 1.0)
             if met is None:
                 continue
             with met[0] as connection, suppress(OSError, Garbled):
@@ -225,24 +228,27 @@ def packet_bytes(setup: Setup, wire_dtype: str) -> int:
     return body_size(tensors) + HEADER_BYTES
 
 
-def log_need(setup: Setup) -> tuple[int, str]:
-    """Bytes that a replica's log needs, and in words for a person."""
+def log_need(setup: Setup, place: Place) -> tuple[int, str]:
+    """Bytes that a replica's log needs, of all its links with the next stage, and in words for a person."""
     config, train = setup.config, setup.config.train
     steps = math.ceil(config.save_interval)
-    num_packets = train.gradient_accumulation_steps * steps
+    num_packets = place.share(train.gradient_accumulation_steps) * steps
     if config.eval_interval and train.eval_batches:
-        num_packets += train.eval_batches * max(1, len(setup.eval_sets)) * math.ceil(steps / config.eval_interval)
+        batches = place.share(train.eval_batches) * max(1, len(setup.eval_sets))
+        num_packets += batches * math.ceil(steps / config.eval_interval)
     size = packet_bytes(setup, config.wire_dtype)
-    need = bytes_needed(size, 1, num_packets, config.local.max_packets_in_flight)
+    in_flight = config.local.max_packets_in_flight * len(place.dealing(place.stage + 1).peers)
+    need = bytes_needed(size, 1, num_packets, in_flight)
     return need, f"{need / GB:.3g} GB for the {steps} steps between two checkpoints, at {size / 1e6:.3g} MB a packet"
 
 
-def log_problems(setup: Setup) -> list[str]:
+def log_problems(setup: Setup, place: Place) -> list[str]:
     """Whether the log is too small for the stage behind to come from one checkpoint to the next."""
     local = setup.config.local
-    need, words = log_need(setup)
-    has = local.log_memory_gb + local.log_disk_gb
-    if local.send_to is None or need <= has * GB:
+    if local.send_to is None:
+        return []
+    need, words = log_need(setup, place)
+    if need <= (local.log_memory_gb + local.log_disk_gb) * GB:
         return []
     given = f"log_memory_gb={local.log_memory_gb:g} and log_disk_gb={local.log_disk_gb:g}"
     return [

@@ -44,6 +44,7 @@ from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice
 from llm_local.partition import Partition
+from llm_local.replicas import replicas_of
 
 Say = Callable[[str], None]
 
@@ -189,11 +190,13 @@ def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int
 def _training(catalog: Catalog, config: Config, run: _Run) -> Training:
     """catalog: of the first stage, which read the data."""
     manifest, state, train = catalog.manifest, read_data_state(catalog.path), config.train
+    most_replicas = manifest.layout.sequences_per_step // (
+        train.per_device_train_batch_size * train.gradient_accumulation_steps
+    )
     return Training(
         config=config,
         partition=run.partition,
-        num_replicas=manifest.layout.sequences_per_step
-        // (train.per_device_train_batch_size * train.gradient_accumulation_steps),
+        replicas=replicas_of(config, most_replicas * config.launched_stages),
         model_type=run.model.config.model_type,
         steps=manifest.step,
         tokens=trained_tokens(state, manifest.rows, config.data.seq_length),

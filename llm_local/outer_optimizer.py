@@ -38,7 +38,7 @@ def open_checkpoint(checkpoint: Path, local: LocalArguments, place: Place) -> Ca
     with their mean. Raises BrokenCheckpoint."""
     manifest = read_manifest(checkpoint)
     is_alike = all(manifest.flags.get(name) == getattr(local, name) for name in _MUST_MATCH)
-    goes_on = manifest.apart and is_alike and manifest.layout.replicas == place.num_replicas
+    goes_on = manifest.apart and is_alike and manifest.layout.has_as_many(place.replicas)
     return Catalog(checkpoint, place.replica if goes_on else None)
 
 

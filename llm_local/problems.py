@@ -9,6 +9,7 @@ from llm_local.flags import FLAGS
 from llm_local.head_problems import head_problems
 from llm_local.job_problems import job_problems
 from llm_local.model.heads.head import head_of
+from llm_local.replicas import replica_problems, replicas_of
 
 
 def parse_stage_layers(text: str) -> list[int] | None:
@@ -125,12 +126,7 @@ def _source_problems(config: Config) -> list[str]:
 
 def _layout_problems(config: Config, world_size: int) -> list[str]:
     local = config.local
-    problems = []
-    if local.num_stages > 0 and world_size % config.launched_stages:
-        problems.append(
-            f"{world_size} ranks cannot be divided into num_stages={local.num_stages} stages of equal size; "
-            f"start a multiple of {local.num_stages} ranks or change num_stages"
-        )
+    problems = replica_problems(config, world_size)
     if local.stage_layers is not None:
         layers = parse_stage_layers(local.stage_layers)
         if layers is None:
@@ -171,7 +167,7 @@ def _replica_problems(config: Config, world_size: int) -> list[str]:
             f"{named}: DeepSpeed's pipeline (method={local.method} on several stages) joins all replicas in each step; "
             "use a method with local losses, or num_stages=1"
         )
-    if world_size < 2 * config.launched_stages:
+    if max(replicas_of(config, world_size)) < 2:
         problems.append(f"{named} is for stages of two replicas or more; start more ranks, or leave it out")
     if head_of(config).shares_matrix and local.head_refresh_steps % steps:
         problems.append(

@@ -39,6 +39,7 @@ from llm_local.owner import claim_folder
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
 from llm_local.rendezvous import Rendezvous, fetch_setup
+from llm_local.replicas import replicas_of, replicas_text
 from llm_local.run_trace import begin_trace
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
@@ -126,8 +127,13 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
         news = open_output(setup, launch.restart > 0)
         if config.is_job:
             write_identity(setup)
-            news += () if config.local.send_to is None else (f"the log for the next stage needs {log_need(setup)[1]}",)
+            news += _log_news(setup, launch)
     return Start(setup, tokenizer, data, news, folder)
+
+
+def _log_news(setup: Setup, launch: Launch) -> tuple[str, ...]:
+    place = Place(0, replicas_of(setup.config, launch.world_size), setup.config.local.stage)
+    return () if place.is_last_stage else (f"the log for the next stage needs {log_need(setup, place)[1]}",)
 
 
 def build(
@@ -148,10 +154,10 @@ def build(
     setup = replace(setup, config=replace(setup.config, rows=config.rows))
     config = setup.config
     startup = float(config.train.ddp_timeout)
-    place = Place.of(launch.rank, launch.world_size, config.local.num_stages, config.local.stage)
+    place = Place(launch.rank, replicas_of(config, launch.world_size), config.local.stage)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
     join_stage(world, config.is_pipelined, config.local.replica_sync_steps)
-    layout = layout_of(config, setup.partition, place.num_replicas, setup.model_config())
+    layout = layout_of(config, setup.partition, place.replicas, setup.model_config())
     catalog = open_checkpoint(Path(setup.checkpoint), config.local, place) if setup.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
     data = start.data if start is not None else None
@@ -208,7 +214,7 @@ def _say_what_begins(
         progress.say(f"llm_local: {line}")
     stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
     apart = setup.config.local.replica_sync_steps
-    replicas = f"{place.num_replicas} replicas" + (f" that meet every {apart} steps" if apart else "")
+    replicas = f"{replicas_text(place.replicas)} replicas" + (f" that meet every {apart} steps" if apart else "")
     layout = f"{stages} x {replicas}, {setup.config.precision}"
     progress.say(f"llm_local: {layout}; {setup.partition.describe()}")
     for source in data.sources if data is not None else ():
@@ -234,8 +240,8 @@ def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, 
             raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
     validation = [each.sequences for each in data.validation]
     train = config.train
-    rows, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return Feed(data.train, validation, place, rows, micro_batches, train.eval_batches, start, setup.documents)
+    counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
+    return Feed(data.train, validation, place, train.per_device_train_batch_size, *counts, start, setup.documents)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:

@@ -292,7 +292,8 @@ def _train_step(rank: Rank, step: int) -> StepResult:
 
 def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
     """This stage's exit on a validation set, that of this number in the feed; nobody waits for a later stage."""
-    batches, place = rank.config.train.eval_batches, rank.world.place
+    place = rank.world.place
+    batches = place.share(rank.config.train.eval_batches)
     rows = batches * rank.config.train.per_device_train_batch_size * place.num_replicas
     if rank.feed is not None:
         rank.feed.validate_on(number)

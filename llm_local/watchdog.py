@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
@@ -150,16 +150,16 @@ class Watchdog:
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
         watch_over()
 
-    def watch(self, me: Peer, peers: list[Peer], store: Any, seconds: float) -> None:
+    def watch(self, me: Peer, linked: Iterable[int], peers: list[Peer], store: Any, seconds: float) -> None:
         """From here on peers are watched, and signals are explained; call it from the main thread.
 
-        `store` must be this watchdog's own client. A peer without a beat for so many seconds is lost.
+        linked: ranks with which this one has links. `store` must be this watchdog's own client. A peer without a beat
+        for so many seconds is lost.
         """
         self._name = f"stage {me.stage}, replica {me.replica} (rank {me.rank})"
         self._peers = peers
         self._seconds = seconds
         self._answered = time.monotonic()
-        linked = [p.rank for p in peers if p.replica == me.replica and abs(p.stage - me.stage) == 1]
         followed = {*linked, (me.rank + 1) % len(peers)} - {me.rank}
         self._pulses = {rank: _Pulse(b"", self._answered) for rank in followed}
         for number in (*SIGNALS, signal.SIGINT):

@@ -18,24 +18,22 @@ import torch.distributed as dist
 from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
 from llm_local.launch import Launch
 from llm_local.rendezvous import fetch
+from llm_local.replicas import Dealing, share
 from llm_local.watchdog import Peer, Watchdog, decode, encode
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's stage and replica: ranks count through the replicas of stage 0 first. job: the launch's only stage."""
+    """A rank's stage and replica: ranks count through the replicas of stage 0 first. replicas: of each stage; job: the
+    launch's only stage."""
 
     rank: int
-    num_stages: int
-    num_replicas: int
+    replicas: tuple[int, ...]
     job: int | None = None
 
-    @staticmethod
-    def of(rank: int, world_size: int, num_stages: int, job: int | None = None) -> Place:
-        if job is not None:
-            return Place(rank, num_stages, world_size, job)
-        assert world_size % num_stages == 0, "checked in problems.py"
-        return Place(rank, num_stages, world_size // num_stages)
+    @property
+    def num_stages(self) -> int:
+        return len(self.replicas)
 
     @property
     def stages(self) -> range:
@@ -44,15 +42,37 @@ class Place:
 
     @property
     def stage(self) -> int:
-        return self.stages.start + self.rank // self.num_replicas
+        return next(stage for stage in reversed(self.stages) if self.rank_of(stage, 0) <= self.rank)
 
     @property
     def replica(self) -> int:
-        return self.rank % self.num_replicas
+        return self.rank - self.rank_of(self.stage, 0)
+
+    @property
+    def num_replicas(self) -> int:
+        """Of this rank's stage."""
+        return self.replicas[self.stage]
 
     @property
     def world_size(self) -> int:
-        return len(self.stages) * self.num_replicas
+        """Ranks of the launch."""
+        return sum(self.replicas[stage] for stage in self.stages)
+
+    def rank_of(self, stage: int, replica: int) -> int:
+        return sum(self.replicas[self.stages.start : stage]) + replica
+
+    @property
+    def neighbours(self) -> list[int]:
+        """The stages of this launch before and behind this one."""
+        return [stage for stage in (self.stage - 1, self.stage + 1) if stage in self.stages]
+
+    def share(self, count: int) -> int:
+        """Micro-batches of this rank, where a replica of the stage with the most replicas has `count`."""
+        return share(count, self.replicas, self.stage)
+
+    def dealing(self, stage: int) -> Dealing:
+        """Between this rank and the replicas of another stage."""
+        return Dealing(self.replica, self.num_replicas, self.replicas[stage])
 
     @property
     def is_first_stage(self) -> bool:
@@ -157,7 +177,8 @@ def connect(
     for rank in range(place.world_size):
         world.peers.append(decode(world.fetch(f"peer/{rank}", startup_seconds, f"rank {rank} to start")))
         world.device_ids.append(world.fetch(f"device/{rank}", startup_seconds, f"rank {rank} to start"))
-    watchdog.watch(me, world.peers, store.clone(), link_seconds)
+    linked = [place.rank_of(k, r) for k in place.neighbours for r in place.dealing(k).peers]
+    watchdog.watch(me, linked, world.peers, store.clone(), link_seconds)
     return world
 
 

@@ -48,8 +48,8 @@ def channel(folder: Path, stage: int, port: int, window: int, most: int) -> Chan
     is_sender = stage == 0
     context = tls(folder / "run.key", server=not is_sender)
     address = Address("127.0.0.1", port)
-    way: Way = Dial(address, context) if is_sender else Door(address, context)
-    terms = Terms(Hello(stage, 0, f"stage {stage}", 1, {}, run="bench", window=window), 1 - stage)
+    way: Way = Dial(address, context) if is_sender else Door(address, context).visits[0]
+    terms = Terms(Hello(stage, 0, f"stage {stage}", 1, {}, run="bench", window=window), 1 - stage, (0,))
     log = PacketLog(folder / "log", 4 << 30, None) if is_sender else None
     made = Channel("link 0→1", way, terms, log, 0, most, None, dict, lambda: None)
     made.start()

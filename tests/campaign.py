@@ -1,12 +1,12 @@
 """The fault campaign: three stages as jobs of their own, faults at random moments, and the losses of a run without any.
 
-python -m tests.campaign --kills 200 [--seed 1] [--replicas 1] [--output DIR] [--longest 30] [flags]
+python -m tests.campaign --kills 200 [--seed 1] [--replicas 1,2,1] [--output DIR] [--longest 30] [flags]
 
 It trains a tiny model once in one launch. Then each stage is a job under torchrun, its links go through relays, and
 faults.py hurts them, start-up, saving and the end included. At the end every loss of every stage, and the assembled
 model, must be those of the first run, bit for bit; within 1e-5 from where a stage has gone on with another ZeRO stage.
-No rank of a stage that was not hit may have ended. Exit status 1 if anything differs. Two cores bear one replica a
-stage. OUTPUT/campaign.json has each fault and the figures.
+No rank of a stage that was not hit may have ended. Exit status 1 if anything differs. OUTPUT/campaign.json
+has each fault and the figures.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Campaign:
 
     def __init__(self, given: argparse.Namespace, flags: Sequence[str]):
         self.folder: Path = given.output
-        self.kills, self.num_ranks = given.kills, given.replicas
+        self.kills, self.replicas = given.kills, tuple(map(int, given.replicas.split(",")))
         self.random = Random(given.seed)
         self.max_steps = given.steps or STEPS_A_FAULT * given.kills + 60
         self.flags = [*self._flags(), *flags]
@@ -95,6 +95,7 @@ class Campaign:
             "train_file": self.folder / "text.txt",
             "cache_dir": self.folder / "cache",
             "num_stages": NUM_STAGES,
+            "stage_replicas": ",".join(map(str, self.replicas)),
             "seq_length": 32,
             "per_device_train_batch_size": 2,
             "max_steps": self.max_steps,
@@ -109,7 +110,7 @@ class Campaign:
     def reference(self) -> None:
         """The run that nothing happens to, in one launch."""
         zero = ["--deepspeed", f"configs/ds/zero{ZERO}.json"]
-        command = [*launcher(NUM_STAGES * self.num_ranks, restarts=0), *self.flags, *zero]
+        command = [*launcher(sum(self.replicas), restarts=0), *self.flags, *zero]
         with (self.folder / "reference.log").open("w") as log:
             output = ["--output_dir", str(self.folder / "reference")]
             subprocess.run(
@@ -124,28 +125,31 @@ class Campaign:
     def begin(self) -> None:
         key, pace = self.folder / "run.key", self.folder / "pace"
         make_key(key)
-        ports = free_ports((NUM_STAGES - 1) * self.num_ranks)
+        ports = free_ports(sum(self.replicas))
         links, stages = [], []
         for stage in range(NUM_STAGES):
             own = ["--stage", str(stage), "--run_key_file", str(key), "--save_steps", "10", "--save_total_limit", "20"]
             own += ["--resume_from_checkpoint", "auto", "--output_dir", str(self.folder / "jobs")]
             if stage > 0:
-                own += ["--receive_on", f"127.0.0.1:{ports[(stage - 1) * self.num_ranks]}"]
+                own += ["--receive_on", f"127.0.0.1:{ports[sum(self.replicas[:stage])]}"]
             if stage < NUM_STAGES - 1:
-                own += ["--send_to", f"127.0.0.1:{self._relays(links, ports[stage * self.num_ranks :])}"]
+                own += ["--send_to", f"127.0.0.1:{self._relays(links, ports[sum(self.replicas[: stage + 1]) :])}"]
             output = self.folder / f"jobs/stage-{stage:02d}"
             output.mkdir(parents=True)
             variables = {PACE: str(pace)} if stage < self.num_paced else {}
-            stages.append(Stage(stage, output, [*self.flags, *own], self.num_ranks, self.max_steps, variables, ZERO))
+            stages.append(
+                Stage(stage, output, [*self.flags, *own], self.replicas[stage], self.max_steps, variables, ZERO)
+            )
         self.scene = Scene(stages, links, self.random, self.longest_seconds)
         self.begun = time.time()
         for each in stages:
             each.start()
 
     def _relays(self, links: list[list[Relay]], targets: Sequence[int]) -> int:
-        """Adds a link's, one a replica on ports in a row; returns the first."""
-        first = free_ports(self.num_ranks)[0]
-        links.append([Relay(targets[n], first + n) for n in range(self.num_ranks)])
+        """Adds a link's, one for each replica that receives, on ports in a row; returns the first."""
+        count = self.replicas[len(links) + 1]
+        first = free_ports(count)[0]
+        links.append([Relay(targets[n], first + n) for n in range(count)])
         return first
 
     def run(self) -> None:
@@ -292,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--kills", type=int, default=10, help="faults (10)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--replicas", type=int, default=1, help="ranks of each stage (1)")
+    parser.add_argument("--replicas", default="1,2,1", help="ranks of each stage (1,2,1)")
     parser.add_argument("--longest", type=float, default=30.0, help="seconds for which a link is away at most (30)")
     parser.add_argument(
         "--soon", type=float, default=0.33, help="share of faults that come while another one is felt (0.33)"

@@ -59,7 +59,7 @@ class Ends:
         return self._channel(0, way, 1, self.log, **options)
 
     def receiver(self, first: int = 0, window: int = 4, log: PacketLog | None = None, **options: Any) -> Channel:
-        way = Door(Address("127.0.0.1", self.port), tls(self.key, server=True))
+        way = Door(Address("127.0.0.1", self.port), tls(self.key, server=True)).visits[0]
         return self._channel(1, way, 0, log, first=first, window=window, **options)
 
     def _channel(self, stage: int, way: Any, other: int, log: PacketLog | None, **options: Any) -> Channel:
@@ -67,7 +67,7 @@ class Ends:
         channel = Channel(
             f"link 0→1 at {stage}",
             way,
-            Terms(mine, other),
+            Terms(mine, other, (0,)),
             log,
             options.pop("first", 0),
             MOST,

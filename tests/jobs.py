@@ -211,7 +211,7 @@ class Stage:
 
     def logs(self) -> list[Path]:
         """The segments of what it keeps for the next stage, the newest last."""
-        return sorted(self.output.glob("log/replica-00/*.packets"))
+        return sorted(self.output.glob("log/replica-*/*.packets"), key=lambda path: path.name)
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None

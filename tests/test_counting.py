@@ -51,7 +51,7 @@ class Padded:
 
 
 def test_a_feed_counts_the_tokens_of_all_replicas_in_the_steps_that_were_trained():
-    feeds = [Feed(Padded(), [Padded()], Place(r, 1, 2), rows=1, micro_batches=2, eval_batches=1) for r in (0, 1)]
+    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), rows=1, micro_batches=2, eval_batches=1) for r in (0, 1)]
     for feed in feeds:
         for kind, step, index in ((TRAIN, 1, 0), (TRAIN, 1, 1), (EVAL, 1, 0), (TRAIN, 2, 0), (TRAIN, 2, 1)):
             feed(kind, step, index)
@@ -61,7 +61,7 @@ def test_a_feed_counts_the_tokens_of_all_replicas_in_the_steps_that_were_trained
 
 def test_a_resumed_feed_goes_on_counting_and_an_export_is_no_step():
     state = json.loads(json.dumps({"tokens": 50, "sources": []}))
-    feed = Feed(Padded(), [], Place(0, 1, 1), rows=4, micro_batches=1, eval_batches=0, start=(2, 8))
+    feed = Feed(Padded(), [], Place(0, (1,)), rows=4, micro_batches=1, eval_batches=0, start=(2, 8))
     assert feed.restore(state), "what is not of the data is kept from it"
     feed(CHECK, 0, 0)
     assert feed.state() == {"tokens": 50}
@@ -82,7 +82,7 @@ def test_a_packet_knows_its_tokens():
 
 def test_tokens_a_second_are_those_of_text(capsys: pytest.CaptureFixture[str]):
     class Store(dict):
-        place = Place(rank=0, num_stages=1, num_replicas=1)
+        place = Place(0, (1,))
         publish = dict.__setitem__
         peek = dict.get
 
@@ -279,10 +279,10 @@ def test_a_step_is_a_mean_over_its_positions_in_any_layout(trainer: Trainer, lay
 
 def test_micro_batches_count_by_what_is_scored_in_them():
     """Row n has 8 - n % 4 tokens, of which the first is not predicted."""
-    feeds = [Feed(Padded(), [Padded()], Place(r, 1, 2), rows=2, micro_batches=2, eval_batches=1) for r in (0, 1)]
+    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), rows=2, micro_batches=2, eval_batches=1) for r in (0, 1)]
     weights = [[feed(TRAIN, 1, index).weight for index in (0, 1)] for feed in feeds]
     assert weights == [[12 / 11] * 2, [10 / 11] * 2]
-    apart = Feed(Padded(), [], Place(0, 1, 1), 1, 4, 0, documents=DocumentMask(5))  # a document a token
+    apart = Feed(Padded(), [], Place(0, (1,)), 1, 4, 0, documents=DocumentMask(5))  # a document a token
     assert [apart(TRAIN, 1, index).weight for index in range(4)] == [0.0] * 4
 
 
@@ -291,7 +291,7 @@ def test_micro_batches_count_by_what_is_scored_in_them():
 
 def test_a_stored_list_has_no_padding_to_count():
     rows = StoredSequences(PackedTokens([np.arange(64, dtype=np.int32)], 8), seed=1)
-    feed = Feed(rows, [], Place(0, 1, 1), rows=2, micro_batches=1, eval_batches=0)
+    feed = Feed(rows, [], Place(0, (1,)), rows=2, micro_batches=1, eval_batches=0)
     feed(TRAIN, 1, 0)
     assert feed.tokens == feed.step_tokens == 16
 

@@ -81,7 +81,7 @@ def stored(seed=1, first=0):
 
 def feeds(make, replicas, start=(0, 0), state=None):
     found = [
-        Feed(make(), [stored(0)], Place(r, 1, replicas), rows=2, micro_batches=3, eval_batches=1, start=start)
+        Feed(make(), [stored(0)], Place(r, (replicas,)), rows=2, micro_batches=3, eval_batches=1, start=start)
         for r in range(replicas)
     ]
     for feed in found:
@@ -196,7 +196,7 @@ def test_documents_are_shuffled_beyond_their_neighbours(folder):
 
 def test_an_evaluation_reads_the_set_that_was_chosen():
     sets = [stored(first=DOCUMENTS * n) for n in range(2)]
-    feed = Feed(stored(), sets, Place(0, 1, 1), rows=2, micro_batches=1, eval_batches=2)
+    feed = Feed(stored(), sets, Place(0, (1,)), rows=2, micro_batches=1, eval_batches=2)
     for number in (1, 0, 1):
         feed.validate_on(number)
         assert (feed(EVAL, 7, 1).input_ids // DOCUMENTS == number).all()

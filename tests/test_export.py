@@ -139,25 +139,25 @@ class TestCheckStage:
 
     def test_an_exit_is_removed_with_a_line(self, tmp_path: Path):
         setup, export, logits = self.export(tmp_path)
-        line = check_stage(setup, Place.of(0, 2, 2), export, logits)
+        line = check_stage(setup, Place(0, (1, 1)), export, logits)
         loads = "loads with no missing or unexpected key, logits equal the pipeline's"
         assert line == f"{tmp_path}/export/exits/stage-00: {loads}"
-        line = check_stage(setup, Place.of(0, 2, 2), export, logits * 2)
+        line = check_stage(setup, Place(0, (1, 1)), export, logits * 2)
         reason = "its logits differ from the pipeline's by 0.5 of the largest"
         assert line == f"no exit stage-00, as it is no model of its own: {reason}"
         assert list((export / "exits").iterdir()) == []
 
     def test_one_that_was_refused_before_training_is_not_tried(self, tmp_path: Path):
         setup, export, logits = self.export(tmp_path)
-        line = check_stage(replace(setup, refused_exits={"stage-00": "why"}), Place.of(0, 2, 2), export, logits)
+        line = check_stage(replace(setup, refused_exits={"stage-00": "why"}), Place(0, (1, 1)), export, logits)
         assert line == "no exit stage-00, as it is no model of its own: why"
         assert list((export / "exits").iterdir()) == []
 
     def test_the_whole_model_must_be_the_pipelines(self, tmp_path: Path):
         setup, export, logits = self.export(tmp_path)
-        assert "logits equal" in check_stage(setup, Place.of(1, 2, 2), export, logits)
+        assert "logits equal" in check_stage(setup, Place(1, (1, 1)), export, logits)
         with pytest.raises(WrongExport, match=r"export\.unfinished: its logits differ from the pipeline's by 0\.5 of"):
-            check_stage(setup, Place.of(1, 2, 2), export, logits * 2)
+            check_stage(setup, Place(1, (1, 1)), export, logits * 2)
         assert (export / "config.json").exists()
 
 

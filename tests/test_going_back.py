@@ -29,7 +29,7 @@ MINE = Hello(0, 0, "here", 1, {"seed": 7}, run="5eed", wants=0)
     ],
 )
 def test_only_for_one_that_belongs_to_the_run(other: Hello, log_begins: int, is_too_early: bool):
-    assert Terms(MINE, 1, log_begins).is_too_early(other) == is_too_early
+    assert Terms(MINE, 1, (0,), log_begins).is_too_early(other) == is_too_early
 
 
 def fails(channel: Channel) -> None:
@@ -48,7 +48,7 @@ def test_the_sender_ends_and_its_next_life_makes_the_packets_again(tmp_path: Pat
     log.trim(8)
 
     def channel(mine: Hello, other: int, way: Dial | Door, log: PacketLog | None, first: int) -> Channel:
-        return Channel("link 0→1", way, Terms(mine, other), log, first, 1 << 20, None, dict, lambda: None)
+        return Channel("link 0→1", way, Terms(mine, other, (0,)), log, first, 1 << 20, None, dict, lambda: None)
 
     sender = channel(MINE, 1, Dial(address, tls(key, server=False)), log, 0)
 
@@ -58,7 +58,7 @@ def test_the_sender_ends_and_its_next_life_makes_the_packets_again(tmp_path: Pat
 
     sender.goes_back = goes_back
     there = Hello(1, 0, "there", 2, {"seed": 7}, run="5eed", window=4)
-    receiver = channel(there, 0, Door(address, tls(key, server=True)), None, 4)
+    receiver = channel(there, 0, Door(address, tls(key, server=True)).visits[0], None, 4)
     try:
         sender.start()
         receiver.start()

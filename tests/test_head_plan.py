@@ -8,6 +8,7 @@ from llm_local.config import from_flat
 from llm_local.head_plan import HeadPlan, loss_weights, parse_weights, window_length
 from llm_local.head_problems import cut_problems
 from llm_local.partition import Costs, make_partition
+from llm_local.replicas import Dealing
 
 
 def plan(**changes: int | float) -> HeadPlan:
@@ -110,8 +111,8 @@ class TestWindows:
     def test_are_those_of_the_global_batchs_rows(self):
         """Eight rows of a step on one replica, on two, and in two micro-batches on two: row r has the same window."""
         one = plan().window(1, 0, 0, 8, 32)
-        two = [plan(replica=r, num_replicas=2).window(1, 0, 0, 4, 32) or [] for r in range(2)]
-        more = [[plan(replica=r, num_replicas=2).window(1, i, 0, 2, 32) or [] for i in range(2)] for r in range(2)]
+        two = [plan(dealing=Dealing(r, 2, 2)).window(1, 0, 0, 4, 32) or [] for r in range(2)]
+        more = [[plan(dealing=Dealing(r, 2, 2)).window(1, i, 0, 2, 32) or [] for i in range(2)] for r in range(2)]
         assert [two[row % 2][row // 2] for row in range(8)] == one
         assert [[*a, *b] for a, b in more] == two
 

@@ -198,18 +198,18 @@ class TestNeighbours:
     def test_another_setup_is_refused_with_the_first_difference(self, job, changes: dict[str, Any], said: str):
         """Stage 1 asks stage 0 at its start, and ends."""
         mine, other = preflight(job(), 1), preflight(job(stage=0, receive_on=None, **changes), 1)
-        found = refused(mine, hello_of(other, Place(0, 3, 1, 0)))
+        found = refused(mine, hello_of(other, Place(0, (1, 1, 1), 0)))
         assert found.startswith(f"link 0→1: {said}")
 
     def test_a_gap_in_the_chain(self, job):
         mine, other = preflight(job(), 1), preflight(job(stage=2, send_to=None), 1)
-        assert refused(mine, hello_of(other, Place(0, 3, 1, 2))).startswith(
+        assert refused(mine, hello_of(other, Place(0, (1, 1, 1), 2))).startswith(
             "link 0→1: stage 1, replica 0 waits for stage 0 here, not for stage 2, replica 0 ("
         )
 
     def test_other_numbers_of_replicas(self, job):
         mine, other = preflight(job(), 1), preflight(job(stage=0, receive_on=None), 2)
-        assert "replicas differs: 2 in stage 0, 1 in stage 1" in refused(mine, hello_of(other, Place(0, 3, 2, 0)))
+        assert "replicas differs: 2 in stage 0, 1 in stage 1" in refused(mine, hello_of(other, Place(0, (2, 2, 2), 0)))
 
     def test_one_that_does_not_come(self, job):
         setup = preflight(job(absent_peer_timeout=0.5), 1)

@@ -36,7 +36,6 @@ from llm_local.jobs.ways import Address
 from llm_local.links.packet import CHECK, END, EVAL, KINDS, REFRESH, TRAIN, Packet
 from llm_local.links.wire import CODES
 from llm_local.watchdog import LostPeer
-from llm_local.world import Place
 
 MOST = 1000
 
@@ -145,7 +144,7 @@ class TestTerms:
 
     def objection(self, log_begins: int = 0, **changes: Any) -> str:
         mine = replace(HELLO, stage=1, replica=1, fingerprint={"learning_rate": 0.1, "model": {"layers": 4, "d": 8}})
-        return Terms(mine, 0, log_begins).objection(replace(mine, **{"stage": 0, "wants": 3, **changes}))
+        return Terms(mine, 0, (0,), log_begins).objection(replace(mine, **{"stage": 0, "wants": 3, **changes}))
 
     def test_none(self):
         assert self.objection(3) == self.objection(run=None) == self.objection(9, wants=None) == ""
@@ -222,8 +221,7 @@ class TestAddress:
         ],
     )
     def test_of_each_replica(self, hosts: str, replicas: int, found: list[str]):
-        places = [Place.of(rank, replicas, 3, job=1) for rank in range(replicas)]
-        assert [str(address_of(hosts, place)) for place in places] == found
+        assert [str(address_of(hosts, replica, replicas)) for replica in range(replicas)] == found
 
 
 class TestKey:

@@ -14,10 +14,10 @@ LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
 program ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
-trainer_flags config head_plan
+trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
 owner device launch trace stopping watchdog rendezvous world
-links: packet wire message link transports ends
+links: packet wire message link transports dealt ends
 jobs: segment packet_log positions key frames hello ways channel ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
 model: router_loss document_mask distillation

@@ -29,7 +29,7 @@ def meet() -> World:
     """Two stages of one rank each, whose links wait for SECONDS."""
     launch = Launch.from_environment(os.environ)
     store = open_store(launch, "test", 60.0)
-    return connect(launch, Place.of(launch.rank, 2, 2), store, Watchdog(launch.rank), 60.0, SECONDS)
+    return connect(launch, Place(launch.rank, (1, 1)), store, Watchdog(launch.rank), 60.0, SECONDS)
 
 
 def error_of(world: World, call: Any, *args: Any) -> str:

@@ -26,7 +26,7 @@ def meet(seconds: float = 20.0) -> World:
     """Two stages of one rank each."""
     launch = Launch.from_environment(os.environ)
     store = open_store(launch, "test", 60.0)
-    place = Place.of(launch.rank, launch.world_size, launch.world_size)
+    place = Place(launch.rank, (1,) * launch.world_size)
     return connect(launch, place, store, Watchdog(launch.rank), 60.0, seconds)
 
 

@@ -29,7 +29,7 @@ def training(*flags: str, **facts: Any) -> Training:
     made = Training(
         config=config,
         partition=PARTITION,
-        num_replicas=2,
+        replicas=(2, 2, 2),
         model_type="llama",
         steps=1000,
         tokens=8_192_000,

@@ -167,7 +167,7 @@ def test_the_feed_gives_masks_and_labels_and_checks_exports_without():
         def restore(self, state: dict[str, Any]) -> bool:
             return True
 
-    feed = Feed(Rows(), [], Place(0, 1, 1), rows=1, micro_batches=2, eval_batches=1)
+    feed = Feed(Rows(), [], Place(0, (1,)), rows=1, micro_batches=2, eval_batches=1)
     first, second = (feed(TRAIN, 1, index) for index in range(2))
     assert first.labels is not None
     assert first.labels.tolist() == [[5, 6, 2, -100]]

@@ -109,7 +109,7 @@ def test_the_loss_is_the_mean_over_the_real_tokens(name: str):
 def stages() -> Any:
     """Stage 0 sends what its block makes of a padded batch; stage 1 compares with the undivided model."""
     launch = Launch.from_environment(os.environ)
-    place = Place.of(launch.rank, launch.world_size, launch.world_size)
+    place = Place(launch.rank, (1,) * launch.world_size)
     world = connect(launch, place, open_store(launch, "test", 60.0), Watchdog(launch.rank), 60.0, 20.0)
     blocks, whole = make("opt")
     batch = padded("left", has_positions=True)

@@ -66,7 +66,7 @@ def read_both(skew: float) -> tuple[Reading, Reading]:
     server: Any = TCPStore("127.0.0.1", free_port(), None, True, timedelta(seconds=30), wait_for_workers=False)
 
     def rank(number: int) -> Reading:
-        world = World(Place(number, 2, 1), torch.device("cpu"), server.clone(), Watchdog(number), 30.0)
+        world = World(Place(number, (1, 1)), torch.device("cpu"), server.clone(), Watchdog(number), 30.0)
         clock: Callable[[], float] = (lambda: time.perf_counter() + skew) if number else time.perf_counter
         return read_clock(world, number, 2, "start", 30.0, clock)
 

@@ -103,7 +103,7 @@ def test_an_exit_within_a_stage_is_had_by_the_command_that_the_end_says(trainer:
 class Store(dict):
     """As much of a world as a progress bar needs."""
 
-    place = Place(rank=0, num_stages=1, num_replicas=1)
+    place = Place(0, (1,))
     publish = dict.__setitem__
     peek = dict.get
 

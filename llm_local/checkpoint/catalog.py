@@ -40,6 +40,7 @@ from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
 from llm_local.registry import HEADS, METHODS
+from llm_local.replicas import sequences_per_step
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
@@ -61,11 +62,12 @@ class BrokenCheckpoint(RuntimeError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out; what must_match must be that of the checkpoint that it goes on from."""
+    """How a run is laid out; what must_match must be that of the checkpoint that it goes on from. replicas: of each
+    stage, a list where they differ."""
 
     method: str
     num_stages: int
-    replicas: int
+    replicas: int | list[int]
     blocks: list[list[int]]
     zero_stage: int
     precision: str
@@ -73,6 +75,17 @@ class Layout:
     seq_length: int
     seed: int
     model: dict[str, Any]
+
+    @property
+    def stage_replicas(self) -> tuple[int, ...]:
+        """Replicas of each stage."""
+        return (self.replicas,) * self.num_stages if isinstance(self.replicas, int) else tuple(self.replicas)
+
+    def has_as_many(self, replicas: Sequence[int]) -> bool:
+        """Whether each replica of stages with so many has one of its own number here, wherever its layers were."""
+        return self.stage_replicas == tuple(replicas) or (
+            isinstance(self.replicas, int) and {self.replicas} == {*replicas}
+        )
 
 
 MUST_MATCH = {
@@ -86,17 +99,17 @@ _INCIDENTAL = (NAME_OR_PATH, "transformers_version", "dtype", "torch_dtype", "ar
 _INCIDENTAL += TOKEN_IDS
 
 
-def layout_of(config: Config, partition: Partition, num_replicas: int, model_config: PretrainedConfig) -> Layout:
+def layout_of(config: Config, partition: Partition, replicas: Sequence[int], model_config: PretrainedConfig) -> Layout:
     train = config.train
     model = json.loads(json.dumps(model_config.to_diff_dict(), sort_keys=True, default=str))
     return Layout(
         method=config.local.method,
         num_stages=partition.num_stages,
-        replicas=num_replicas,
+        replicas=replicas[0] if len({*replicas}) == 1 else [*replicas],
         blocks=[[b.start, b.stop] for b in partition.blocks],
         zero_stage=zero_stage(load_json(config)),
         precision=config.precision,
-        sequences_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * num_replicas,
+        sequences_per_step=sequences_per_step(config, replicas),
         seq_length=config.data.seq_length,
         seed=train.seed,
         model={name: value for name, value in model.items() if name not in _INCIDENTAL},
@@ -230,8 +243,8 @@ class Catalog:
         self._numels: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._folders: dict[str, tuple[Path, ...]] = {}  # of a mean, those of all its parts
-        replicas = range(self.manifest.layout.replicas)
-        for folder in (checkpoint / f"stage-{stage:02d}" for stage in self.manifest.held()):
+        for stage in self.manifest.held():
+            folder, replicas = checkpoint / f"stage-{stage:02d}", range(self.manifest.layout.stage_replicas[stage])
             if not self.manifest.apart:
                 self._add_blocks(folder)
                 self._add(folder, [replica_file(each) for each in replicas])

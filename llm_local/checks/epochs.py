@@ -13,6 +13,7 @@ from llm_local.data.mixture import training_sources
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.problems import data_flag_problems
+from llm_local.replicas import replicas_of, sequences_per_step
 
 
 def with_epochs(config: Config, world_size: int) -> Config:
@@ -36,8 +37,7 @@ def with_epochs(config: Config, world_size: int) -> Config:
     config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
     rows, _ = prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
     assert rows.num_sequences is not None
-    replicas = max(1, world_size // config.launched_stages)
-    of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * replicas
+    of_step = sequences_per_step(config, replicas_of(config, world_size))
     steps = train.max_steps
     if train.num_train_epochs is not None and steps < 0:
         epochs = Fraction(train.num_train_epochs).limit_denominator(10**6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +55,7 @@ from llm_local.model.token_ids import set_token_ids
 from llm_local.owner import folder_problems
 from llm_local.partition import Costs, Partition, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
 from llm_local.setup import Setup, model_values
 from llm_local.trace import FOLDER as TRACE
@@ -70,10 +71,8 @@ def preflight(given: Config, world_size: int) -> Setup:
     with suppress(ConfigError):  # which deepspeed_problems has
         config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-    num_replicas = max(1, world_size // config.launched_stages)
-    engine_ranks = config.engine_ranks(num_replicas)
-    problems += report_problems(config) + deepspeed_problems(config, engine_ranks)
-    problems = problems or (engine_problems(config, engine_ranks) + surroundings_problems(config))
+    problems += report_problems(config) + _of_engines(deepspeed_problems, config, world_size)
+    problems = problems or _of_engines(engine_problems, config, world_size) + surroundings_problems(config)
     problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
     problems += cache_problems
@@ -86,6 +85,13 @@ def preflight(given: Config, world_size: int) -> Setup:
     if problems:
         raise ConfigError(problems)
     return _set_up(given, config, checkpoint, found)
+
+
+def _of_engines(look: Callable[[Config, int], list[str]], config: Config, world_size: int) -> list[str]:
+    """What is found for the engines of the stages, by their flags and number of replicas."""
+    replicas = replicas_of(config, world_size)
+    different = {number: of_stage(config, replicas, stage) for stage, number in enumerate(replicas)}
+    return next(filter(None, (look(each, config.engine_ranks(number)) for number, each in different.items())), [])
 
 
 def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model) -> Setup:
@@ -296,7 +302,7 @@ def _lost_inputs(config: Config) -> list[str]:
 
 def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
     model_config, _, partition = found.whole()
-    layout = layout_of(config, partition, world_size // config.launched_stages, model_config)
+    layout = layout_of(config, partition, replicas_of(config, world_size), model_config)
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
         return None, []

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from llm_local.job_status import read_status
 from llm_local.jobs.key import key_problems, make_key
 from llm_local.problems import static_problems
 from llm_local.program import program
+from llm_local.replicas import replicas_of
 from llm_local.start import REFUSED_FILE
 
 NAME = program(__file__)
@@ -61,14 +63,17 @@ def planned(arguments: list[str]) -> Plan:
     parser = Parser(
         prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--nproc_per_node", type=int, default=1, help="ranks of each stage, its replicas (1)")
+    parser.add_argument(
+        "--nproc_per_node", type=int, default=1, help="ranks of each stage, its replicas (1, or --stage_replicas)"
+    )
     parser.add_argument("--max_restarts", type=int, default=RESTARTS, help=f"of a stage ({RESTARTS})")
     given, flags = parser.parse_known_args(arguments)
     config = parse(flags)
-    stages, replicas = config.local.num_stages, given.nproc_per_node
+    stages = config.local.num_stages
+    replicas = replicas_of(config, given.nproc_per_node * max(1, stages))
     folder = Path(config.train.output_dir)
     key = Path(config.local.run_key_file or folder / "run.key")
-    ports = _free_ports(stages - 1, replicas)
+    ports = _free_ports(replicas[1:])
     commands, problems = [], []
     for stage in range(stages):
         own = ["--stage", str(stage), "--run_key_file", str(key)]
@@ -76,8 +81,8 @@ def planned(arguments: list[str]) -> Plan:
         own += ["--send_to", f"127.0.0.1:{ports[stage]}"] if stage < stages - 1 else []
         if config.train.resume_from_checkpoint is None:
             own += ["--resume_from_checkpoint", "auto"]
-        problems += static_problems(parse([*flags, *own]), replicas, fp16_supported=True, bf16_supported=True)
-        launcher = ["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(replicas)]
+        problems += static_problems(parse([*flags, *own]), replicas[stage], fp16_supported=True, bf16_supported=True)
+        launcher = ["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(replicas[stage])]
         launcher += ["--max_restarts", str(given.max_restarts)]
         commands.append(
             [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "llm_local.cli", "pretrain", *flags, *own]
@@ -90,22 +95,22 @@ def planned(arguments: list[str]) -> Plan:
             make_key(key)
     if problems := key_problems(key):
         raise ConfigError(problems)
-    threads = max(1, len(os.sched_getaffinity(0)) // (stages * replicas))
+    threads = max(1, len(os.sched_getaffinity(0)) // sum(replicas))
     return Plan(config, commands, {"OMP_NUM_THREADS": str(threads)} | os.environ)
 
 
-def _free_ports(count: int, replicas: int) -> list[int]:
-    """The first of as many ports as there are replicas, for each link."""
+def _free_ports(counts: Sequence[int]) -> list[int]:
+    """The first of as many ports as there are replicas, for each stage that receives."""
     found: list[int] = []
-    while len(found) < count:
+    while len(found) < len(counts):
         with ExitStack() as taken:
             first = taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
             try:
-                for port in range(first + 1, first + replicas):
+                for port in range(first + 1, first + max(counts)):
                     taken.enter_context(socket.create_server(("127.0.0.1", port)))
             except (OSError, OverflowError):
                 continue
-        if all(abs(first - other) >= replicas for other in found):
+        if all(abs(first - other) >= max(counts) for other in found):
             found.append(first)
     return found
 

@@ -27,6 +27,7 @@ from llm_local.export.model_folder import CARD, write_text
 from llm_local.export.stages import exit_folder
 from llm_local.flags import MACHINE, START, deciding
 from llm_local.partition import Partition
+from llm_local.replicas import replicas_text, sequences_per_step
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
 DATA = "built-in corpus: the sources of Python's own library"
@@ -43,7 +44,7 @@ class Training:
 
     config: Config
     partition: Partition
-    num_replicas: int
+    replicas: tuple[int, ...]
     model_type: str
     steps: int
     tokens: int
@@ -184,13 +185,13 @@ def _use(training: Training, stage: int | None) -> str:
 def _facts(training: Training) -> dict[str, str]:
     config = training.config
     local, train = config.local, config.train
-    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps * training.num_replicas
+    sequences = sequences_per_step(config, training.replicas)
     warmup = f", {config.warmup_steps} steps of warm-up" if config.warmup_steps else ""
     facts = {
         "method": local.method,
         "blocks": training.partition.describe(),
         "head": _head(config),
-        "stages × replicas": f"{training.partition.num_stages} × {training.num_replicas}",
+        "stages × replicas": f"{training.partition.num_stages} × {replicas_text(training.replicas)}",
         "data": _data(config),
         "tokens": f"{training.tokens:,}{_padding(training)}",
         "steps": f"{training.steps:,}",
@@ -278,7 +279,7 @@ def _reproduce(training: Training) -> str:
     default = Config().flat()
     incidental = deciding(START, MACHINE)
     given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in incidental}
-    ranks = training.partition.num_stages * training.num_replicas
+    ranks = sum(training.replicas)
     text = (
         f"With `run.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}```\n\n"
         f"```sh\ndeepspeed --num_gpus {ranks} scripts/pretrain.py run.yaml\n```"

@@ -10,7 +10,6 @@ import torch
 from llm_local.jobs.channel import Channel
 from llm_local.links.message import HEADER_BYTES, PacketHeader, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
-from llm_local.trace import Tracer
 from llm_local.watchdog import LostPeer
 
 _BODY = 128  # where it begins: behind the header, and as aligned as tensors are
@@ -46,7 +45,6 @@ class LogSender:
         self.bytes = 0
         self.wait_seconds = 0.0
         self.number = number
-        self.tracer: Tracer | None = None
         self._channel = channel
         self._wire_dtype = wire_dtype
 
@@ -70,7 +68,6 @@ class LogReceiver:
     def __init__(self, channel: Channel):
         self.bytes = 0
         self.wait_seconds = 0.0
-        self.tracer: Tracer | None = None
         self.name = channel.name
         self._channel = channel
 

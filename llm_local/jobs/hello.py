@@ -78,10 +78,11 @@ class Refusal:
 
 @dataclass
 class Terms:
-    """What this end knows of the other one before it comes."""
+    """What this end knows of the other one before it comes: its stage, and which of its replicas it can be."""
 
     mine: Hello
     stage: int
+    replicas: tuple[int, ...]
     log_begins: int = 0
 
     def is_too_early(self, other: Hello) -> bool:
@@ -92,7 +93,7 @@ class Terms:
     def objection(self, other: Hello) -> str:
         """Why the other end is not the one that belongs here, in a line; '' if it is."""
         mine = self.mine
-        if (other.stage, other.replica) != (self.stage, mine.replica):
+        if other.stage != self.stage or other.replica not in self.replicas:
             return f"stage {mine.stage}, replica {mine.replica} waits for stage {self.stage} here, not for {other}"
         if found := difference(other.fingerprint, mine.fingerprint):
             name, theirs, ours = found

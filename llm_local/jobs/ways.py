@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
@@ -98,20 +98,14 @@ class Dial:
         """There is nothing to close."""
 
 
-class Door:
-    """The way of the end that receives. num_refused: those who came without the key, or said no hello."""
+class Visits:
+    """The way of an end that receives: those who have come to a door for it."""
 
     is_visited = True
 
-    def __init__(self, address: Address, context: ssl.SSLContext):
-        self.address = address
-        self.num_refused = 0
-        self._context = context
+    def __init__(self, door: Door):
+        self._door = door
         self._arrived: Queue[tuple[ssl.SSLSocket, Frame]] = Queue()
-        self._places = threading.BoundedSemaphore(_HANDSHAKES)
-        self._listener = _listen_soon(address)
-        self._thread = threading.Thread(target=self._welcome, name="door", daemon=True)
-        self._thread.start()
 
     def connection(self, hello: Callable[[], Hello], seconds: float) -> tuple[ssl.SSLSocket, Frame] | None:
         """Of those that have come the last: the others have gone."""
@@ -130,6 +124,28 @@ class Door:
         except Empty:
             return None
 
+    def put(self, met: tuple[ssl.SSLSocket, Frame]) -> None:
+        self._arrived.put(met)
+
+    def close(self) -> None:
+        self._door.close()
+
+
+class Door:
+    """Where the replicas of the stage before come to. visits: by replica; any other one is shown to the first of them.
+    num_refused: those who came without the key, or said no hello."""
+
+    def __init__(self, address: Address, context: ssl.SSLContext, replicas: Sequence[int] = (0,)):
+        self.address = address
+        self.num_refused = 0
+        self.visits = {replica: Visits(self) for replica in replicas}
+        self._first = self.visits[replicas[0]]
+        self._context = context
+        self._places = threading.BoundedSemaphore(_HANDSHAKES)
+        self._listener = _listen_soon(address)
+        self._thread = threading.Thread(target=self._welcome, name="door", daemon=True)
+        self._thread.start()
+
     def close(self) -> None:
         """The port is free when it returns, and who has come and was not met hears that nobody is here."""
         with suppress(OSError):
@@ -139,8 +155,9 @@ class Door:
         self._send_away()
 
     def _send_away(self) -> None:
-        while met := self.visitor():
-            met[0].close()
+        for visits in self.visits.values():
+            while met := visits.visitor():
+                met[0].close()
 
     def _welcome(self) -> None:
         while True:
@@ -160,7 +177,8 @@ class Door:
         try:
             secured = _secured(plain, self._context, server_side=True, seconds=HANDSHAKE_SECONDS)
             try:
-                self._arrived.put((secured, first_frame(secured, ANSWER_SECONDS)))
+                frame = first_frame(secured, ANSWER_SECONDS)
+                self.visits.get(Hello.of(frame).replica, self._first).put((secured, frame))
                 if self._listener.fileno() < 0:
                     self._send_away()
             except BaseException:

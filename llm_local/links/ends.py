@@ -1,4 +1,4 @@
-"""One-way links: replica i of a stage sends its micro-batches to replica i of a neighbour.
+"""One-way links, each from a replica of a stage to one of a neighbour: to its like, where both have as many.
 
 A link is a two-member process group of its own. Its control half is gloo on every machine: a header says what follows,
 then comes a body with the integer tensors. Hidden states are in the body, too, or come by NCCL between two GPUs.
@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from llm_local.in_flight import packets_asked_for, packets_pending
-from llm_local.links.link import ReceivingEnd, SendingEnd
+from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
+from llm_local.links.link import ReceivingEnd, SendingEnd, StepReceivingEnd
 from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
@@ -46,25 +47,28 @@ class LinkError(LostPeer):
 class _End:
     """What both ends of a link share: its peer, its transports, its counts, its errors.
 
-    background: a second link beside the first, through host memory, at which a thread waits for as long as it takes.
+    other, replica: the peer's stage, and its replica if that is not this one's. background: a second link beside the
+    first, through host memory, at which a thread waits for as long as it takes.
     """
 
-    def __init__(self, world: World, other: int, side: int, background: bool = False):
+    def __init__(self, world: World, other: int, side: int, background: bool = False, replica: int | None = None):
         place = world.place
         source, target = (place.stage, other) if side == SENDER else (other, place.stage)
-        rank = other * place.num_replicas + place.replica
+        replica = place.replica if replica is None else replica
+        rank = place.rank_of(other, replica)
         self.peer: Peer = world.peers[rank]
         kind = "refresh link" if background else "link"
-        self.name = f"{kind} {source}→{target}, replica {place.replica}"
+        ends = (place.replica, replica) if side == SENDER else (replica, place.replica)
+        which = f"{ends[0]}" if len({*ends}) == 1 else f"{ends[0]}→{ends[1]}"
+        self.name = f"{kind} {source}→{target}, replica {which}"
         self.bytes = 0
         self.wait_seconds = 0.0
-        self.tracer: Tracer | None = None
         self._timeout = timedelta(seconds=world.timeout_seconds)
         self._is_background = background
         # of bodies
         self._capacity = 0
         self._tag = _HEADERS
-        prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{place.replica}", world.store)
+        prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}", world.store)
         try:
             self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout)
             way = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
@@ -86,8 +90,16 @@ class Sender(_End):
     """The sending end of a link to stage `target`. `send` blocks only while the receiver has yet to take
     `max_in_flight` packets."""
 
-    def __init__(self, world: World, target: int, wire_dtype: str, max_in_flight: int, background: bool = False):
-        super().__init__(world, target, SENDER, background)
+    def __init__(
+        self,
+        world: World,
+        target: int,
+        wire_dtype: str,
+        max_in_flight: int,
+        background: bool = False,
+        replica: int | None = None,
+    ):
+        super().__init__(world, target, SENDER, background, replica)
         self._wire_dtype = wire_dtype
         self._most_pending = packets_pending(max_in_flight)
         self._num_asked_for = packets_asked_for(max_in_flight)
@@ -146,9 +158,12 @@ class Receiver(_End):
     A thread takes packets as they come; a packet that is used makes room for another one to be asked for.
     """
 
-    def __init__(self, world: World, source: int, max_in_flight: int, background: bool = False):
-        super().__init__(world, source, RECEIVER, background)
+    def __init__(
+        self, world: World, source: int, max_in_flight: int, background: bool = False, replica: int | None = None
+    ):
+        super().__init__(world, source, RECEIVER, background, replica)
         self._ready: Queue[tuple[Packet, int] | BaseException] = Queue()  # with its bytes
+        self.tracer: Tracer | None = None
         self._lane = REFRESH if background else RECEIVE
         self._asking = threading.Lock()
         self._headers: Queue[tuple[Any, torch.Tensor]] = Queue()
@@ -260,9 +275,9 @@ class Links:
     The refresh links, whose way is that of gradients, are refresh.py's to use, wait for and close.
     """
 
-    receiver: ReceivingEnd | None = None
+    receiver: StepReceivingEnd | None = None
     sender: SendingEnd | None = None
-    gradient_receiver: ReceivingEnd | None = None
+    gradient_receiver: StepReceivingEnd | None = None
     gradient_sender: SendingEnd | None = None
     refresh_receiver: ReceivingEnd | None = None
     refresh_sender: SendingEnd | None = None
@@ -275,29 +290,40 @@ class Links:
         refresh_dtype: that of a shared head's matrix, where the run has such."""
         place = world.place
         before, behind = place.stage - 1, place.stage + 1
-        receiver = None if place.is_first_stage else Receiver(world, before, max_in_flight)
+        receiver = sender = refresh_sender = refresh_receiver = None
+        if not place.is_first_stage:
+            dealing = place.dealing(before)
+            ends = {peer: Receiver(world, before, max_in_flight, replica=peer) for peer in dealing.peers}
+            receiver = receiver_of(ends, dealing)
         gradient_sender = None
         if back_dtype is not None and not place.is_first_stage:
             gradient_sender = Sender(world, before, back_dtype, max_in_flight)
-        refresh_sender = None
         if refresh_dtype is not None and not place.is_first_stage:
-            refresh_sender = Sender(world, before, refresh_dtype, REFRESH_IN_FLIGHT, background=True)
-        sender = None if place.is_last_stage else Sender(world, behind, wire_dtype, max_in_flight)
+            refresh_sender = SenderToAll(
+                [
+                    Sender(world, before, refresh_dtype, REFRESH_IN_FLIGHT, background=True, replica=peer)
+                    for peer in place.dealing(before).targets
+                ]
+            )
+        if not place.is_last_stage:
+            dealing = place.dealing(behind)
+            ends = {peer: Sender(world, behind, wire_dtype, max_in_flight, replica=peer) for peer in dealing.peers}
+            sender = sender_of(ends, dealing)
         gradient_receiver = None
         if back_dtype is not None and not place.is_last_stage:
             gradient_receiver = Receiver(world, behind, max_in_flight)
-        refresh_receiver = None
         if refresh_dtype is not None and not place.is_last_stage:
-            refresh_receiver = Receiver(world, behind, REFRESH_IN_FLIGHT, background=True)
+            source = place.dealing(behind).source
+            refresh_receiver = Receiver(world, behind, REFRESH_IN_FLIGHT, background=True, replica=source)
         return Links(receiver, sender, gradient_receiver, gradient_sender, refresh_receiver, refresh_sender)
 
-    def all(self) -> list[SendingEnd | ReceivingEnd]:
+    def all(self) -> list[SendingEnd | StepReceivingEnd]:
         found = (self.receiver, self.sender, self.gradient_receiver, self.gradient_sender)
         return [link for link in found if link is not None]
 
     def trace(self, tracer: Tracer) -> None:
         for link in (*self.all(), self.refresh_receiver):
-            if link is not None:
+            if isinstance(link, Receiver):
                 link.tracer = tracer
 
     def close(self, step: int) -> None:

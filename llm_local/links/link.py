@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Protocol
 
 from llm_local.links.packet import Packet
-from llm_local.trace import Tracer
 
 
 class End(Protocol):
-    """bytes: of the packets that have gone through it. wait_seconds: that it has held the stage up."""
+    @property
+    def bytes(self) -> int:
+        """Of the packets that have gone through it."""
+        ...
 
-    bytes: int
-    wait_seconds: float
-    tracer: Tracer | None
+    @property
+    def wait_seconds(self) -> float:
+        """That it has held the stage up."""
+        ...
 
     def close(self, step: int) -> None:
         """Says, or takes, that nothing follows."""
@@ -26,11 +29,13 @@ class SendingEnd(End, Protocol):
         ...
 
 
-class ReceivingEnd(End, Protocol):
+class StepReceivingEnd(End, Protocol):
     def receive(self, kind: int, step: int, index: int) -> Packet:
         """The next packet, which must be the one named. Raises LostPeer."""
         ...
 
+
+class ReceivingEnd(StepReceivingEnd, Protocol):
     def take(self) -> Packet:
         """The next packet, whatever it is; END where nothing follows. Raises LostPeer."""
         ...
