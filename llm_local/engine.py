@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as instructions
 
 from llm_local.block_engine import BlockEngine
@@ -37,12 +38,14 @@ class StepResult:
     """losses: (blocks,) float32, of this replica; their mean over the replicas is one over all scored positions of the
     step, as a micro-batch counts by its Packet's weight. lr: the rate that the step used.
     grad_norms: one a block, before clipping; None where DeepSpeed computes none. tokens: of this replica, without
-    padding. What is on the device is waited for when somebody looks at it."""
+    padding. is_skipped: nothing was trained, as nothing came. What is on the device is waited for when somebody looks
+    at it."""
 
     losses: torch.Tensor
     lr: float
     grad_norms: tuple[float | torch.Tensor | None, ...]
     tokens: int | torch.Tensor
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,18 @@ class LocalEngine:
     def _exec_step(self) -> None:
         for engine in self.engines:
             engine.step()
+
+
+def skip_step(engines: Sequence[DeepSpeedEngine]) -> StepResult:
+    """A step of which nothing has come: the learning rate's schedule goes on, and nothing else."""
+    lr = float(engines[-1].get_lr()[0])
+    for engine in engines:
+        scheduler: Any = engine.lr_scheduler
+        scheduler.step()
+        engine.global_steps += 1
+        engine.micro_steps += engine.gradient_accumulation_steps()
+        engine.global_samples += engine.train_batch_size()
+    return StepResult(torch.full((len(engines),), math.nan), lr, (None,) * len(engines), 0, is_skipped=True)
 
 
 def _gradient_of(engine: Any, leaf: torch.Tensor) -> torch.Tensor:

@@ -245,8 +245,13 @@ class LocalArguments:
     log_memory_gb: float = _option(
         1.0, "GB of packets that a job keeps in memory for the next stage; more go to disk.", POSITIVE, decides=START
     )
-    log_disk_gb: float = _option(
-        50.0, "GB of packets that it keeps on disk; a full log makes the stage wait.", NOT_NEGATIVE, decides=START
+    log_disk_gb: float = _option(50.0, "GB of packets that it keeps on disk beside those.", NOT_NEGATIVE, decides=START)
+    on_full_log: str = _option(
+        "wait",
+        "What a job does whose log for the next stage is full: wait until that one has saved, or go on and let it "
+        "skip steps.",
+        choices=("wait", "skip"),
+        decides=START,
     )
 
 

@@ -12,15 +12,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_local.checkpoint.line import committed
-from llm_local.files import write_json, write_whole
+from llm_local.files import write_json, write_whole, writing
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
 from llm_local.jobs.channel import Channel
@@ -28,10 +30,11 @@ from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.hello import Terms
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog
-from llm_local.jobs.positions import DONE, LOG, LOG_BACK, STATUS, Positions
+from llm_local.jobs.positions import DONE, LOG, LOG_BACK, SKIPPED, STATUS, Positions
 from llm_local.jobs.ways import Address, Dial, Door, Way
 from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
 from llm_local.links.ends import REFRESH_IN_FLIGHT, Links
+from llm_local.links.packet import EVAL, TRAIN
 from llm_local.model.anatomy import text_config
 from llm_local.model.heads.head import head_of
 from llm_local.replicas import Dealing, sequences_per_step
@@ -74,10 +77,12 @@ class Job:
             self._logs = {peer: self._open(LOG, peer, dealing.peers, self.positions.sent) for peer in dealing.peers}
             self._behind = {peer: self._channel_behind(dealing, peer) for peer in dealing.peers}
         self.links = self._make_links()
+        self.num_skipped = self.positions.skipped
+        self._fullness = Fullness(self._logs, config.output_dir / LOG / f"{SKIPPED}-{place.replica:02d}")
         for channel in self._channels:
             channel.start()
         if place.rank == 0:
-            threading.Thread(target=self._write_status, name="status", daemon=True).start()
+            threading.Thread(target=self._keep_status, name="status", daemon=True).start()
 
     @property
     def run(self) -> str:
@@ -168,10 +173,36 @@ class Job:
             refresh_receiver = LogReceiver(self._behind[dealing.source]) if self._shares else None
         return Links(receiver, sender, refresh_receiver=refresh_receiver, refresh_sender=refresh_sender)
 
+    def begin(self, kind: int, step: int) -> bool:
+        """Whether a step, or an evaluation, has come: if not, the stages behind are told so. Every replica must call.
+
+        With on_full_log=skip its packets are not sent on where they do not fit into the log of every replica; those of
+        the last evaluation wait. Raises LostPeer, and Unwritten.
+        """
+        train, place = self._setup.config.train, self._world.place
+        count = place.share(train.gradient_accumulation_steps if kind == TRAIN else train.eval_batches)
+        if any([receiver.is_skipped() for receiver in self._receivers]):
+            for ends in (self._receivers, self._senders):
+                for end in ends:
+                    end.skip(count // len(ends))
+            self.num_skipped += kind == TRAIN
+            return False
+        if self._senders and self._setup.config.local.on_full_log == "skip":
+            of_one = packet_bytes(self._setup, self._setup.config.wire_dtype)
+            each = (count // len(self._senders) + 1) * of_one  # what is around a packet takes room, too
+            must_come = kind == EVAL and step == train.max_steps
+            is_full = not must_come and self._fullness.is_full(self._senders[0].number, each)
+            is_skipping = self._world.mean_over_replicas(torch.tensor([float(is_full)])).item() > 0
+            if is_skipping:
+                self._fullness.remember(self._senders[0].number)
+            for sender in self._senders:
+                sender.is_skipping = is_skipping
+        return True
+
     def here(self, refreshed: int, evaluated: bool) -> Positions:
         """Where the links stand now: after a step or an evaluation those with one neighbour are alike."""
         received, sent = (next((end.number for end in ends), 0) for ends in (self._receivers, self._senders))
-        return Positions(received, sent, refreshed, evaluated)
+        return Positions(received, sent, refreshed, evaluated, self.num_skipped)
 
     def persist(self, positions: Positions) -> None:
         """Forces to disk what was sent until there, as a checkpoint of it is to be committed. Raises Unwritten."""
@@ -191,6 +222,7 @@ class Job:
     def finish(self) -> None:
         """Until the stages behind need nothing of this one, and the one before knows. Raises LostPeer, Unwritten."""
         self.state = "finished"
+        self._write_status()
         for channel in self._behind.values():
             channel.await_finish()
         for channel in self._before.values():
@@ -210,6 +242,7 @@ class Job:
             "step": self.step,
             "max_steps": self._setup.config.train.max_steps,
             "tokens_per_second": self._rate.at(self.step),
+            "skipped_steps": self.num_skipped,
             "log_bytes": sum(log.num_bytes for log in logs),
             "linked": [channel.is_connected for channel in self._channels],
             "error": next((channel.trouble for channel in self._channels if channel.trouble), ""),
@@ -231,11 +264,36 @@ class Job:
                 found |= {k: v for k, v in told.items() if k.isdecimal() and int(k) in beyond}
         return found | {str(stage): self._status()}
 
-    def _write_status(self) -> None:
+    def _keep_status(self) -> None:
         while True:
-            with suppress(Exception):  # a full disk ends nothing here
-                write_json(self._setup.config.output_dir / STATUS, self._known())
+            self._write_status()
             time.sleep(STATUS_SECONDS)
+
+    def _write_status(self) -> None:
+        with suppress(Exception):  # a full disk ends nothing here
+            if self._world.place.rank == 0:
+                write_json(self._setup.config.output_dir / STATUS, self._known())
+
+
+class Fullness:
+    """Which steps and evaluations a replica has not sent, by the number of their first packet. A life that makes them
+    again leaves them out again: one replica of the next stage may have skipped them already, and another one not."""
+
+    def __init__(self, logs: Mapping[int, PacketLog], path: Path):
+        self._logs = [*logs.values()]
+        self._path = path
+        self._known = set(map(int, path.read_text().split())) if path.exists() else set()
+
+    def is_full(self, number: int, num_bytes: int) -> bool:
+        """Whether so many bytes have no room in one of the logs, or were left out before."""
+        return number in self._known or not all(log.has_room(num_bytes) for log in self._logs)
+
+    def remember(self, number: int) -> None:
+        """Raises Unwritten."""
+        if number not in self._known:
+            self._known.add(number)
+            with writing(self._path), self._path.open("a") as file:
+                file.write(f"{number}\n")
 
 
 def address_of(send_to: str, replica: int, num_replicas: int) -> Address:

@@ -9,8 +9,9 @@ from pathlib import Path
 from llm_local.config import Config
 from llm_local.jobs.key import key_problems
 from llm_local.jobs.ways import Address, listen
+from llm_local.model.heads.head import head_of
 
-_OF_JOBS = ("send_to", "receive_on", "run_key_file")
+_OF_JOBS = {"send_to": None, "receive_on": None, "run_key_file": None, "on_full_log": "wait"}
 
 
 def job_problems(config: Config) -> list[str]:
@@ -19,8 +20,8 @@ def job_problems(config: Config) -> list[str]:
     if stage is None:
         return [
             f"{name}={value} needs stage, the one that this job trains"
-            for name in _OF_JOBS
-            if (value := config.flat()[name])
+            for name, default in _OF_JOBS.items()
+            if (value := config.flat()[name]) != default
         ]
     named, last = f"stage={stage}", local.num_stages - 1
     if stage > last or last < 1:
@@ -78,6 +79,10 @@ def _unfit(config: Config) -> list[str]:
     if config.epoch_flag is not None:
         problems.append(
             f"{config.epoch_flag}={getattr(train, config.epoch_flag)} counts rows, which stage 0 alone reads; use steps"
+        )
+    if local.on_full_log == "skip" and head_of(config).shares_matrix:
+        problems.append(
+            f"on_full_log=skip waits for no stage behind, head={local.head} for the last one's matrix; use another head"
         )
     if train.trace:
         problems.append("trace=True joins the clocks of all stages, which jobs do not share; leave it out")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llm_local.checkpoint.catalog import Catalog, read_data_state
+from llm_local.checkpoint.catalog import Catalog, read_data_state, read_note
 from llm_local.checkpoint.line import METRICS
 from llm_local.checkpoint.loader import fill, fill_block
 from llm_local.checks.exit_check import refused_exits
@@ -39,6 +39,7 @@ from llm_local.export.stages import (
     write_stage,
 )
 from llm_local.flags import ModelArguments
+from llm_local.jobs.positions import NOTE
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.remote_code import read_code
@@ -131,8 +132,9 @@ def assemble(
             reason = refused.get(exit_name(stage))
             say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, checks[stage]))
         there = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
+        skipped = tuple(read_note(part, NOTE, stage).get("skipped", 0) for stage, part in enumerate(parts))
         losses = tuple(_loss(part, stage, catalogs[0].manifest.step) for stage, part in enumerate(parts))
-        write_cards(replace(_training(catalogs[0], config, run), exits=there, losses=losses), draft)
+        write_cards(replace(_training(catalogs[0], config, run), exits=there, losses=losses, skipped=skipped), draft)
 
 
 def _loss(part: Path, stage: int, step: int) -> float | None:

@@ -32,10 +32,11 @@ from llm_local.callbacks import Callbacks, metrics_of
 from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.line import checkpoint_of
 from llm_local.config import Config, is_due
-from llm_local.engine import StepResult
+from llm_local.engine import StepResult, skip_step
 from llm_local.evaluation import EvalSet, over_replicas
 from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
+from llm_local.links.packet import EVAL, TRAIN
 from llm_local.rank import Rank
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
@@ -136,7 +137,8 @@ class Run:
         self._callbacks.step_ends(step)
         is_first, is_last = step == 1 and train.logging_first_step, step == train.max_steps
         records = is_due(step, self.config.logging_interval) or is_first or is_last
-        if records or self._callbacks.control.should_log:  # the device is waited for in no other step
+        records = records or self._callbacks.control.should_log
+        if records and not result.is_skipped:  # the device is waited for in no other step
             rank.engine.check_finite()
             self._callbacks.of_this_stage(rank.recorder.record(step, result))
         read = rank.feed.step_tokens if rank.feed else int(result.tokens) * self.place.num_replicas if rank.job else 0
@@ -281,7 +283,8 @@ def _train_step(rank: Rank, step: int) -> StepResult:
     if rank.refresher is not None:
         with traced(rank.tracer, REFRESH_WAIT):
             rank.refresher.before(step)
-    result = rank.engine.train_batch(step)
+    comes = rank.job is None or rank.job.begin(TRAIN, step)
+    result = rank.engine.train_batch(step) if comes else skip_step(rank.engine.engines)
     if rank.outer is not None:
         with traced(rank.tracer, OUTER_STEP):
             rank.outer.after(step)
@@ -297,6 +300,8 @@ def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
     rows = batches * rank.config.train.per_device_train_batch_size * place.num_replicas
     if rank.feed is not None:
         rank.feed.validate_on(number)
+    if rank.job is not None and not rank.job.begin(EVAL, step):
+        return
     with rank.traced(each.split, step):
         losses, tokens = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
     if rank.metrics is not None:

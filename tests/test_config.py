@@ -437,13 +437,13 @@ class TestStaticProblems:
             ({"validation_split_percentage": 100}, "validation_split_percentage=100 must lie between 1 and 99"),
             (
                 {"num_stages": 3},
-                "4 ranks cannot be divided into num_stages=3 stages of equal size; start a multiple of 3 ranks or "
-                "change num_stages",
+                "4 ranks cannot be divided into num_stages=3 stages of equal size; start a multiple of 3 ranks, "
+                "change num_stages, or give stage_replicas",
             ),
             (
                 {"num_stages": 8},
-                "4 ranks cannot be divided into num_stages=8 stages of equal size; start a multiple of 8 ranks or "
-                "change num_stages",
+                "4 ranks cannot be divided into num_stages=8 stages of equal size; start a multiple of 8 ranks, "
+                "change num_stages, or give stage_replicas",
             ),
             ({"stage_layers": "4;4"}, "stage_layers='4;4' is not a list such as 4,4"),
             ({"stage_layers": "4,-4"}, "stage_layers='4,-4' is not a list such as 4,4"),

@@ -76,10 +76,10 @@ class TestWeights:
     def test_of_a_stages_own_blocks(self):
         partition = make_partition(6, 3, Costs(1.0, 1.0), 1)
         config = from_flat({"block_loss_weights": "1,2,3,4", "head_token_fraction": 0.5, "seed": 7})
-        plans = [HeadPlan.of(config, partition, stage, 1, 2) for stage in range(3)]
+        plans = [HeadPlan.of(config, partition, stage, Dealing(1, 2, 2)) for stage in range(3)]
         assert [p.weights for p in plans] == [(1.0, 2.0), (3.0, 4.0), (4.0, 4.0)]
         assert [p.first_block for p in plans] == [0, 2, 4]
-        assert {(p.num_blocks, p.fraction, p.seed, p.replica, p.num_replicas) for p in plans} == {(6, 0.5, 7, 1, 2)}
+        assert {(p.num_blocks, p.fraction, p.seed, p.dealing) for p in plans} == {(6, 0.5, 7, Dealing(1, 2, 2))}
 
 
 class TestWindows:

@@ -18,6 +18,7 @@ from llm_local.job_start import fingerprint, hello_of, identified, log_need, log
 from llm_local.jobs.hello import Refusal
 from llm_local.jobs.key import make_key
 from llm_local.problems import static_problems
+from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
 from llm_local.watchdog import LostPeer
 from llm_local.world import Place
@@ -76,6 +77,10 @@ class TestFlags:
             (
                 {"method": "backprop"},
                 ["method=backprop asks the next stage for something in each step, so no stage"],
+            ),
+            (
+                {"on_full_log": "skip", "head": "shared"},
+                ["on_full_log=skip waits for no stage behind, head=shared for the last one's matrix; use another head"],
             ),
             ({"distillation_weight": 0.5}, ["distillation_weight=0.5 asks the next stage for something in each step,"]),
             (
@@ -153,25 +158,36 @@ class TestSurroundings:
         assert not (tmp_path / "run").exists()
 
 
+def place(setup: Setup, replicas: tuple[int, ...] = (1, 1, 1)) -> Place:
+    return Place(0, replicas, setup.config.local.stage)
+
+
 class TestTheLog:
     def test_what_it_needs_is_said(self, job):
         setup = preflight(job(gradient_accumulation_steps=3, log_memory_gb=1e-5, log_disk_gb=1e-4, eval_batches=0), 1)
-        need, words = log_need(setup)
+        need, words = log_need(setup, place(setup))
         packet = 2 * 32 * (4 * 32 + 4)  # hidden states in fp32, and token ids
         assert 30 * packet < need < 40 * packet
-        assert log_problems(setup) == [
+        assert log_problems(setup, place(setup)) == [
             "log_memory_gb=1e-05 and log_disk_gb=0.0001 are less than the log of stage 1 needs, "
             f"{words}; raise log_disk_gb or lower save_steps"
         ]
         assert words.endswith("GB for the 10 steps between two checkpoints, at 0.00853 MB a packet")
 
     def test_evaluations_are_packets_too(self, job):
-        without, with_them = (log_need(preflight(job(eval_batches=number, eval_steps=5), 1))[0] for number in (0, 3))
+        setups = [preflight(job(eval_batches=number, eval_steps=5), 1) for number in (0, 3)]
+        without, with_them = (log_need(setup, place(setup))[0] for setup in setups)
         assert with_them > without
 
+    def test_a_stage_with_fewer_replicas_sends_more_from_each(self, job):
+        setup = preflight(job(), 1)
+        alone, more = (log_need(setup, place(setup, replicas))[0] for replicas in ((1, 1, 1), (1, 1, 4)))
+        assert more > 3.9 * alone
+
     def test_room_enough_and_none_needed(self, job):
-        assert log_problems(preflight(job(), 1)) == []
-        assert log_problems(preflight(job(stage=2, send_to=None, log_memory_gb=1e-6, log_disk_gb=0), 1)) == []
+        last = preflight(job(stage=2, send_to=None, log_memory_gb=1e-6, log_disk_gb=0), 1)
+        for setup in (preflight(job(), 1), last):
+            assert log_problems(setup, place(setup)) == []
 
 
 class TestNeighbours:
@@ -179,7 +195,7 @@ class TestNeighbours:
 
     def test_nothing_of_each_jobs_own(self, job):
         first, second = job(), job(stage=0, receive_on=None, gradient_checkpointing=True, stage_layers="2,1,1")
-        assert fingerprint(preflight(first, 1), 1) == fingerprint(preflight(second, 1), 1)
+        assert fingerprint(preflight(first, 1), (1, 1, 1)) == fingerprint(preflight(second, 1), (1, 1, 1))
 
     @pytest.mark.parametrize(
         ("changes", "said"),

@@ -144,7 +144,7 @@ class TestTerms:
 
     def objection(self, log_begins: int = 0, **changes: Any) -> str:
         mine = replace(HELLO, stage=1, replica=1, fingerprint={"learning_rate": 0.1, "model": {"layers": 4, "d": 8}})
-        return Terms(mine, 0, (0,), log_begins).objection(replace(mine, **{"stage": 0, "wants": 3, **changes}))
+        return Terms(mine, 0, (1, 3), log_begins).objection(replace(mine, **{"stage": 0, "wants": 3, **changes}))
 
     def test_none(self):
         assert self.objection(3) == self.objection(run=None) == self.objection(9, wants=None) == ""

@@ -83,9 +83,7 @@ class Layout:
 
     def has_as_many(self, replicas: Sequence[int]) -> bool:
         """Whether each replica of stages with so many has one of its own number here, wherever its layers were."""
-        return self.stage_replicas == tuple(replicas) or (
-            isinstance(self.replicas, int) and {self.replicas} == {*replicas}
-        )
+        return self.stage_replicas == tuple(replicas) or len({*self.stage_replicas, *replicas}) == 1
 
 
 MUST_MATCH = {

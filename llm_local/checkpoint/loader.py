@@ -182,14 +182,14 @@ def _load_position(catalog: Catalog, engine: DeepSpeedEngine) -> None:
 
 def stand_at(scheduler: Any, steps: int) -> None:
     """Puts a new scheduler, of any kind, where one stands that has taken so many steps; so are its groups' rates."""
-    if isinstance(scheduler, LambdaLR):
-        scheduler.last_epoch = steps - 1
-        scheduler.step()
-    elif hasattr(scheduler, "last_batch_iteration"):
-        if steps:
-            scheduler.step(steps - 1)
-    else:  # torch's make a rate from the one before
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
+        if isinstance(scheduler, LambdaLR):
+            scheduler.last_epoch = steps - 1
+            scheduler.step()
+        elif hasattr(scheduler, "last_batch_iteration"):
+            if steps:
+                scheduler.step(steps - 1)
+        else:  # torch's make a rate from the one before
             for _ in range(steps):
                 scheduler.step()

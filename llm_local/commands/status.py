@@ -50,7 +50,8 @@ def _row(stages: list[dict[str, Any]], stage: dict[str, Any], now: float) -> tup
         str(stage["stage"]),
         stage["state"],
         str(stage["life"]),
-        f"{stage['step']}/{stage['max_steps']}",
+        f"{stage['step']}/{stage['max_steps']}"
+        + (f", {skipped} skipped" if (skipped := stage["skipped_steps"]) else ""),
         "" if first is None else str(first - stage["step"]),
         f"{stage['tokens_per_second']:,.0f}",
         f"{stage['log_bytes'] / 1e6:,.1f} MB",

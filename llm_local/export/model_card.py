@@ -39,7 +39,8 @@ class Training:
 
     tokens: those trained on, without padding; places: with it. losses: the validation loss of each stage's exit at the
     end, nats a token; None where nothing was evaluated. exits: stages whose exits are exported as models of their own.
-    deepspeed: the JSON. sources: what there was to train on, as far as it is known.
+    deepspeed: the JSON. sources: what there was to train on, as far as it is known. skipped: steps that each stage did
+    not train, as nothing came.
     """
 
     config: Config
@@ -53,6 +54,7 @@ class Training:
     deepspeed: Json
     versions: dict[str, str]
     places: int = 0
+    skipped: tuple[int, ...] = ()
     sources: tuple[PackedSource, ...] = ()
 
 
@@ -182,6 +184,10 @@ def _use(training: Training, stage: int | None) -> str:
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
+def _skipped(training: Training) -> list[str]:
+    return [f"of which stage {stage} skipped {count:,}" for stage, count in enumerate(training.skipped) if count]
+
+
 def _facts(training: Training) -> dict[str, str]:
     config = training.config
     local, train = config.local, config.train
@@ -194,7 +200,7 @@ def _facts(training: Training) -> dict[str, str]:
         "stages × replicas": f"{training.partition.num_stages} × {replicas_text(training.replicas)}",
         "data": _data(config),
         "tokens": f"{training.tokens:,}{_padding(training)}",
-        "steps": f"{training.steps:,}",
+        "steps": ", ".join([f"{training.steps:,}", *_skipped(training)]),
         "batch": f"{sequences} sequences of {config.data.seq_length} tokens",
         "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler_type}{warmup}",
         "precision": f"{config.precision}, exported as {config.export_dtype}",

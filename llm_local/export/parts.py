@@ -1,7 +1,7 @@
 """Parts of a model: what the job of each stage hands over at the end, and whether parts make one model.
 
     PART/stage-01/replica-00.safetensors    the stage's weights, as a checkpoint has them, without the optimizer's state
-    PART/stage-01/state.json, data.json     as in a checkpoint
+    PART/stage-01/state.json, data.json, links.json     as in a checkpoint
     PART/model/                             the model's config and its tokenizer, in one of the parts at least
     PART/metrics/stage-01.jsonl             all that the stage measured
     PART/check.safetensors                  a row of text, and the stage's logits on it
@@ -39,6 +39,7 @@ from llm_local.checkpoint.line import METRICS, committed
 from llm_local.config import ConfigError
 from llm_local.export.model_folder import Description, replaced, write_description, write_text, writing
 from llm_local.export.stages import CHECK_FILE
+from llm_local.jobs.positions import NOTE
 
 MODEL = "model"
 MOST_POSITIONS = 64  # of the logits that a part brings along
@@ -66,8 +67,9 @@ def write_part(
             (draft / name).mkdir(parents=True)
             save_stretches({each: catalog.tensor(each) for each in catalog.weights}, {}, draft / name / replica_file(0))
             write_text(draft / name / STATE_FILE, json.dumps(catalog.blocks) + "\n")
-            if (checkpoint / name / DATA_FILE).exists():
-                shutil.copyfile(checkpoint / name / DATA_FILE, draft / name / DATA_FILE)
+            for file in (checkpoint / name / each for each in (DATA_FILE, NOTE)):
+                if file.exists():
+                    shutil.copyfile(file, draft / name / file.name)
         if metrics is not None:
             with writing(draft / METRICS):
                 (draft / METRICS).mkdir()

@@ -50,6 +50,7 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
 SIGN_SECONDS = 3.0  # in which one that is there has been heard
 LINGER_SECONDS = 20.0  # of a job that has finished, for the one behind it that may not know that it is known
+SKIPPED = b"\0"  # in the place of a packet
 _SAY_AGAIN_SECONDS = 60.0
 _READ_AT_A_TIME = 4 << 20
 
@@ -143,6 +144,15 @@ class Channel:
         self.check()
         self._has_trained = True
         self._log.append(*buffers)
+        self.wake()
+
+    def skip(self) -> None:
+        """Sends in a packet's place that there is none, which has room in any log. Raises as `check`, and Unwritten."""
+        assert self._log is not None
+        self.check()
+        self._has_trained = True
+        self._say("skips", f"{self.name}: stage {self._terms.stage} skips steps (--on_full_log skip)")
+        self._log.append(SKIPPED)
         self.wake()
 
     def take(self) -> torch.Tensor | None:

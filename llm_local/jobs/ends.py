@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from llm_local.jobs.channel import SKIPPED as SKIPPED_MARK
 from llm_local.jobs.channel import Channel
 from llm_local.links.message import HEADER_BYTES, PacketHeader, body_size, pack, unpack
-from llm_local.links.packet import END, KINDS, Packet
+from llm_local.links.packet import END, KINDS, SKIPPED, Packet
 from llm_local.watchdog import LostPeer
 
 _BODY = 128  # where it begins: behind the header, and as aligned as tensors are
@@ -43,6 +44,7 @@ class LogSender:
 
     def __init__(self, channel: Channel, wire_dtype: str, number: int):
         self.bytes = 0
+        self.is_skipping = False  # what it is given, until somebody says otherwise
         self.wait_seconds = 0.0
         self.number = number
         self._channel = channel
@@ -51,11 +53,20 @@ class LogSender:
     def send(self, *packets: Packet) -> None:
         """Raises LostPeer, Unwritten and DamagedLog."""
         for packet in packets:
+            if self.is_skipping:
+                self.skip(1)
+                continue
             buffers, num_bytes = to_buffers(packet, self._wire_dtype)
             start = time.perf_counter()
             self._channel.send(*buffers)
             self.wait_seconds += time.perf_counter() - start
             self.bytes += num_bytes
+            self.number += 1
+
+    def skip(self, count: int) -> None:
+        """So many packets do not come. Raises LostPeer, and Unwritten."""
+        for _ in range(count):
+            self._channel.skip()
             self.number += 1
 
     def close(self, step: int) -> None:
@@ -70,11 +81,12 @@ class LogReceiver:
         self.wait_seconds = 0.0
         self.name = channel.name
         self._channel = channel
+        self._held: torch.Tensor | None = None  # was looked at before it is used
 
     @property
     def number(self) -> int:
         """Packets that have been used since the run's first step."""
-        return self._channel.taken
+        return self._channel.taken - (self._held is not None)
 
     def receive(self, kind: int, step: int, index: int) -> Packet:
         """The next packet, which must be the one named. Raises LostPeer for another one, and where none comes."""
@@ -84,19 +96,38 @@ class LogReceiver:
             raise LostPeer(f"{self.name}: {packet.title} has come, expected was {expected}")
         return packet
 
+    def is_skipped(self) -> bool:
+        """Whether there is nothing in the next packet's place. Raises LostPeer."""
+        self._held = self._take()
+        return self._held is not None and len(self._held) == len(SKIPPED_MARK)
+
+    def skip(self, count: int) -> None:
+        """Takes so many packets in whose place is nothing. Raises LostPeer for another one."""
+        for _ in range(count):
+            if (packet := self.take()).kind != SKIPPED:
+                raise LostPeer(f"{self.name}: {packet.title} has come in a step that is skipped")
+
     def take(self) -> Packet:
         """The next packet; END where the other job has finished. Raises LostPeer."""
-        start = time.perf_counter()
-        received = self._channel.take()
-        self.wait_seconds += time.perf_counter() - start
+        received, self._held = self._take(), None
         if received is None:
             return Packet(END, 0, 0)
+        if len(received) == len(SKIPPED_MARK):
+            return Packet(SKIPPED, 0, 0)
         try:
             packet, num_bytes = from_buffer(received)
         except ValueError as error:
             raise LostPeer(f"{self.name}: {error} has come; do both jobs run the same version?") from error
         self.bytes += num_bytes
         return packet
+
+    def _take(self) -> torch.Tensor | None:
+        if self._held is not None:
+            return self._held
+        start = time.perf_counter()
+        received = self._channel.take()
+        self.wait_seconds += time.perf_counter() - start
+        return received
 
     def error(self, cause: BaseException) -> LostPeer:
         return LostPeer(f"{self.name}: {cause}")

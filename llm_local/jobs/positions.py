@@ -8,17 +8,19 @@ from typing import Protocol
 NOTE = "links.json"  # of a checkpoint's stage
 # of the job's folder: its run and its life; what it does; the steps after which it has ended for good; its logs
 IDENTITY, STATUS, DONE, LOG, LOG_BACK = "job.json", "status.json", "done", "log", "log-back"
+SKIPPED = "skipped"  # of a replica's logs: numbers of packets from which on a step, or an evaluation, was not sent
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Packets used and sent, and matrices of a shared head that were due, all since the run's first step; and whether
-    the stage's exits were evaluated."""
+    """Packets used and sent, matrices of a shared head that were due, and steps of which the stage before sent nothing,
+    all since the run's first step; and whether the stage's exits were evaluated."""
 
     received: int = 0
     sent: int = 0
     refreshed: int = 0
     evaluated: bool = False
+    skipped: int = 0
 
 
 class Neighbourhood(Protocol):

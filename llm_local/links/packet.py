@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-TRAIN, EVAL, CHECK, END, GRADIENT, REFRESH = range(6)
-KINDS = ("train", "eval", "check", "end", "gradient", "refresh")
+TRAIN, EVAL, CHECK, END, GRADIENT, REFRESH, SKIPPED = range(7)
+KINDS = ("train", "eval", "check", "end", "gradient", "refresh", "skipped")
 INTEGER_PARTS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
