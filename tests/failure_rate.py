@@ -125,7 +125,7 @@ class Rate:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     capacity = bytes_needed(PACKET_BYTES, 1, given.log_steps)
     flags = ["--log_memory_gb", f"{capacity / 1e9:.9f}", "--log_disk_gb", "0", "--eval_steps", "0"]
-    asked = SimpleNamespace(kills=0, replicas=1, steps=10**6, longest=0.0, soon=0.0, minutes=given.minutes)
+    asked = SimpleNamespace(kills=0, replicas="1,1,1", steps=10**6, longest=0.0, soon=0.0, minutes=given.minutes)
     campaign = Campaign(argparse.Namespace(**vars(asked), seed=given.seed, output=given.output.absolute()), flags)
     campaign.num_paced = NUM_STAGES
     (campaign.folder / "pace").write_text(str(given.pace))
