@@ -30,6 +30,7 @@ from llm_local.model.heads.shared import install, installed, matrix_name
 from llm_local.model.refresh import INSTALLED
 from llm_local.model.slices import Slice
 from llm_local.model.stage import EXITS, Block
+from llm_local.replicas import replicas_text
 from llm_local.world import World
 
 
@@ -56,7 +57,8 @@ def take_up(
     changes = ", ".join(layout_changes(catalog.manifest, layout, config.flat()))
     lines = [f"goes on after {catalog.path}" + (f", with other settings: {changes}" if changes else "")]
     if catalog.manifest.apart and catalog.replica is None:
-        lines += [f"its {catalog.manifest.layout.replicas} replicas were apart: all go on from their mean"]
+        replicas = replicas_text(catalog.manifest.layout.stage_replicas)
+        lines += [f"its {replicas} replicas were apart: all go on from their mean"]
     lines += [f"new, as the checkpoint has none: {_heads(missing)}"] if missing else []
     lines += [f"in the checkpoint, and of no use here: {_heads(left)}"] if left else []
     return tuple(lines)

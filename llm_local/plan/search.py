@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_local.config import Config, ConfigError
-from llm_local.plan.layouts import Planner, Replicas, fastest
+from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.machine import hosts_of, of_each
 from llm_local.plan.report import Plan
 from llm_local.plan.splits import splits
 from llm_local.plan.stages import PEER_METHODS, Candidate
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS
+from llm_local.replicas import parse_replicas
 
 POSITIVE = ("devices", "link_gbps", "local_link_gbps", "top")
 EACH = ("memory_gb", "memory_tb_per_second", "device_tflops")  # one number, or of each host or device
@@ -84,12 +85,6 @@ def _stage_problems(given: Mapping[str, Any]) -> list[str]:
         elif counts and len(found) not in counts:
             problems.append(f"{name} names {len(found)} stages, --num_stages is {_list(counts)}")
     return problems
-
-
-def parse_replicas(text: str) -> Replicas | None:
-    """'4,2,1' → (4, 2, 1); None if the text is no such list."""
-    parts = text.split(",")
-    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else None
 
 
 def _list(values: Sequence[float]) -> str:
