@@ -34,12 +34,11 @@ _MUST_MATCH = ("replica_sync_steps", "head_refresh_steps")
 
 
 def open_checkpoint(checkpoint: Path, local: LocalArguments, place: Place) -> Catalog:
-    """With the rank's own weights, where the run goes on with the replicas that were apart; else with those of all, or
-    with their mean. Raises BrokenCheckpoint."""
+    """With the rank's own weights, where the run goes on with replicas that were apart; else with those of all, or with
+    their mean. Raises BrokenCheckpoint."""
     manifest = read_manifest(checkpoint)
     is_alike = all(manifest.flags.get(name) == getattr(local, name) for name in _MUST_MATCH)
-    goes_on = manifest.apart and is_alike and manifest.layout.has_as_many(place.replicas)
-    return Catalog(checkpoint, place.replica if goes_on else None)
+    return Catalog(checkpoint, (place.replica, place.num_replicas) if manifest.apart and is_alike else None)
 
 
 class OuterOptimizer:

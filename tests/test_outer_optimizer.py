@@ -36,7 +36,7 @@ def checkpoint(output: Path, step: int) -> Path:
 
 def flat(path: Path, replica: int | None = None) -> torch.Tensor:
     """All weights of a checkpoint, those of a replica or the mean."""
-    catalog = Catalog(path, replica)
+    catalog = Catalog(path, None if replica is None else (replica, 2))
     return torch.cat([catalog.tensor(name) for name in sorted(catalog.weights)])
 
 
@@ -122,8 +122,9 @@ class TestCheckpoints:
             (4, {"num_stages": 2, "method": "overlapping", "layers_per_block": 2, "block_stride": 1}),
             (4, {"num_stages": 2, "head": "shared", "head_refresh_steps": 4, "final_backprop_steps": 2}),
             (2, {"num_stages": 1, "method": "backprop", "outer_momentum": 0.0}),
+            (3, {"num_stages": 2, "stage_replicas": "2,1", "gradient_accumulation_steps": 1}),
         ],
-        ids=["zero1-bf16", "zero3-blocks", "offload", "overlapping", "shared", "backprop"],
+        ids=["zero1-bf16", "zero3-blocks", "offload", "overlapping", "shared", "backprop", "two and one"],
     )
     def test_resume_equals_never_having_stopped(self, trainer: Trainer, ranks: int, settings: dict):
         """From between two meetings, and from one."""

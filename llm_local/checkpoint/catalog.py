@@ -229,10 +229,11 @@ class Catalog:
     """What a checkpoint holds, by name. Raises BrokenCheckpoint naming the file that is missing or damaged.
 
     blocks: state.json of the stages it holds. states, scalars: what the optimizer kept of a parameter, by its name.
-    replica: whose tensors are read, where they are apart; None: the mean of all.
+    replica: whose tensors are read, where they are apart, and of how many; of stages with as many. Of others, and where
+    it is None, the mean of all is.
     """
 
-    def __init__(self, checkpoint: Path, replica: int | None = None):
+    def __init__(self, checkpoint: Path, replica: tuple[int, int] | None = None):
         self.path, self.replica = checkpoint, replica
         self.manifest = read_manifest(checkpoint)
         self.blocks: list[dict[str, Any]] = []
@@ -248,8 +249,9 @@ class Catalog:
                 self._add(folder, [replica_file(each) for each in replicas])
                 continue
             self._add(folder, [OUTER_FILE])
-            self._add_blocks(replica_folder(folder, replica or 0))
-            for each in replicas if replica is None else [replica]:
+            wanted = replicas[replica[0] :][:1] if replica and replica[1] == len(replicas) else replicas
+            self._add_blocks(replica_folder(folder, wanted[0]))
+            for each in wanted:
                 self._add(replica_folder(folder, each), [replica_file(each)])
 
     def _add_blocks(self, folder: Path) -> None:

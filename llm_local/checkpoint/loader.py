@@ -56,9 +56,9 @@ def take_up(
     left = [name for name in catalog.weights if name.startswith(EXITS) and name not in read]
     changes = ", ".join(layout_changes(catalog.manifest, layout, config.flat()))
     lines = [f"goes on after {catalog.path}" + (f", with other settings: {changes}" if changes else "")]
-    if catalog.manifest.apart and catalog.replica is None:
-        replicas = replicas_text(catalog.manifest.layout.stage_replicas)
-        lines += [f"its {replicas} replicas were apart: all go on from their mean"]
+    saved = catalog.manifest
+    if saved.apart and not (catalog.replica and saved.layout.has_as_many(world.place.replicas)):
+        lines += [f"its {replicas_text(saved.layout.stage_replicas)} replicas were apart: all go on from their mean"]
     lines += [f"new, as the checkpoint has none: {_heads(missing)}"] if missing else []
     lines += [f"in the checkpoint, and of no use here: {_heads(left)}"] if left else []
     return tuple(lines)
