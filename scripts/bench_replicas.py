@@ -1,6 +1,6 @@
 """What replicas lose that meet rarely, and what they save: validation loss and traffic against --replica_sync_steps.
 
-python scripts/bench_replicas.py [--steps 800] [--repeats 2]
+python scripts/bench_replicas.py [--steps 800] [--repeats 1]
 
 Runs under torchrun, about a minute each on two cores; one that is there is not run again.
 """
@@ -76,7 +76,7 @@ def train(folder: Path, steps: int, seed: int, flags: dict[str, Any]) -> None:
 
 @ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
-    parser = arguments_of(__doc__, repeats=2, steps=800)
+    parser = arguments_of(__doc__, repeats=1, steps=800)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/replicas", help="folder of the runs")
     given = parser.parse_args(arguments)
     found: dict[tuple[int, float, float], dict[str, Any]] = {}
