@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from llm_local.checkpoint.line import committed
+from llm_local.config import ConfigError
 from llm_local.files import write_json, write_whole, writing
+from llm_local.job_problems import not_listening
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
 from llm_local.jobs.channel import Channel
@@ -53,7 +55,7 @@ class Job:
     """
 
     def __init__(self, setup: Setup, world: World, local_rank: int):
-        """Every rank must call; it waits for nobody."""
+        """Every rank must call; it waits for nobody. Raises ConfigError for a port that is in use."""
         self.state, self.step = "starting", 0
         self._setup, self._world = setup, world
         place = world.place
@@ -105,7 +107,10 @@ class Job:
     def _channels_before(self, dealing: Dealing, local_rank: int) -> dict[int, Channel]:
         local = self._setup.config.local
         address = Address.of(local.receive_on or "").after(local_rank)
-        door = Door(address, tls(Path(local.run_key_file or ""), server=True), dealing.peers)
+        try:
+            door = Door(address, tls(Path(local.run_key_file or ""), server=True), dealing.peers)
+        except OSError as error:  # rank 0's port was tried before the ranks met, others were not
+            raise ConfigError([not_listening(address, error)]) from error
         most, received = packet_bytes(self._setup, "fp32"), self.positions.received
         return {
             peer: self._channel(

@@ -107,9 +107,13 @@ def surroundings_problems(config: Config) -> list[str]:
         try:
             listen(address).close()
         except (OSError, UnicodeError) as error:
-            what = f"receive_on={address} cannot be listened on ({_reason(error)})"
-            problems.append(f"{what}; choose another port or address")
+            problems.append(not_listening(address, error))
     return problems
+
+
+def not_listening(address: Address, error: OSError | UnicodeError) -> str:
+    """Why a rank cannot be reached there, and what to do."""
+    return f"receive_on={address} cannot be listened on ({_reason(error)}); choose another port or address"
 
 
 def _reason(error: OSError | UnicodeError) -> str:

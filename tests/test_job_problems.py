@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from channels import Stranger, Waiting
 from conftest import Trainer
 from ranks import free_port
 
 from llm_local.checks.preflight import preflight
 from llm_local.config import Config, ConfigError, parse
+from llm_local.job import Job
 from llm_local.job_start import fingerprint, hello_of, identified, log_need, log_problems
 from llm_local.jobs.hello import Refusal
 from llm_local.jobs.key import make_key
 from llm_local.problems import static_problems
 from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
-from llm_local.watchdog import LostPeer
-from llm_local.world import Place
+from llm_local.watchdog import LostPeer, Watchdog
+from llm_local.world import Place, World
 
 MIDDLE = {"num_stages": 3, "stage": 1, "send_to": "localhost:7002", "save_steps": 10}
 
@@ -128,6 +130,15 @@ class TestSurroundings:
             assert self.problems(job(receive_on=address), tmp_path) == [
                 f"receive_on={address} cannot be listened on (Address already in use); choose another port or address"
             ]
+
+    def test_a_port_in_use_of_another_rank(self, job):
+        """Who finds it when the ranks have met."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            setup = preflight(job(receive_on=f"127.0.0.1:{port - 1}"), 1)
+            world = World(Place(0, (1, 1, 1), 1), torch.device("cpu"), None, Watchdog(1), 1.0)
+            with pytest.raises(ConfigError, match=f"receive_on=127.0.0.1:{port} cannot be listened on"):
+                Job(setup, world, local_rank=1)
 
     @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "a" * 70])
     def test_addresses_that_do_not_resolve(self, job, tmp_path: Path, host: str):
