@@ -32,7 +32,7 @@ from llm_local.flags import AMOUNT, FLAGS, LAYOUT, TRAINING, deciding
 from llm_local.jobs.frames import Frame, Garbled
 from llm_local.jobs.hello import NEW, SAVED, Hello, Refusal, Terms
 from llm_local.jobs.key import tls
-from llm_local.jobs.packet_log import PacketLog, bytes_needed
+from llm_local.jobs.packet_log import PacketLog, bytes_of
 from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positions
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
@@ -238,7 +238,7 @@ def log_need(setup: Setup, place: Place) -> tuple[int, str]:
         num_packets += batches * math.ceil(steps / config.eval_interval)
     size = packet_bytes(setup, config.wire_dtype)
     in_flight = config.local.max_packets_in_flight * len(place.dealing(place.stage + 1).peers)
-    need = bytes_needed(size, 1, num_packets, in_flight)
+    need = bytes_of(num_packets + in_flight, size)  # the receiver's next checkpoint is so far behind its last one
     return need, f"{need / GB:.3g} GB for the {steps} steps between two checkpoints, at {size / 1e6:.3g} MB a packet"
 
 

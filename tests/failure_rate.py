@@ -22,7 +22,7 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
-from llm_local.jobs.packet_log import bytes_needed
+from llm_local.jobs.packet_log import bytes_of
 from llm_local.links.message import HEADER_BYTES
 from llm_local.simulator.failures import Failures, as_jobs, in_one_launch
 from tests.campaign import LOOK_SECONDS, MODEL, NUM_STAGES, Campaign
@@ -123,7 +123,7 @@ class Rate:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    capacity = bytes_needed(PACKET_BYTES, 1, given.log_steps)
+    capacity = bytes_of(given.log_steps, PACKET_BYTES)
     flags = ["--log_memory_gb", f"{capacity / 1e9:.9f}", "--log_disk_gb", "0", "--eval_steps", "0"]
     asked = SimpleNamespace(kills=0, replicas="1,1,1", steps=10**6, longest=0.0, soon=0.0, minutes=given.minutes)
     campaign = Campaign(argparse.Namespace(**vars(asked), seed=given.seed, output=given.output.absolute()), flags)

@@ -343,7 +343,7 @@ class TestPackets:
 
     def test_another_one_than_expected(self):
         receiver: Any = LogReceiver(Behind(received(packets()[0])))  # type: ignore
-        with pytest.raises(LostPeer, match=r"^link 0→1: train micro-batch 1 of step 5 has come, expected was train "):
+        with pytest.raises(LostPeer, match=r"^link 0→1: there came train micro-batch 1 of step 5, expected was train "):
             receiver.receive(TRAIN, 5, 2)
 
     def test_of_another_version(self):

@@ -18,7 +18,7 @@ from time import sleep
 import pytest
 
 from llm_local.files import Unwritten
-from llm_local.jobs.packet_log import DamagedLog, PacketLog, bytes_needed
+from llm_local.jobs.packet_log import DamagedLog, PacketLog, bytes_of
 from llm_local.jobs.segment import record_bytes
 
 PACKET = 100
@@ -146,8 +146,8 @@ class TestOneLife:
         assert log.has_room(PACKET)
         assert not log.has_room(PACKET + 1)
 
-    def test_a_log_as_large_as_needed_is_full_at_the_next_checkpoint(self, tmp_path: Path):
-        needed = bytes_needed(PACKET, packets_per_step=3, save_steps=5, packets_in_flight=2, absent_steps=1)
+    def test_a_log_as_large_as_needed_is_full_with_so_many_packets(self, tmp_path: Path):
+        needed = bytes_of(3 * (5 + 1) + 2, PACKET)
         log = PacketLog(tmp_path, 4 * RECORD, needed - 4 * RECORD)
         fill(log, 3 * (5 + 1) + 1)
         assert log.has_room(PACKET)

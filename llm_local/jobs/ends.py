@@ -10,7 +10,7 @@ import torch
 from llm_local.jobs.channel import SKIPPED as SKIPPED_MARK
 from llm_local.jobs.channel import Channel
 from llm_local.links.message import HEADER_BYTES, PacketHeader, body_size, pack, unpack
-from llm_local.links.packet import END, KINDS, SKIPPED, Packet
+from llm_local.links.packet import END, SKIPPED, Packet
 from llm_local.watchdog import LostPeer
 
 _BODY = 128  # where it begins: behind the header, and as aligned as tensors are
@@ -91,9 +91,8 @@ class LogReceiver:
     def receive(self, kind: int, step: int, index: int) -> Packet:
         """The next packet, which must be the one named. Raises LostPeer for another one, and where none comes."""
         packet = self.take()
-        if (packet.kind, packet.step, packet.index) != (kind, step, index):
-            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
-            raise LostPeer(f"{self.name}: {packet.title} has come, expected was {expected}")
+        if what := packet.differs(kind, step, index):
+            raise LostPeer(f"{self.name}: there came {what}")
         return packet
 
     def is_skipped(self) -> bool:

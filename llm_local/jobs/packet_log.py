@@ -33,12 +33,8 @@ class DamagedLog(RuntimeError):
     """A packet should be in the log and is not there as it was sent; the message says where, and what to do."""
 
 
-def bytes_needed(
-    packet_bytes: int, packets_per_step: int, save_steps: int, packets_in_flight: int = 0, absent_steps: int = 0
-) -> int:
-    """Bytes that a log keeps at most: the receiver's next checkpoint is save_steps behind its last one, and the sender
-    further by what is in flight and by absent_steps, which it trains while the receiver saves or starts again."""
-    num_packets = packets_per_step * (save_steps + absent_steps) + packets_in_flight
+def bytes_of(num_packets: int, packet_bytes: int) -> int:
+    """Bytes that a log takes for packets of that size."""
     return num_packets * record_bytes(packet_bytes)
 
 

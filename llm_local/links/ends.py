@@ -179,9 +179,8 @@ class Receiver(_End):
         Raises LinkError if the peer is lost, silent for link_timeout_seconds, or sends something else.
         """
         packet = self.take()
-        if (packet.kind, packet.step, packet.index) != (kind, step, index):
-            expected = f"{KINDS[kind]} micro-batch {index} of step {step}"
-            raise LinkError(f"{self.name}: {self.peer} sent {packet.title}, expected was {expected}")
+        if what := packet.differs(kind, step, index):
+            raise LinkError(f"{self.name}: {self.peer} sent {what}")
         return packet
 
     def take(self) -> Packet:

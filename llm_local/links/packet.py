@@ -42,6 +42,12 @@ class Packet:
         assert self.input_ids is not None
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    def differs(self, kind: int, step: int, index: int) -> str:
+        """That it is not the packet that was expected, in words; '' if it is."""
+        if (self.kind, self.step, self.index) == (kind, step, index):
+            return ""
+        return f"{self.title}, expected was {KINDS[kind]} micro-batch {index} of step {step}"
+
     @property
     def title(self) -> str:
         return f"{KINDS[self.kind]} micro-batch {self.index} of step {self.step}"
