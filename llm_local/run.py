@@ -19,6 +19,7 @@ Each rank does the same. No stage waits for a later one, but by the packets in f
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -301,6 +302,8 @@ def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
     if rank.feed is not None:
         rank.feed.validate_on(number)
     if rank.job is not None and not rank.job.begin(EVAL, step):
+        if rank.metrics is not None:
+            rank.progress.publish(each.split, step, [math.nan])  # for callbacks, who wait
         return
     with rank.traced(each.split, step):
         losses, tokens = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
