@@ -85,6 +85,13 @@ def differing_matrices(trainer: Trainer) -> dict[str, Any]:
     return {"config_name": None, "model_name_or_path": folder, "tokenizer_name": builtin_tokenizer_dir(trainer.cache)}
 
 
+def of_a_class_that_sets_not_all(trainer: Trainer) -> dict[str, Any]:
+    """A pretrained model of a type whose new ones would have weights that nobody sets."""
+    folder, sizes = trainer.folder / "model", {name: value for name, value in TINY.items() if name != "model_type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("apertus", **sizes)).save_pretrained(folder)
+    return {"config_name": None, "model_name_or_path": folder, "tokenizer_name": builtin_tokenizer_dir(trainer.cache)}
+
+
 SHARED = {"head": "shared", "head_layers": 1, "head_rank": 4, "layers_per_block": 1}
 
 
@@ -97,8 +104,9 @@ SHARED = {"head": "shared", "head_layers": 1, "head_rank": 4, "layers_per_block"
         (2, {"num_stages": 2, "head_features": True, "layers_per_block": 1}, {}),
         (2, {"num_stages": 2, "method": "overlapping"}, {"tie_word_embeddings": True}),
         (2, {"num_stages": 2}, differing_matrices),
+        (2, {"num_stages": 2}, of_a_class_that_sets_not_all),
     ],
-    ids=["zero1", "bf16-three", "shared-tied", "no-exits", "overlapping-tied", "pretrained-untied"],
+    ids=["zero1", "bf16-three", "shared-tied", "no-exits", "overlapping-tied", "pretrained-untied", "apertus"],
 )
 def test_parts_become_what_one_launch_exports(
     trainer: Trainer, ranks: int, settings: dict[str, Any], model: dict[str, Any] | Callable

@@ -20,7 +20,7 @@ from llm_local.config import Config, ConfigError
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.model.pretrained import load_slice
-from llm_local.model.slices import Slice, new_slice
+from llm_local.model.slices import Slice, check_set, new_slice
 from llm_local.partition import Span
 
 BASE = TINY | {"vocab_size": 256, "num_hidden_layers": 6}
@@ -190,7 +190,7 @@ def test_weights_that_a_class_leaves_unset_are_named():
     settings = {k: v for k, v in BASE.items() if k != "model_type"}
     config = AutoConfig.for_model("apertus", **settings)
     with pytest.raises(SliceError, match=r"model type 'apertus' leaves model\.layers\.0\.mlp\.act_fn"):
-        new_slice(config, anatomy_of(config), Span(0, 6), seed=0)
+        check_set(new_slice(config, anatomy_of(config), Span(0, 6), seed=0))
 
 
 def test_model_config_errors_name_the_place(tmp_path: Path):

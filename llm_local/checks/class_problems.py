@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llm_local.checks.trial import small_model
 from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, SliceError
-from llm_local.model.slices import new_slice
+from llm_local.model.slices import check_set, new_slice
 from llm_local.partition import Span
 
 TOLERANCE = 1e-4  # of the logits' size: what rounding alone may do
@@ -39,7 +39,7 @@ def class_problems(config: Config, model_config: PretrainedConfig, anatomy: Anat
 def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
     options = {"trust_remote_code": config.model.trust_remote_code}
     try:
-        new_slice(model.config, anatomy, Span(0, anatomy.num_layers), seed=0, **options)
+        check_set(new_slice(model.config, anatomy, Span(0, anatomy.num_layers), seed=0, **options))
     except SliceError as error:
         return [str(error)]
     return []

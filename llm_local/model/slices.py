@@ -108,7 +108,7 @@ def new_slice(
 
     head_of: layers below a slice that is a block's head; its weights depend on that number and on nothing else.
     output_of: layers below the head that the output matrix is to equal, where that is another one.
-    Raises SliceError if the model class leaves a parameter unset.
+    What the model class leaves unset is NaN (check_set).
     """
     model = model_without_weights(config, **model_args)
     border = prune(model, anatomy, span, has_head)
@@ -127,14 +127,18 @@ def new_slice(
                 module.apply(partial(initialise, owner))
             else:
                 initialise(owner, module)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return Slice(model, anatomy, span, has_head, border)
+
+
+def check_set(part: Slice) -> None:
+    """Raises SliceError if the class of a new model leaves some of its weights unset."""
+    tensors = [*part.model.named_parameters(), *part.model.named_buffers()]
     unset = [name for name, t in tensors if t.is_floating_point() and t.isnan().any()]
     if unset:
         raise SliceError(
-            f"model type {config.model_type!r} leaves {some_of(unset)} unset in a new model; "
+            f"model type {part.model.config.model_type!r} leaves {some_of(unset)} unset in a new model; "
             "start from a pretrained one (--model_name_or_path)"
         )
-    return Slice(model, anatomy, span, has_head, border)
 
 
 def try_slices(model: PreTrainedModel, anatomy: Anatomy) -> None:

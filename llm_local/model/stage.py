@@ -19,7 +19,7 @@ from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
 from llm_local.model.router_loss import Routers, want_none, wants_router_loss
-from llm_local.model.slices import Slice, new_slice
+from llm_local.model.slices import Slice, check_set, new_slice
 from llm_local.model.windows import cut, cut_inputs
 from llm_local.partition import Partition, Span
 
@@ -250,7 +250,12 @@ def build_blocks(
     stage: int,
     documents: DocumentMask | None = None,
 ) -> list[Block]:
-    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are."""
+    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are. Raises SliceError
+    where the class leaves weights of a new model unset."""
     numbers = partition.stages[stage]
     shared = (config, model_config, anatomy, partition)
-    return [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
+    blocks = [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
+    if not config.model.model_name_or_path:
+        for part in (part for block in blocks for part in (block.body, block.head)):
+            check_set(part)
+    return blocks
