@@ -74,8 +74,10 @@ def _accelerate_problems(config: Config, settings: Json) -> Iterator[str]:
         ("USE_FSDP", None, "--deepspeed configs/ds/zero3.json"),
         ("USE_MEGATRON_LM", None, "--num_stages"),
         ("DYNAMO_BACKEND", compiles, "--torch_compile true"),
-        ("GRADIENT_ACCUMULATION_STEPS", train.gradient_accumulation_steps, "--gradient_accumulation_steps {0}"),
     ]
+    if config.local.stage_replicas is None:  # else it is another number on each stage
+        steps = ("GRADIENT_ACCUMULATION_STEPS", train.gradient_accumulation_steps, "--gradient_accumulation_steps {0}")
+        wanted.append(steps)
     if asked.get("USE_DEEPSPEED") == "true":
         path = asked.get("DEEPSPEED_CONFIG_FILE", "none")
         if path != "none":

@@ -150,6 +150,11 @@ def test_what_accelerates_file_asks_for_is_not_passed_over(trainer: Trainer, mon
     assert said in problem
 
 
+def test_accelerates_micro_batches_are_of_equal_replicas(trainer: Trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    preflight(parse(trainer.flags("run", num_stages=2, stage_replicas="2,1")), 3)
+
+
 def train(arguments: list[str]) -> int:
     from torch._dynamo import config
 
