@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,12 +23,13 @@ import torch
 
 from llm_local.checkpoint.line import committed
 from llm_local.config import ConfigError
-from llm_local.files import write_json, write_whole, writing
+from llm_local.files import write_json, write_whole
 from llm_local.job_problems import not_listening
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
 from llm_local.jobs.channel import Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
+from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.hello import Terms
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog
@@ -278,27 +279,6 @@ class Job:
         with suppress(Exception):  # a full disk ends nothing here
             if self._world.place.rank == 0:
                 write_json(self._setup.config.output_dir / STATUS, self._known())
-
-
-class Fullness:
-    """Which steps and evaluations a replica has not sent, by the number of their first packet. A life that makes them
-    again leaves them out again: one replica of the next stage may have skipped them already, and another one not."""
-
-    def __init__(self, logs: Mapping[int, PacketLog], path: Path):
-        self._logs = [*logs.values()]
-        self._path = path
-        self._known = set(map(int, path.read_text().split())) if path.exists() else set()
-
-    def is_full(self, number: int, num_bytes: int) -> bool:
-        """Whether so many bytes have no room in one of the logs, or were left out before."""
-        return number in self._known or not all(log.has_room(num_bytes) for log in self._logs)
-
-    def remember(self, number: int) -> None:
-        """Raises Unwritten."""
-        if number not in self._known:
-            self._known.add(number)
-            with writing(self._path), self._path.open("a") as file:
-                file.write(f"{number}\n")
 
 
 def address_of(send_to: str, replica: int, num_replicas: int) -> Address:

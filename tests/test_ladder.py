@@ -18,7 +18,7 @@ trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
 owner device launch trace stopping watchdog rendezvous world
 links: packet wire message link transports dealt ends
-jobs: segment packet_log positions key frames hello ways channel ends
+jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
 model: router_loss document_mask distillation
 model.heads: head decoder linear shared

@@ -14,7 +14,7 @@ from launching import until
 from test_stages_alone import LONG, SECONDS, Launch, status, until_saved
 
 from llm_local.files import Unwritten
-from llm_local.job import Fullness
+from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.packet_log import PacketLog
 
 
