@@ -95,15 +95,16 @@ def _break(scene: Scene, stage: Stage, how: Callable[[Relay], None]) -> Blow:
 
 
 def tear_log(scene: Scene, stage: Stage) -> Blow:
-    """While the next stage has not saved all of it; those before may have to make its packets again, and start, too."""
+    """While the next stage has not saved all of it; those before may have to make its packets again, and start, too.
+    Not where their checkpoints do not reach back so far, which a job says and ends."""
     stage = scene.stages[min(stage.number, len(scene.stages) - 2)]
     before = scene.stages[: stage.number + 1]
-    if any(each.is_done or len(each.checkpoints()) < 3 for each in before):
+    if any(each.is_done for each in before) or not _can_be_made_again(scene, stage):
         return kill_job(scene, next(each for each in scene.stages if not each.is_done))
     share = scene.random.choice([0.0, scene.random.random()])
 
     def tear() -> None:
-        if not any(each.is_done for each in before) and stage.logs():
+        if not any(each.is_done for each in before) and stage.logs() and _can_be_made_again(scene, stage):
             os.truncate(stage.logs()[-1], int(share * stage.logs()[-1].stat().st_size))
             for each in before:
                 each.hit_at = time.time()
@@ -116,6 +117,17 @@ def tear_log(scene: Scene, stage: Stage) -> Blow:
     seconds = scene.random.uniform(2, 5)
     detail = f"{share:.2f} of the newest file left, after {seconds:.1f} s without the next stage"
     return Blow(stage, detail, seconds, tear, before)
+
+
+def _can_be_made_again(scene: Scene, stage: Stage) -> bool:
+    """Whether it has a checkpoint from before what the next stage has saved, and so on down to the first."""
+    needed = max(scene.stages[stage.number + 1].saved_steps(), default=0)
+    for each in reversed(scene.stages[: stage.number + 1]):
+        steps = [step for step in each.saved_steps()[3:] if step <= needed]  # the oldest may go at any moment
+        if not steps:
+            return False
+        needed = max(steps)
+    return True
 
 
 def fill_disk(scene: Scene, stage: Stage) -> Blow:

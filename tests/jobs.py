@@ -206,8 +206,9 @@ class Stage:
                 rank.kill()
         self.process.wait()
 
-    def checkpoints(self) -> list[Path]:
-        return sorted(self.output.glob("checkpoints/step-*/manifest.json"))
+    def saved_steps(self) -> list[int]:
+        """Of its checkpoints, the oldest first."""
+        return sorted(int(path.parent.name[5:]) for path in self.output.glob("checkpoints/step-*/manifest.json"))
 
     def logs(self) -> list[Path]:
         """The segments of what it keeps for the next stage, the newest last."""
