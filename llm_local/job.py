@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.line import committed
 from llm_local.config import ConfigError
 from llm_local.files import write_json, write_whole
@@ -45,6 +46,7 @@ from llm_local.setup import Setup
 from llm_local.world import World
 
 FINISHED = "finished"  # of a log: the stage behind needs nothing more
+RESCUE = "rescue"  # of a beat: the packet from which on a stage may want all again
 STATUS_SECONDS = 1.0
 _SMALL = 1 << 20  # of a packet, beside its tensors
 
@@ -210,6 +212,18 @@ class Job:
         received, sent = (next((end.number for end in ends), 0) for ends in (self._receivers, self._senders))
         return Positions(received, sent, refreshed, evaluated, self.num_skipped)
 
+    def rescue(self) -> Path | None:
+        """The newest checkpoint from before what the next stage may want again, which it tells; else the oldest."""
+        line, stage = committed(self._setup.config.output_dir), self._world.place.stage
+        for path in reversed(line):
+            if all(positions_at(path, stage).sent <= self._wanted(peer) for peer in self._behind):
+                return path
+        return line[0] if line else None
+
+    def _wanted(self, peer: int) -> int:
+        told, durable = self._behind[peer].neighbour.get(RESCUE), self._logs[peer].durable
+        return min(told, durable) if isinstance(told, int) else 0
+
     def persist(self, positions: Positions) -> None:
         """Forces to disk what was sent until there, as a checkpoint of it is to be committed. Raises Unwritten."""
         for log in self._logs.values():
@@ -258,7 +272,11 @@ class Job:
         }
 
     def _beat(self) -> dict[str, Any]:
-        return {"stages": self._known()}
+        told: dict[str, Any] = {"stages": self._known()}
+        with suppress(BrokenCheckpoint):  # it is being removed
+            if (rescue := self.rescue()) is not None:
+                told[RESCUE] = positions_at(rescue, self._world.place.stage).received
+        return told
 
     def _known(self) -> dict[str, Any]:
         """What is known of all stages, by their number: the neighbours tell of those beyond."""

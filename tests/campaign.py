@@ -128,7 +128,7 @@ class Campaign:
         ports = free_ports(sum(self.replicas))
         links, stages = [], []
         for stage in range(NUM_STAGES):
-            own = ["--stage", str(stage), "--run_key_file", str(key), "--save_steps", "10", "--save_total_limit", "20"]
+            own = ["--stage", str(stage), "--run_key_file", str(key), "--save_steps", "10", "--save_total_limit", "3"]
             own += ["--resume_from_checkpoint", "auto", "--output_dir", str(self.folder / "jobs")]
             if stage > 0:
                 own += ["--receive_on", f"127.0.0.1:{ports[sum(self.replicas[:stage])]}"]

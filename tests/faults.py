@@ -96,7 +96,7 @@ def _break(scene: Scene, stage: Stage, how: Callable[[Relay], None]) -> Blow:
 
 def tear_log(scene: Scene, stage: Stage) -> Blow:
     """While the next stage has not saved all of it; those before may have to make its packets again, and start, too.
-    Not where their checkpoints do not reach back so far, which a job says and ends."""
+    Not where their checkpoints do not reach back so far yet, which a job says and ends."""
     stage = scene.stages[min(stage.number, len(scene.stages) - 2)]
     before = scene.stages[: stage.number + 1]
     if any(each.is_done for each in before) or not _can_be_made_again(scene, stage):
@@ -123,7 +123,7 @@ def _can_be_made_again(scene: Scene, stage: Stage) -> bool:
     """Whether it has a checkpoint from before what the next stage has saved, and so on down to the first."""
     needed = max(scene.stages[stage.number + 1].saved_steps(), default=0)
     for each in reversed(scene.stages[: stage.number + 1]):
-        steps = [step for step in each.saved_steps()[3:] if step <= needed]  # the oldest may go at any moment
+        steps = [step for step in each.saved_steps() if step <= needed]
         if not steps:
             return False
         needed = max(steps)

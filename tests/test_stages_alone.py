@@ -127,6 +127,29 @@ def test_replicas_that_meet_rarely_come_back_as_they_were(trainer: Trainer):
     same_model(folder / "export", one / "export")
 
 
+def test_a_torn_log_is_made_again_though_few_checkpoints_are_kept(trainer: Trainer):
+    """The next stage is stopped meanwhile: it has saved once, what it wants is older than two checkpoints."""
+    settings = {"num_stages": 2, **LONG, "max_steps": 80}
+    one = trainer.run("one", 2, **settings)
+    flags = trainer.flags("jobs", **settings)
+    folders = [trainer.folder / "jobs" / f"stage-{stage:02d}" for stage in range(2)]
+    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+        until_saved(folders[1], up)
+        stopped = status(folders[1], 1)["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        until(lambda: status(folders[0], 0).get("step", 0) >= 75, SECONDS, lambda: up.text)
+        kill_rank(folders[0], 0)
+        for path in folders[0].glob("log/*/*.packets"):
+            os.truncate(path, 0)
+        until(lambda: status(folders[0], 0).get("life") == 2, SECONDS, lambda: up.text)
+        os.kill(stopped, signal.SIGCONT)
+        up.ends_well()
+    assert "the log lacks packets from before step-" in up.text
+    assert [status(folders[stage], stage)["life"] for stage in range(2)] == [2, 1]
+    for stage in range(2):
+        assert trained(folders[stage], stage) == trained(one, stage)
+
+
 def test_two_under_torchrun_as_the_example_has_it(trainer: Trainer):
     """The first is killed; matrices of a shared head go back to it."""
     settings = {"num_stages": 2, **LONG, "head": "shared", "head_refresh_steps": 3}

@@ -168,7 +168,9 @@ class Saver:
             path, key = root / MANIFEST, f"committed/{manifest.step}"
             if self._store.add(f"saved/{manifest.step}", 1) == self._world.place.world_size:
                 _commit(path, manifest)
-                _remove_old(root, self._limit, self._best())
+                best = self._best()
+                kept = None if best is None else checkpoint_of(self._folder.parent, best)
+                _remove_old(root, self._limit, kept, self._job.rescue() if self._job is not None else None)
                 self._store.set(key, "1")
             if self._job is not None and positions is not None:
                 fetch(self._store, key, self._world.timeout_seconds, f"the others to save step {manifest.step}")
@@ -255,11 +257,11 @@ def _to_disk(path: Path) -> None:
     os.close(descriptor)
 
 
-def _remove_old(newest: Path, limit: int | None, best: int | None) -> None:
-    """Keeps the newest, which has just been written, those before it up to the limit, and the best."""
+def _remove_old(newest: Path, limit: int | None, *kept: Path | None) -> None:
+    """Keeps the newest, which has just been written, those before it up to the limit, and these."""
     line = [path for path in committed(newest.parent.parent) if path.name <= newest.name]
     for old in line[: -limit if limit else 0]:
-        if best is not None and old == checkpoint_of(newest.parent.parent, best):
+        if old in kept:
             continue
         (old / MANIFEST).unlink()  # first, so that a half-removed checkpoint is not one
         shutil.rmtree(old)

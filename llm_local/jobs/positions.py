@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 NOTE = "links.json"  # of a checkpoint's stage
@@ -29,6 +30,10 @@ class Neighbourhood(Protocol):
     @property
     def run(self) -> str:
         """The run's identity."""
+        ...
+
+    def rescue(self) -> Path | None:
+        """The checkpoint from which all can be made again that the neighbours may want, should a log be lost."""
         ...
 
     def persist(self, positions: Positions) -> None:
