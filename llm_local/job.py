@@ -215,10 +215,11 @@ class Job:
     def rescue(self) -> Path | None:
         """The newest checkpoint from before what the next stage may want again, which it tells; else the oldest."""
         line, stage = committed(self._setup.config.output_dir), self._world.place.stage
-        for path in reversed(line):
-            if all(positions_at(path, stage).sent <= self._wanted(peer) for peer in self._behind):
-                return path
-        return line[0] if line else None
+        if not line or not self._behind:
+            return line[-1] if line else None
+        wanted = min(map(self._wanted, self._behind))  # 0 of one that has told nothing yet: no file is read for it
+        older = (path for path in reversed(line) if positions_at(path, stage).sent <= wanted) if wanted else ()
+        return next(iter(older), line[0])
 
     def _wanted(self, peer: int) -> int:
         told, durable = self._behind[peer].neighbour.get(RESCUE), self._logs[peer].durable

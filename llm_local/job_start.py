@@ -37,7 +37,6 @@ from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positi
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
 from llm_local.links.wire import expected
-from llm_local.replicas import replicas_of
 from llm_local.setup import Setup
 from llm_local.watchdog import LostPeer
 from llm_local.world import Place
@@ -171,7 +170,7 @@ def identified(setup: Setup, world_size: int) -> Setup:
     before tells. Raises ConfigError where that one is of something else, or the log is too small, and LostPeer where it
     is away for too long.
     """
-    place = Place(0, replicas_of(setup.config, world_size), setup.config.local.stage)
+    place = Place.of(0, setup.config, world_size)
     known = identity_of(setup.config)
     goes_on = setup.checkpoint or (setup.config.train.resume_from_checkpoint or "false").lower() != "false"
     if known and goes_on:

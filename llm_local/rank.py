@@ -39,7 +39,7 @@ from llm_local.owner import claim_folder
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
 from llm_local.rendezvous import Rendezvous, fetch_setup
-from llm_local.replicas import replicas_of, replicas_text
+from llm_local.replicas import replicas_text
 from llm_local.run_trace import begin_trace
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
@@ -132,7 +132,7 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
 
 
 def _log_news(setup: Setup, launch: Launch) -> tuple[str, ...]:
-    place = Place(0, replicas_of(setup.config, launch.world_size), setup.config.local.stage)
+    place = Place.of(0, setup.config, launch.world_size)
     return () if place.is_last_stage else (f"the log for the next stage needs {log_need(setup, place)[1]}",)
 
 
@@ -154,7 +154,7 @@ def build(
     setup = replace(setup, config=replace(setup.config, rows=config.rows))
     config = setup.config
     startup = float(config.train.ddp_timeout)
-    place = Place(launch.rank, replicas_of(config, launch.world_size), config.local.stage)
+    place = Place.of(launch.rank, config, launch.world_size)
     world = connect(launch, place, store, watchdog, startup, config.local.link_timeout_seconds)
     join_stage(world, config.is_pipelined, config.local.replica_sync_steps)
     layout = layout_of(config, setup.partition, place.replicas, setup.model_config())

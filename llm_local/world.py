@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_local.config import Config
 from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
 from llm_local.launch import Launch
 from llm_local.rendezvous import fetch
-from llm_local.replicas import Dealing, share
+from llm_local.replicas import Dealing, replicas_of, share
 from llm_local.watchdog import Peer, Watchdog, decode, encode
 
 
@@ -30,6 +31,11 @@ class Place:
     rank: int
     replicas: tuple[int, ...]
     job: int | None = None
+
+    @staticmethod
+    def of(rank: int, config: Config, world_size: int) -> Place:
+        """Of a rank of a launch with so many."""
+        return Place(rank, replicas_of(config, world_size), config.local.stage)
 
     @property
     def num_stages(self) -> int:
