@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from llm_local.config import Config
+from llm_local.plan.layouts import Planner
+from llm_local.plan.machine import Machine
+from llm_local.plan.model import read_model
 
 # wide enough that a head is 1/8 of the eight layers
 MODEL = {
@@ -26,3 +32,15 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "model.json"
     path.write_text(json.dumps(MODEL))
     return path
+
+
+def planner_of(model: Path, machine: Machine, rows: int) -> Planner:
+    """In bf16, at 1024 positions, of so many rows on each device."""
+    base = Config()
+    config = replace(
+        base,
+        model=replace(base.model, config_name=str(model)),
+        data=replace(base.data, seq_length=1024),
+        train=replace(base.train, bf16=True, per_device_train_batch_size=rows),
+    )
+    return Planner(*read_model(config.model), machine, config, rows=machine.devices * rows)

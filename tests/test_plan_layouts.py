@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planning import planner_of
 
-from llm_local.config import Config
 from llm_local.costs import Setting, Shape, count_flops, count_passes
 from llm_local.partition import Span
 from llm_local.plan.layouts import Outcome, Planner, fastest
 from llm_local.plan.machine import Machine
 from llm_local.plan.memory import ModelSizes
-from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, verdict
 from llm_local.plan.stages import PEER_METHODS, Candidate
 from llm_local.plan.times import Link
@@ -32,14 +31,7 @@ MACHINE = Machine(
 
 @pytest.fixture
 def planner(model: Path) -> Planner:
-    base = Config()
-    config = replace(
-        base,
-        model=replace(base.model, config_name=str(model)),
-        data=replace(base.data, seq_length=1024),
-        train=replace(base.train, bf16=True, per_device_train_batch_size=4),
-    )
-    return Planner(*read_model(config.model), MACHINE, config, rows=8 * 4)
+    return planner_of(model, MACHINE, rows=4)
 
 
 def made(planner: Planner, **changes: Any) -> Planner:

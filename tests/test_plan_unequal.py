@@ -9,14 +9,13 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
-from planning import MODEL
+from planning import MODEL, planner_of
 
 from llm_local.commands import plan as command
-from llm_local.config import Config, parse
+from llm_local.config import parse
 from llm_local.partition import Costs, make_partition
 from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.machine import Group, Machine, hosts_of, of_each
-from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, flags
 from llm_local.plan.search import search
 from llm_local.plan.splits import MOST_SPLITS, splits
@@ -42,14 +41,7 @@ def planner(tmp_path: Path) -> Planner:
     """Of a model whose heads are light beside its 24 layers."""
     path = tmp_path / "deep.json"
     path.write_text(json.dumps({**MODEL, "num_hidden_layers": 24}))
-    base = Config()
-    config = replace(
-        base,
-        model=replace(base.model, config_name=str(path)),
-        data=replace(base.data, seq_length=1024),
-        train=replace(base.train, bf16=True, per_device_train_batch_size=8),
-    )
-    return Planner(*read_model(config.model), MACHINE, config, rows=6 * 8)
+    return planner_of(path, MACHINE, rows=8)
 
 
 def find(planner: Planner, *replicas: str, methods: tuple[str, ...] = ("chunked",), top: int = 50) -> Plan:
