@@ -61,12 +61,12 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     launch of its own."""
     config, place = setup.config, world.place
     startup, model_config = float(config.train.ddp_timeout), setup.model_config()
-    text, cpu = text_config(model_config), world.device.type == "cpu"
+    text = text_config(model_config)
     of_engine = of_stage(config, place.replicas, place.stage)
     name = f"stage-{place.stage:02d}"
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
-        settings = resolve(of_engine, place.num_replicas, text, cpu, name if place.is_recorder else None)
+        settings = resolve(of_engine, place.num_replicas, text, name if place.is_recorder else None)
         model = (model_config, setup.anatomy, setup.partition)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
@@ -74,7 +74,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
-        settings = resolve(of_engine, config.engine_ranks(place.num_replicas), text, cpu, monitor)
+        settings = resolve(of_engine, config.engine_ranks(place.num_replicas), text, monitor)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             engines.append(make_block_engine(config, block, settings))
     world.everybody("ready", startup, "all stages to be built")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +17,8 @@ import torch
 from llm_local.adapters.torch_internals import has_cpp_compiler, has_triton
 from llm_local.owner import machine
 
+_RDMA = Path("/sys/class/infiniband")
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")  # DeepSpeed wants the second to equal the first
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,10 +39,36 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device(name, index)
 
 
-def device_identity(device: torch.device) -> str:
-    """Names the device across hosts; equal for two ranks that share one."""
-    properties = None if device.type == "cpu" else torch.get_device_module(device).get_device_properties(device)
-    return identity(device, properties, machine())
+def tell_deepspeed(device: torch.device) -> None:
+    """Sets the variables from which DeepSpeed takes a device's index: it is not the rank's number on its host where
+    ranks share a GPU, or each sees only its own. runtime/engine.py, zero/partition_parameters.py"""
+    if device.type != "cpu":
+        names = [name for name in _LOCAL_RANKS if name == _LOCAL_RANKS[0] or name in os.environ]
+        os.environ.update(dict.fromkeys(names, str(device.index)))
+
+
+@dataclass(frozen=True)
+class DeviceName:
+    """A rank's device, as the others know it. identity: equal for two ranks that share one, on whatever host.
+    has_rdma: whether network cards of its host read memory by themselves."""
+
+    kind: str
+    identity: str
+    machine: str
+    has_rdma: bool
+
+    @staticmethod
+    def of(device: torch.device) -> DeviceName:
+        properties = None if device.type == "cpu" else torch.get_device_module(device).get_device_properties(device)
+        has_rdma = _RDMA.is_dir() and any(_RDMA.iterdir())
+        return DeviceName(device.type, identity(device, properties, machine()), machine(), has_rdma)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> DeviceName:
+        return DeviceName(**json.loads(text))
 
 
 def identity(device: torch.device, properties: Any, machine: str) -> str:
@@ -95,16 +128,56 @@ def peak_memory_bytes(device: torch.device) -> int:
     return _accelerator().max_memory_allocated(device.index)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        _accelerator().synchronize(device.index)
-
-
 def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)  # seeds every device's generator as well
 
 
+def is_queued(device: torch.device) -> bool:
+    """Whether what is called for the device is done later."""
+    accelerator = _accelerator()
+    return device.type == accelerator.device_name() and not accelerator.is_synchronized_device()
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """What waits for all that this thread has queued on the device so far."""
+    accelerator = _accelerator()
+    event = accelerator.Event()
+    event.record(accelerator.current_stream(device.index))
+    return event.synchronize
+
+
 def finish_queued_work(device: torch.device) -> None:
     """Waits for what this thread has queued on the device. Not for other streams: a send there waits for its peer."""
-    if device.type != "cpu":
-        _accelerator().current_stream(device.index).synchronize()
+    if is_queued(device):
+        mark(device)()
+
+
+class SideStream:
+    """A stream beside the one that computes; nothing on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream: Any = _accelerator().Stream(device=device) if is_queued(device) else None
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What this thread queues within the block is queued here, and done at its end."""
+        if self._stream is None:
+            yield
+            return
+        accelerator = _accelerator()
+        accelerator.set_device(self._device.index)  # a new thread's is the first one, where it would take memory
+        with accelerator.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+
+def host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """(num_bytes,) uint8, which copies from and to the device do not wait for."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
+
+
+def use_here(tensor: torch.Tensor) -> None:
+    """Keeps a tensor that a side stream has made, and is done with, until this thread's stream has used it."""
+    if tensor.device.type != "cpu":
+        tensor.record_stream(_accelerator().current_stream(tensor.device.index))

@@ -28,7 +28,7 @@ def load_json(config: Config) -> Json:
     if config.deepspeed_json is not None:
         return copy.deepcopy(config.deepspeed_json)
     if config.train.deepspeed is None:
-        return {}
+        return _with_loss_scale(config, {})
     path = Path(config.train.deepspeed)
     try:
         loaded = json.loads(path.read_text())
@@ -43,14 +43,22 @@ def load_json(config: Config) -> Json:
             raise ConfigError([f"deepspeed={path}: {name} is {loaded[name]!r}, not a section {{...}}"])
     if "bfloat16" in loaded:  # DeepSpeed's older name
         loaded.setdefault("bf16", loaded.pop("bfloat16"))
-    return loaded
+    return _with_loss_scale(config, loaded)
+
+
+def _with_loss_scale(config: Config, settings: Json) -> Json:
+    """With fp16 ZeRO-1 where no stage is named: DeepSpeed divides gradients by the loss scale at any stage, and
+    multiplies the loss under ZeRO alone. runtime/engine.py, DeepSpeedEngine.backward"""
+    if config.train.fp16:
+        settings.setdefault("zero_optimization", {}).setdefault("stage", 1)
+    return settings
 
 
 def zero_stage(settings: Json) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-def resolve(config: Config, num_replicas: int, model_config: Any, cpu: bool, monitor: str | None = None) -> Json:
+def resolve(config: Config, num_replicas: int, model_config: Any, monitor: str | None = None) -> Json:
     """The settings of one engine in a data-parallel world of num_replicas.
 
     monitor: job name under which DeepSpeed's monitors write; None turns them off (one engine of a stage writes).
@@ -83,7 +91,7 @@ def resolve(config: Config, num_replicas: int, model_config: Any, cpu: bool, mon
     left = list(_autos(settings, ""))
     if left:
         raise ConfigError([f"{train.deepspeed}: {name} is 'auto', but no flag has its value" for name in left])
-    return _own_settings(config, settings, cpu, monitor)
+    return _own_settings(config, settings, monitor)
 
 
 def _leave_to_the_flags(config: Config, settings: Json) -> None:
@@ -112,7 +120,7 @@ def _repair(line: str) -> str:
     return "write 'auto' there" + "".join(f", or give the flag ({flag})" for flag in flags)
 
 
-def _own_settings(config: Config, settings: Json, cpu: bool, monitor: str | None) -> Json:
+def _own_settings(config: Config, settings: Json, monitor: str | None) -> Json:
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {"stage": 0})
     if not config.is_pipelined:
@@ -120,10 +128,10 @@ def _own_settings(config: Config, settings: Json, cpu: bool, monitor: str | None
         settings["managed_gradient_accumulation"] = False
         if zero_stage(settings) != 2:
             zero["overlap_comm"] = False
-    # torch's own AdamW: offloading would else compile DeepSpeed's, which also does not resume bit for bit
+    # torch's own AdamW: DeepSpeed's compile for minutes, and do not resume bit for bit
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     optimizer = settings.get("optimizer", {})
-    if cpu and optimizer.get("type", "").lower() in ("adam", "adamw", "muon"):
+    if optimizer.get("type", "").lower() in ("adam", "adamw", "muon"):
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     for name, section in REPORTERS.items():
         if name in config.reporters:

@@ -37,13 +37,18 @@ UNUSED = {
 def deepspeed_problems(config: Config, num_replicas: int) -> list[str]:
     """What is wrong with the JSON itself and with its combination with the flags."""
     try:
-        settings = resolve(config, num_replicas, model_config=SimpleNamespace(hidden_size=64), cpu=True)
+        settings = resolve(config, num_replicas, model_config=SimpleNamespace(hidden_size=64))
     except ConfigError as error:
         return error.problems
     problems = []
     stage = zero_stage(settings)
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage} in {config.train.deepspeed}; DeepSpeed has 0, 1, 2 and 3")
+    if config.train.fp16 and stage == 0:
+        problems.append(
+            f"zero_optimization.stage=0 in {config.train.deepspeed} with fp16 would train nothing, as DeepSpeed scales "
+            "the loss under ZeRO alone; use stage 1"
+        )
     offloads = "offload_optimizer" in settings["zero_optimization"]
     problems += config.method.zero_problems(config.local, stage, offloads)
     theirs = [name for name in ("optimizer", "scheduler") if name in settings]

@@ -198,13 +198,14 @@ class LocalEngine:
         self._enter(buffer_id, self.links.receiver.receive(self._kind, self._step, self._num_entered))
 
     def _enter(self, buffer_id: int, packet: Packet) -> None:
-        hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device)
+        hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device, non_blocking=True)
         self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden)
         self._num_entered += 1
         self._tokens += packet.num_tokens
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.engines[0].device) for name, tensor in packet.integer_parts().items()}
+        device = self.engines[0].device
+        return {name: part.to(device, non_blocking=True) for name, part in packet.integer_parts().items()}
 
     def _exec_forward(
         self,
@@ -276,7 +277,7 @@ class LocalEngine:
     def _divergence(self, batch: _MicroBatch, block: int) -> torch.Tensor:
         """From the next block's soft targets, weighted."""
         normed, targets, mask = batch.normed.pop(block), batch.from_above.pop(block), batch.packet.attention_mask
-        mask = None if mask is None else mask.to(normed.device)
+        mask = None if mask is None else mask.to(normed.device, non_blocking=True)
         weight = self._distillation.weight * batch.packet.weight
         return weight * distillation_loss(self.blocks[block].head, normed, targets, mask)
 
@@ -291,7 +292,7 @@ class LocalEngine:
         batch = self._buffers[buffer_id]
         gradient = self.links.gradient_receiver.receive(GRADIENT, self._step, batch.index).hidden
         assert gradient is not None
-        batch.from_above[len(self.engines) - 1] = gradient.to(self.engines[-1].device)
+        batch.from_above[len(self.engines) - 1] = gradient.to(self.engines[-1].device, non_blocking=True)
 
     def _exec_reduce(self) -> None:
         """DeepSpeed reduces in backward() (ZeRO 2, 3) or in step() (ZeRO 0, 1): nothing is left to do here."""
@@ -314,14 +315,15 @@ def skip_step(engines: Sequence[DeepSpeedEngine]) -> StepResult:
 
 
 def _gradient_of(engine: Any, leaf: torch.Tensor) -> torch.Tensor:
-    """What backward passes left on the leaf, without fp16's loss scale: each block's engine has its own."""
+    """What backward passes left on the leaf, without fp16's loss scale: each block's engine has its own. In float32
+    then, as fp16 has no numbers so small."""
     gradient, leaf.grad = leaf.grad, None
     assert gradient is not None
-    return gradient / engine.optimizer.loss_scale if engine.fp16_enabled() else gradient
+    return gradient.float() / engine.optimizer.loss_scale if engine.fp16_enabled() else gradient
 
 
 def _continue_backward(
     engine: Any, output: torch.Tensor, gradient: torch.Tensor, loss: torch.Tensor | float = 0.0
 ) -> None:
     """A backward pass from the gradient of an output, and from a loss beside it, as the scalar that DeepSpeed wants."""
-    engine.backward((output * gradient.to(output)).sum() + loss, scale_wrt_gas=False)
+    engine.backward((output * gradient.to(output.device)).sum() + loss, scale_wrt_gas=False)

@@ -18,6 +18,7 @@ from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_s
 from llm_local.checkpoint.line import after_restart
 from llm_local.checkpoint.loader import load_shared_head, take_up
 from llm_local.checkpoint.saver import Saver
+from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs
 from llm_local.checks.preflight import open_output, preflight
 from llm_local.config import Config, ConfigError
@@ -26,6 +27,7 @@ from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
+from llm_local.device import is_queued
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
 from llm_local.job import Job
@@ -44,7 +46,7 @@ from llm_local.run_trace import begin_trace
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.watchdog import Watchdog
-from llm_local.world import Place, World, connect, join_stage
+from llm_local.world import Place, World, announce_device, connect, device_names, join_stage
 
 
 @dataclass
@@ -116,6 +118,8 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = with_epochs(config, launch.world_size)
         setup = replace(preflight(config, launch.world_size), given=given)
+        if meeting is not None:
+            setup = _with_devices(setup, launch, meeting)
         with nullcontext() if meeting is None else meeting.kept_waiting():
             tokenizer, data = load_tokenizer(setup.config), None
             if config.reads_data:
@@ -129,6 +133,17 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
             write_identity(setup)
             news += _log_news(setup, launch)
     return Start(setup, tokenizer, data, news, folder)
+
+
+def _with_devices(setup: Setup, launch: Launch, meeting: Rendezvous) -> Setup:
+    """With what there is to say of the ranks' GPUs. Raises ConfigError where these ranks cannot train on them."""
+    if not is_queued(announce_device(launch, meeting.store())):
+        return setup
+    names = device_names(meeting.store(), launch.world_size, float(setup.config.train.ddp_timeout))
+    place = Place.of(0, setup.config, launch.world_size)
+    if problems := device_problems(setup.config, place, names):
+        raise ConfigError(problems)
+    return replace(setup, warnings=setup.warnings + device_warnings(place, names))
 
 
 def _log_news(setup: Setup, launch: Launch) -> tuple[str, ...]:
@@ -147,6 +162,7 @@ def build(
     startup = float(config.train.ddp_timeout)
     meeting = meeting or Rendezvous(launch, str(config.output_dir), startup)
     store = meeting.store()
+    announce_device(launch, store)
     if start is not None:
         meeting.publish(start.setup.to_json())
     setup = Setup.from_json(fetch_setup(store, startup, config.local.link_timeout_seconds))

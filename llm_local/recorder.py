@@ -11,7 +11,7 @@ import torch
 from llm_local.checkpoint.catalog import Layout
 from llm_local.checkpoint.saver import Saver
 from llm_local.config import Config
-from llm_local.device import peak_memory_bytes, synchronize
+from llm_local.device import finish_queued_work, peak_memory_bytes
 from llm_local.engine import StepResult
 from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
@@ -61,10 +61,12 @@ class Recorder:
         self._metrics = metrics
         self._progress = progress
         self._before = self._read()
+        self._begun = world.clock.here()
 
     def begin(self) -> None:
-        """A step begins."""
+        """A step begins; on the device when what is queued before it is done."""
         self._before = self._read()
+        self._begun = self._world.clock.here()
 
     def end(self, tokens: int) -> None:
         """A step has ended, recorded or not; tokens: of all replicas, known where the progress is shown."""
@@ -73,8 +75,9 @@ class Recorder:
     def record(self, step: int, result: StepResult) -> Record | None:
         """The step's record, means and sums over the replicas, written on the stage's first replica; None on others.
         Every replica must call."""
-        synchronize(self._world.device)
-        mine = self._read().since(self._before)
+        finish_queued_work(self._world.device)
+        _, *moved = self._read().since(self._before)
+        mine = [time.perf_counter() - self._begun.result(), *moved]
         others = [self._outer.take_sent_bytes() if self._outer else 0, total_norm(result.grad_norms), result.tokens]
         values = torch.tensor([*result.losses.tolist(), *mine, *map(float, others)], dtype=torch.float64)
         *means, sent_each, norm, tokens_each = self._world.mean_over_replicas(values).tolist()

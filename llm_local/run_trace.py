@@ -32,7 +32,7 @@ def begin_trace(config: Config, world: World, engine: Engine, links: Links) -> T
         num_replicas=place.num_replicas,
         method=config.local.method,
         max_packets_in_flight=None if config.is_pipelined else config.local.max_packets_in_flight,
-        device=world.device_ids[place.rank],
+        device=world.device_names[place.rank].identity,
     )
     on_a_cpu = world.device.type == "cpu"
     tracer = Tracer(config.output_dir, header, None if on_a_cpu else partial(finish_queued_work, world.device))

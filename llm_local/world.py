@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_local.aside import DeviceClock
 from llm_local.config import Config
-from llm_local.device import collective_backend, device_identity, local_device, prepare_cpu
+from llm_local.device import DeviceName, collective_backend, local_device, prepare_cpu, tell_deepspeed
 from llm_local.launch import Launch
 from llm_local.rendezvous import fetch
 from llm_local.replicas import Dealing, replicas_of, share
@@ -107,7 +108,8 @@ class World:
         self.watchdog = watchdog
         self.timeout_seconds = timeout_seconds
         self.peers: list[Peer] = []
-        self.device_ids: list[str] = []
+        self.device_names: list[DeviceName] = []
+        self.clock = DeviceClock(device)
         self.replicas: Any = None  # this stage's group where it is not the default one
         self.is_apart = False
 
@@ -167,22 +169,34 @@ class World:
         self.watchdog.done()
 
 
+def announce_device(launch: Launch, store: Any) -> torch.device:
+    """Tells the others the device of this rank, which may do so again, and makes it the current one."""
+    device = local_device(launch.local_rank)
+    store.set(f"device/{launch.rank}", DeviceName.of(device).to_json())
+    return device
+
+
+def device_names(store: Any, world_size: int, seconds: float) -> list[DeviceName]:
+    """Those of all ranks, once they have told them. Raises LostPeer naming who has not."""
+    ranks = range(world_size)
+    return [DeviceName.from_json(fetch(store, f"device/{rank}", seconds, f"rank {rank} to start")) for rank in ranks]
+
+
 def connect(
     launch: Launch, place: Place, store: Any, watchdog: Watchdog, startup_seconds: float, link_seconds: float
 ) -> World:
-    """Makes the stage's process group and learns who the peers are. Every rank must call.
+    """Learns who the peers are and what they have. Every rank must call.
 
     startup_seconds bounds the wait for slow starters, link_seconds every later wait inside the stage.
     """
-    device = local_device(launch.local_rank)
+    device = announce_device(launch, store)
     prepare_cpu(device, launch.local_world_size)
     world = World(place, device, store, watchdog, link_seconds)
     me = Peer.me(place.rank, place.stage, place.replica, place.num_stages)
     world.publish(f"peer/{place.rank}", encode(me))
-    world.publish(f"device/{place.rank}", device_identity(device))
     for rank in range(place.world_size):
         world.peers.append(decode(world.fetch(f"peer/{rank}", startup_seconds, f"rank {rank} to start")))
-        world.device_ids.append(world.fetch(f"device/{rank}", startup_seconds, f"rank {rank} to start"))
+    world.device_names = device_names(store, place.world_size, startup_seconds)
     linked = [place.rank_of(k, r) for k in place.neighbours for r in place.dealing(k).peers]
     watchdog.watch(me, linked, world.peers, store.clone(), link_seconds)
     return world
@@ -213,6 +227,7 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
         world.replicas = groups[place.stage]
     # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    tell_deepspeed(world.device)
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)

@@ -32,4 +32,4 @@ def tiny_engine(settings: dict[str, Any], **flags: Any) -> BlockEngine:
         path.write_text(json.dumps(settings))
         run = from_flat({"config_name": "x.json", "layers_per_block": 1, "deepspeed": str(path), **flags})
         block = build_block(run, config, probe(config, run.model), partition, 0)
-        return make_block_engine(run, block, resolve(run, 1, config, cpu=True))
+        return make_block_engine(run, block, resolve(run, 1, config))

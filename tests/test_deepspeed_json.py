@@ -109,7 +109,7 @@ def test_what_an_optimizer_leaves_out_is_the_flags(tmp_path: Path):
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(settings))
         config = from_flat({"config_name": "x.json", "deepspeed": str(path), **flags})
-        return resolve(config, 1, SimpleNamespace(hidden_size=8), cpu=False)[section]["params"]
+        return resolve(config, 1, SimpleNamespace(hidden_size=8))[section]["params"]
 
     ours = {"lr": 5e-4, "weight_decay": 0.3}
     assert params({"optimizer": {"type": "Adam"}}, "optimizer") == {**ours, "betas": [0.9, 0.95], "eps": 1e-8}

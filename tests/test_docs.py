@@ -134,7 +134,7 @@ def test_run_configs_are_free_of_problems(path: Path):
 def test_deepspeed_configs_resolve(path: Path, bf16: bool):
     base = Config()
     config = replace(base, train=replace(base.train, deepspeed=str(path), bf16=bf16, per_device_train_batch_size=3))
-    settings = resolve(config, num_replicas=2, model_config=LlamaConfig(hidden_size=64), cpu=True)
+    settings = resolve(config, num_replicas=2, model_config=LlamaConfig(hidden_size=64))
     assert "auto" not in str(settings)
     assert settings["bf16"]["enabled"] is bf16
     assert settings["train_micro_batch_size_per_gpu"] == 3

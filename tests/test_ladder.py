@@ -16,7 +16,7 @@ program ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
 trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
-owner device launch trace stopping watchdog rendezvous world
+owner device aside launch trace stopping watchdog rendezvous world
 links: packet wire message link transports dealt ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
@@ -31,7 +31,8 @@ checkpoint: shards catalog line saver loader
 export: masters model_folder stages parts model_card
 metrics progress evaluation setup
 timeline: measured chrome_trace replay picture
-checks: epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial preflight
+checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial
+checks: preflight
 job_status job_start job
 examine assembly outer_optimizer run_trace recorder rank best finish
 training_arguments callbacks run start train trainer

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from llm_local.device import device_identity, identity
+from llm_local.device import DeviceName, identity
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.launch import Launch
 from llm_local.links.ends import Receiver, Sender
@@ -155,41 +155,31 @@ def test_the_packets_in_flight_are_those_of_both_sides(max_in_flight: int):
 
 
 @pytest.mark.parametrize(
-    ("device", "mine", "theirs", "wanted"),
-    [
-        ("cpu", "a/cpu", "a/cpu", "gloo"),
-        ("cuda:0", "a/cuda:0", "a/cuda:1", "nccl"),
-        ("cuda:0", "a/cuda:0", "b/cuda:0", "nccl"),
-        ("cuda:0", "a/cuda:0", "a/cuda:0", "gloo"),
-    ],
-)
-def test_hidden_states_take_nccl_between_two_gpus_and_gloo_elsewhere(device: str, mine: str, theirs: str, wanted: str):
-    assert transport(torch.device(device), mine, theirs) == wanted
-
-
-@pytest.mark.parametrize(
     ("mine", "theirs", "wanted"),
     [
-        # host and pid namespace, index, what the driver says
-        (("a", 0, "GPU-1"), ("a", 0, "GPU-2"), "nccl"),  # each rank has CUDA_VISIBLE_DEVICES of its own
-        (("a", 0, "GPU-1"), ("b", 0, "GPU-1"), "gloo"),  # two containers that were given one GPU
-        (("a", 0, "GPU-1"), ("b", 0, "GPU-2"), "nccl"),
-        (("a", 0, "GPU-1"), ("a", 1, "GPU-1"), "gloo"),
-        (("a", 0, None), ("a", 1, None), "nccl"),
-        (("a", 0, None), ("b", 0, None), "nccl"),
-        (("a", 0, None), ("a", 0, None), "gloo"),
+        # host and pid namespace, device, what the driver says, RDMA
+        (("a", "cpu", None, True), ("a", "cpu", None, True), "gloo"),
+        (("a", "cuda:0", "GPU-1", False), ("a", "cuda:0", "GPU-2", False), "nccl"),  # each rank sees its own GPU only
+        (("a", "cuda:0", "GPU-1", True), ("b", "cuda:0", "GPU-1", True), "gloo"),  # containers that were given one GPU
+        (("a", "cuda:0", "GPU-1", True), ("b", "cuda:0", "GPU-2", True), "nccl"),
+        (("a", "cuda:0", "GPU-1", True), ("b", "cuda:0", "GPU-2", False), "gloo"),
+        (("a", "cuda:0", "GPU-1", False), ("a", "cuda:1", "GPU-1", False), "gloo"),
+        (("a", "cuda:0", None, False), ("a", "cuda:1", None, False), "nccl"),
+        (("a", "cuda:0", None, True), ("b", "cuda:0", None, True), "nccl"),
+        (("a", "cuda:0", None, False), ("a", "cuda:0", None, False), "gloo"),
     ],
 )
-def test_a_gpu_is_known_by_its_own_number_wherever_it_is_seen(mine: tuple, theirs: tuple, wanted: str):
-    def name(machine: str, index: int, uuid: str | None) -> str:
+def test_nccl_is_for_two_gpus_of_one_host_or_with_rdma(mine: tuple, theirs: tuple, wanted: str):
+    def name(machine: str, device: str, uuid: str | None, has_rdma: bool) -> DeviceName:
         properties = SimpleNamespace(name="GPU", **({} if uuid is None else {"uuid": uuid}))
-        return identity(torch.device("cuda", index), properties, machine)
+        known = torch.device(device)
+        return DeviceName(known.type, identity(known, properties, machine), machine, has_rdma)
 
-    assert transport(torch.device("cuda:0"), name(*mine), name(*theirs)) == wanted
+    assert transport(name(*mine), name(*theirs)) == wanted
     assert identity(torch.device("cpu"), None, "a") == "a/cpu"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_driver_gives_a_gpu_a_number():
-    assert str(torch.cuda.get_device_properties(0).uuid) in device_identity(torch.device("cuda", 0))
+    assert str(torch.cuda.get_device_properties(0).uuid) in DeviceName.of(torch.device("cuda", 0)).identity

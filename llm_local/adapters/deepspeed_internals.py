@@ -188,8 +188,8 @@ def master_without_zero(optimizer: Any, parameter: torch.Tensor) -> tuple[torch.
 def undo_dummy_step(engine: DeepSpeedEngine) -> None:
     """bf16 without ZeRO: DeepSpeed allocates Adam's state by a step on zero gradients, which counts as a step and
     applies weight decay. Start from where the weights are, with no step done.
-    deepspeed/runtime/fp16/unfused_optimizer.py"""
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+    deepspeed/runtime/fp16/fused_optimizer.py, unfused_optimizer.py"""
+    if isinstance(engine.optimizer, (FP16_UnfusedOptimizer, FP16_Optimizer)):
         engine.optimizer.refresh_fp32_params()
         engine.optimizer.optimizer.state.clear()
 

@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm_local.adapters.deepspeed_internals import forget_second_copies
+from llm_local.adapters.deepspeed_internals import base_optimizer, forget_second_copies
 from llm_local.checkpoint.catalog import BrokenCheckpoint, Catalog, Layout, layout_changes
 from llm_local.checkpoint.saver import SHARED, loss_scales
 from llm_local.checkpoint.shards import (
@@ -88,8 +88,8 @@ def load_engines(catalog: Catalog, engines: Sequence[DeepSpeedEngine], replica: 
             for stretch in stretches:
                 _plan(passes, source, stretch)
             if shard.holder is not None and shard.master is not None:
-                state = states_of(engine)[shard.holder]
-                for name, stretch in _states(catalog, source, shard, state):
+                state, device = states_of(engine)[shard.holder], step_device(engine.optimizer, shard.holder)
+                for name, stretch in _states(catalog, source, shard, state, device):
                     _plan(passes, name, stretch)
         _load_position(catalog, engine)
     for some in passes:
@@ -107,20 +107,31 @@ def _plan(passes: list[dict[str, Stretch]], name: str, stretch: Stretch) -> None
     passes.append({name: stretch})
 
 
-def _states(catalog: Catalog, source: str, shard: Shard, state: dict[str, Any]) -> Iterator[tuple[str, Stretch]]:
-    """Sets what the optimizer keeps for the parameter as a whole; yields what is to be read for its weights."""
+def _states(
+    catalog: Catalog, source: str, shard: Shard, state: dict[str, Any], device: torch.device
+) -> Iterator[tuple[str, Stretch]]:
+    """Sets what the optimizer keeps for the parameter as a whole, numbers of it on the device; yields what is to be
+    read for its weights."""
     assert shard.master is not None
     assert shard.holder is not None
     for name in catalog.scalars.get(source, ()):
         key, value = name.partition(SCALAR)[2], catalog.tensor(name)[0]
         # one number for all that lies in a holder: new parameters take that of the old ones
         now = torch.maximum(value, torch.as_tensor(state.get(key, value), dtype=value.dtype, device="cpu"))
-        state[key] = now if value.dtype == torch.float32 else now.item()
+        state[key] = now.to(device) if value.dtype == torch.float32 else now.item()
     for name in catalog.states.get(source, ()):
         key = name.partition(STATE)[2]
         if key not in state:
             state[key] = shard.new_state()
         yield name, shard.kept(state[key])
+
+
+def step_device(optimizer: Any, holder: torch.Tensor) -> torch.device:
+    """Where torch's optimizers want the count of a tensor's steps: beside it if they are fused or capturable, and else
+    in host memory. torch/optim/optimizer.py, Optimizer._process_value_according_to_param_policy"""
+    groups = base_optimizer(optimizer).param_groups
+    group = next((each for each in groups if any(one is holder for one in each["params"])), groups[0])
+    return holder.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
 
 def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -120,7 +120,7 @@ def _try(config: Config, num_replicas: int) -> str:
     try:
         join_nobody()
         compile_nothing()  # nothing is worth that here
-        settings = resolve(config, num_replicas, SimpleNamespace(hidden_size=WIDTH), local_device(0).type == "cpu")
+        settings = resolve(config, num_replicas, SimpleNamespace(hidden_size=WIDTH))
         settings.pop("train_batch_size", None)
         settings.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
         settings["zero_optimization"].pop("zero_hpz_partition_size", None)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llm_local.config import Config
-from llm_local.device import DTYPES, local_device, synchronize
+from llm_local.device import DTYPES, finish_queued_work, local_device
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.loss import head_loss
 from llm_local.model.slices import model_without_weights
@@ -79,9 +79,9 @@ def _measure(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, s
 def _seconds(once: Callable[[], None], device: torch.device) -> float:
     found = []
     for _ in range(WARMUP + PASSES):
-        synchronize(device)
+        finish_queued_work(device)
         start = time.perf_counter()
         once()
-        synchronize(device)
+        finish_queued_work(device)
         found.append(time.perf_counter() - start)
     return median(found[WARMUP:])

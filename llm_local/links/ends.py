@@ -16,14 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import Empty, Queue
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
+from llm_local.aside import Aside
+from llm_local.device import SideStream, use_here
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
 from llm_local.links.link import ReceivingEnd, SendingEnd, StepReceivingEnd
@@ -38,6 +41,8 @@ _HEADERS = 0  # their tag; bodies have the ones from 1 on
 # of a thread that waits for what comes every so many steps; the watchdog knows who is gone
 _PATIENCE = timedelta(days=365)
 REFRESH_IN_FLIGHT = 2
+# how each tensor of a packet travels; the work does not own the tensor, which lives here until the peer has it
+_Messages: TypeAlias = "list[tuple[Gloo | Nccl, Any, torch.Tensor]]"
 
 
 class LinkError(LostPeer):
@@ -65,15 +70,17 @@ class _End:
         self.wait_seconds = 0.0
         self._timeout = timedelta(seconds=world.timeout_seconds)
         self._is_background = background
+        self._device = torch.device("cpu") if background else world.device
+        self._clock = world.clock
         # of bodies
         self._capacity = 0
         self._tag = _HEADERS
         prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}", world.store)
         try:
-            self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout)
-            way = transport(world.device, world.device_ids[place.rank], world.device_ids[rank])
+            self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout, self._device)
+            way = transport(world.device_names[place.rank], world.device_names[rank])
             nccl = way == "nccl" and not background
-            self._nccl = Nccl(dist.PrefixStore("payload", prefix), side, self._timeout, world.device) if nccl else None
+            self._nccl = Nccl(dist.PrefixStore("payload", prefix), side, self._device) if nccl else None
         except RuntimeError as error:
             raise self.error(error) from error
 
@@ -85,10 +92,15 @@ class _End:
             return LinkError(f"{self.name}: waited {seconds} s for {self.peer} (--link_timeout_seconds {seconds})")
         return LinkError(f"{self.name}: lost {self.peer}")
 
+    def _close(self) -> None:
+        if self._nccl is not None:
+            self._nccl.close()
+
 
 class Sender(_End):
     """The sending end of a link to stage `target`. `send` blocks only while the receiver has yet to take
-    `max_in_flight` packets."""
+    `max_in_flight` packets. A packet leaves when the device has it ready: a transfer between GPUs keeps both busy from
+    then on."""
 
     def __init__(
         self,
@@ -103,13 +115,14 @@ class Sender(_End):
         self._wire_dtype = wire_dtype
         self._most_pending = packets_pending(max_in_flight)
         self._num_asked_for = packets_asked_for(max_in_flight)
-        self._pending: deque[list[tuple[Gloo | Nccl, Any, torch.Tensor]]] = deque()
+        self._aside = Aside(world.device, "sender")
+        self._pending: deque[Future[_Messages]] = deque()
 
     def send(self, *packets: Packet) -> None:
         """Hands packets over. Raises LinkError if the peer is lost or does not ask for packets in time."""
         self._bound(self._most_pending - 1)
         try:
-            self._pending.append([message for packet in packets for message in self._post(packet)])
+            self._pending.append(self._hand_over(packets))
         except RuntimeError as error:
             raise self.error(error) from error
 
@@ -121,10 +134,21 @@ class Sender(_End):
         """
         self.send(*[Packet(END, step, 0)] * self._num_asked_for)
         self._bound(0)
+        self._close()
 
-    def _post(self, packet: Packet) -> list[tuple[Gloo | Nccl, Any, torch.Tensor]]:
-        header = PacketHeader.of(packet, self._wire_dtype)
-        integers, numbers = header.tensors(packet)
+    def _hand_over(self, packets: Sequence[Packet]) -> Future[_Messages]:
+        described = []
+        for packet in packets:
+            header = PacketHeader.of(packet, self._wire_dtype)
+            described.append((header, *header.tensors(packet)))
+            self.bytes += header.num_bytes
+
+        def post() -> _Messages:
+            return [message for each in described for message in self._post(*each)]
+
+        return self._aside.after(post, *(tensor for _, _, numbers in described for tensor in numbers))
+
+    def _post(self, header: PacketHeader, integers: list[torch.Tensor], numbers: list[torch.Tensor]) -> _Messages:
         messages = [(_HEADERS, header.to_bytes())]
         body = pack(integers if self._nccl else [*integers, *numbers])
         if len(body) > self._capacity:
@@ -132,24 +156,23 @@ class Sender(_End):
             self._tag += 1
         if len(body):
             messages.append((self._tag, body))
-        self.bytes += header.num_bytes
-        # The work does not own the tensor: both stay in the list until the peer has it.
-        posted: list[tuple[Gloo | Nccl, Any, torch.Tensor]]
-        posted = [(self.control, self.control.send(message, tag), message) for tag, message in messages]
+        posted: _Messages = [(self.control, self.control.send(message, tag), message) for tag, message in messages]
         if self._nccl:
             posted += [(self._nccl, self._nccl.send(tensor), tensor) for tensor in numbers]
         return posted
 
     def _bound(self, allowed: int) -> None:
-        start = time.perf_counter()
+        if len(self._pending) <= allowed:
+            return
+        waited = self._clock.wait()
         while len(self._pending) > allowed:
-            for way, work, _ in self._pending[0]:
-                try:
+            try:
+                for way, work, _ in self._pending[0].result():
                     way.finish(work, _PATIENCE if self._is_background else self._timeout)
-                except RuntimeError as error:
-                    raise self.error(error) from error
+            except RuntimeError as error:
+                raise self.error(error) from error
             self._pending.popleft()
-        self.wait_seconds += time.perf_counter() - start
+        self.wait_seconds += waited()
 
 
 class Receiver(_End):
@@ -163,6 +186,7 @@ class Receiver(_End):
     ):
         super().__init__(world, source, RECEIVER, background, replica)
         self._ready: Queue[tuple[Packet, int] | BaseException] = Queue()  # with its bytes
+        self._side = SideStream(self._device)
         self.tracer: Tracer | None = None
         self._lane = REFRESH if background else RECEIVE
         self._asking = threading.Lock()
@@ -185,17 +209,19 @@ class Receiver(_End):
 
     def take(self) -> Packet:
         """The next packet, whatever it is. Raises LinkError if the peer is lost, or silent for link_timeout_seconds."""
-        start = time.perf_counter()
+        waited = self._clock.wait()
         try:
             taken = self._ready.get(timeout=None if self._is_background else self._timeout.total_seconds())
         except Empty:
             raise self.error(TimeoutError("timed out")) from None
-        self.wait_seconds += time.perf_counter() - start
+        self.wait_seconds += waited()
         if isinstance(taken, LinkError):
             raise taken
         if isinstance(taken, BaseException):
             raise self.error(taken) from taken
         packet, num_bytes = taken
+        if packet.hidden is not None:
+            use_here(packet.hidden)
         if packet.kind != END:
             self.bytes += num_bytes
             self._ask()
@@ -204,6 +230,7 @@ class Receiver(_End):
     def close(self, step: int) -> None:
         """Takes the goodbye that Sender.close sends."""
         self.receive(END, step, 0)
+        self._close()
 
     def _ask(self) -> None:
         """For one packet more. What goes wrong shows when the packets that are here have been taken."""
@@ -237,13 +264,15 @@ class Receiver(_End):
         start = time.perf_counter()
         integers, numbers = header.integers(), header.numbers()
         in_body = integers if self._nccl else [*integers, *numbers]
-        parts = self._receive_body(in_body)
-        if self._nccl:
-            asked_for = [self._nccl.ask(*shaped) for shaped in numbers]
-            for work, tensor in asked_for:
-                self._nccl.finish(work, self._timeout)
-                parts.append(tensor)
-        packet = header.packet(parts[: len(integers)], parts[len(integers) :])
+        with self._side.work():
+            parts = self._receive_body(in_body)
+            if self._nccl:
+                asked_for = [self._nccl.ask(*shaped) for shaped in numbers]
+                for work, tensor in asked_for:
+                    self._nccl.finish(work, self._timeout)
+                    parts.append(tensor)
+            whole, real = parts[: len(integers)], parts[len(integers) :]
+            packet = header.packet(whole, [part.to(self._device, non_blocking=True) for part in real])
         if self.tracer is not None and not header.is_end:
             took = (start, time.perf_counter())
             at = (KINDS[packet.kind], packet.step, packet.index)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 
+from llm_local.device import finish_queued_work, host_memory, is_queued
 from llm_local.links.packet import CHECK, END, INTEGER_PARTS, KINDS, Packet
 from llm_local.links.wire import CODES, decode, encode, expected, wire_dtype_of
 
@@ -103,9 +104,12 @@ def body_size(tensors: Iterable[Shaped]) -> int:
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of any device → their bytes in host memory, uint8."""
     shaped = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    body = torch.empty(body_size(shaped), dtype=torch.uint8)
+    devices = {tensor.device: None for tensor in tensors if is_queued(tensor.device)}
+    body = host_memory(body_size(shaped), next(iter(devices), torch.device("cpu")))
     for place, tensor in zip(_places(body, shaped), tensors, strict=True):
-        place.copy_(tensor)
+        place.copy_(tensor, non_blocking=True)
+    for device in devices:
+        finish_queued_work(device)
     return body
 
 

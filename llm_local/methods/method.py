@@ -64,6 +64,7 @@ class Method:
         """The wire's dtype of that, of a run of that precision."""
         # a gradient's few large numbers would cost the others their digits; token numbers are among the soft targets
         gradient = precision if wire_dtype in ("int8", "int4") else wire_dtype
+        gradient = "fp32" if gradient == "fp16" else gradient  # which loses small ones
         return {None: None, GRADIENT: gradient, SOFT_TARGETS: "fp32"}[self.crosses_back(local)]
 
     def problems(self, local: LocalArguments) -> list[str]:

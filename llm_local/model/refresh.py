@@ -145,11 +145,11 @@ class Refresher:
             self._send(step, self._pending[step])
 
     def _take(self) -> torch.Tensor:
-        """The last block's output matrix as it is, (V, D) in host memory. All replicas must call."""
+        """The last block's output matrix as it is, (V, D). All replicas must call."""
         assert self._source is not None
         weight = self._source.weight
         with deepspeed.zero.GatheredParameters([weight], enabled=is_partitioned(weight)):
-            return weight.detach().to("cpu", copy=True)
+            return weight.detach().clone()
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint after this step needs: the copy that is read, and what is on its way, by the step."""
@@ -164,7 +164,7 @@ class Refresher:
             self._sender.close(step)
 
     def _install(self, matrix: torch.Tensor) -> None:
-        here = matrix.to(self._device, self._dtype)
+        here = matrix.to(self._device, self._dtype, non_blocking=True)
         for head in self._readers:
             install(head, here)
 

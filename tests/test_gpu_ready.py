@@ -1,0 +1,182 @@
+"""What a GPU would find, as far as a CPU can show it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Trainer
+from deepspeed.accelerator import real_accelerator
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from engines import tiny_engine
+from fake_gpu import QueuedCpu, cuda, pretend
+from ranks import run_ranks
+
+from llm_local.adapters.deepspeed_internals import undo_dummy_step
+from llm_local.checkpoint.loader import step_device
+from llm_local.checks.devices import device_problems, device_warnings
+from llm_local.config import from_flat
+from llm_local.device import local_device, tell_deepspeed
+from llm_local.ds_config import load_json, resolve
+from llm_local.ds_problems import deepspeed_problems
+from llm_local.links.transports import transport
+from llm_local.world import Place
+
+
+@pytest.mark.parametrize(("fused", "wanted"), [(True, "meta"), (False, "cpu"), (None, "cpu")])
+def test_a_fused_optimizer_counts_its_steps_on_the_device(fused: bool | None, wanted: str):
+    holder = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=None)
+    optimizer.add_param_group({"params": [holder]})
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    assert step_device(optimizer, holder) == torch.device(wanted)
+    assert step_device(SimpleNamespace(optimizer=other), holder) == torch.device("cpu")
+
+
+class OneGpu(QueuedCpu):
+    def device_name(self, device_index: int | None = None) -> str:
+        return "cuda"
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        assert device_index == 0, "invalid device ordinal"
+
+
+def find_device(variables: dict[str, str]) -> tuple[str, dict[str, str]]:
+    real_accelerator.set_accelerator(OneGpu())
+    os.environ.update(variables)
+    device = local_device(int(os.environ["LOCAL_RANK"]))
+    tell_deepspeed(device)
+    return str(device), {name: os.environ[name] for name in ("LOCAL_RANK", *variables)}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("variables", [{}, {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}])
+def test_deepspeed_is_told_the_device_and_not_the_rank(variables: dict[str, str]):
+    """Where ranks share a GPU, or each sees its own alone, as under SLURM."""
+    told = {"LOCAL_RANK": "0"} | dict.fromkeys(variables, "0")
+    assert run_ranks(find_device, 2, variables) == [("cuda:0", told)] * 2
+
+
+def settings_of(folder: Path, settings: dict[str, Any] | None, **flags: Any) -> Any:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(settings))
+    flags |= {"deepspeed": str(path)} if settings is not None else {}
+    return from_flat({"config_name": "m.json", **flags})
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"zero_optimization": {}}, {"fp16": {"enabled": "auto"}}])
+def test_fp16_trains_under_zero(tmp_path: Path, settings: dict[str, Any] | None):
+    config = settings_of(tmp_path, settings, fp16=True)
+    found = resolve(config, 1, SimpleNamespace(hidden_size=8))
+    assert found["zero_optimization"]["stage"] == 1
+    assert load_json(config)["zero_optimization"]["stage"] == 1, "what a checkpoint and a card say"
+    assert deepspeed_problems(config, 1) == []
+    assert load_json(settings_of(tmp_path, settings, bf16=True)).get("zero_optimization", {}) == {}
+
+
+def test_fp16_without_zero_is_refused(tmp_path: Path):
+    config = settings_of(tmp_path, {"zero_optimization": {"stage": 0}}, fp16=True)
+    said = (
+        f"zero_optimization.stage=0 in {tmp_path / 'ds.json'} with fp16 would train nothing, as DeepSpeed scales the "
+    )
+    assert deepspeed_problems(config, 1) == [said + "loss under ZeRO alone; use stage 1"]
+
+
+def move_by_fp16(stage: int) -> float:
+    """How far a step on a loss whose gradient is 1e-6 moves a weight, of a rate of 0.01."""
+    pretend()
+    engine = tiny_engine({"zero_optimization": {"stage": stage}}, fp16=True, learning_rate=1e-2)
+    engine.backward(1e-6 * engine.module.head.model.get_output_embeddings().weight.float().sum())
+    moved = engine.module.head.model.get_output_embeddings().weight
+    before = moved.detach().float().clone()
+    engine.step()
+    return float((moved.detach().float() - before).abs().max())
+
+
+@pytest.mark.processes
+def test_a_gradient_in_fp16_moves_a_weight():
+    moved = {stage: run_ranks(move_by_fp16, 1, stage)[0] for stage in (1, 2)}
+    assert all(distance > 0.009 for distance in moved.values()), moved
+
+
+def step_before_begin() -> tuple[int, bool]:
+    """FusedAdam's wrapper takes a step on zero gradients when it is made."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    inner = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1)
+    scale = SimpleNamespace(cur_scale=1.0, dynamic_loss_scale=False)
+    wrapper = FP16_Optimizer(inner, loss_scale_config=scale, low_precision_dtype=torch.bfloat16)
+    engine: Any = SimpleNamespace(optimizer=wrapper)
+    undo_dummy_step(engine)
+    return len(inner.state), bool((wrapper.fp32_groups_flat[0] == 1).all())
+
+
+def test_a_step_that_deepspeed_takes_to_make_room_is_undone():
+    assert step_before_begin() == (0, True)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "Muon"])
+def test_no_optimizer_is_compiled(tmp_path: Path, kind: str):
+    config = settings_of(tmp_path, {"optimizer": {"type": kind, "params": {}}})
+    assert resolve(config, 1, SimpleNamespace(hidden_size=8))["optimizer"]["params"]["torch_adam"] is True
+
+
+PAIR = [cuda("GPU-1"), cuda("GPU-1")]
+FOUR = [cuda("GPU-1"), cuda("GPU-2"), cuda("GPU-1"), cuda("GPU-2")]
+CUT = {"num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "replicas", "names", "said"),
+    [
+        (
+            {},
+            (2,),
+            PAIR,
+            "ranks 0 and 1, replicas of a stage, share GPU-1, which NCCL cannot do; start fewer ranks, or",
+        ),
+        (CUT, (1, 1), PAIR, ""),
+        (CUT, (2, 2), FOUR, ""),
+        (CUT, (2, 2), FOUR[::2] * 2, "ranks 0 and 1, replicas of a stage, share GPU-1"),
+        (CUT, (1, 3), FOUR, "ranks 1 and 3, replicas of a stage, share GPU-2"),
+        ({"replica_sync_steps": 5}, (2,), PAIR, ""),
+        ({**CUT, "method": "backprop"}, (1, 1), PAIR, "ranks 0 and 1, stages, share GPU-1, which NCCL cannot do; give"),
+        ({**CUT, "method": "backprop"}, (1, 1), [cuda("GPU-1"), cuda("GPU-2")], ""),
+    ],
+)
+def test_ranks_that_meet_by_nccl_have_gpus_of_their_own(flags: dict, replicas: tuple, names: list, said: str):
+    problems = device_problems(from_flat({"config_name": "m.json", **flags}), Place(0, replicas), names)
+    assert problems[0].startswith(said) if said else problems == []
+
+
+def test_stages_that_share_a_gpu_are_told():
+    assert device_warnings(Place(0, (1, 1)), [cuda("GPU-1"), cuda("GPU-2")]) == ()
+    assert device_warnings(Place(0, (1, 1)), PAIR) == (
+        "2 ranks share 1 GPU: good for trying out; links between them go through host memory, and stages take turns",
+    )
+    assert transport(*PAIR) == "gloo"
+
+
+def refuse(arguments: list[str]) -> int:
+    from llm_local.train import main
+
+    pretend()
+    return main(arguments)
+
+
+@pytest.mark.processes
+def test_a_gpu_that_replicas_share_is_refused_before_anything_is_written(
+    trainer: Trainer, capfd: pytest.CaptureFixture
+):
+    assert run_ranks(refuse, 2, trainer.flags("out", num_stages=1)) == [2, 2]
+    assert "ranks 0 and 1, replicas of a stage, share" in capfd.readouterr().err
+    assert not (trainer.folder / "out").exists()
