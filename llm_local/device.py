@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return _accelerator().max_memory_allocated(device.index)
+
+
+@cache
+def memory_bytes(device: torch.device) -> int:
+    """Of a GPU, all that it has."""
+    return _accelerator().total_memory(device.index)
 
 
 def seed_everything(seed: int) -> None:

@@ -104,10 +104,11 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def job(launcher: list[str], flags: list[str], folder: Path, name: str = "log") -> Iterator[Job]:
-    """Starts a run; when the block ends, so does everything that it started."""
+def job(launcher: list[str], flags: list[str], folder: Path, name: str = "log", **more: str) -> Iterator[Job]:
+    """Starts a run, with `more` in its environment; when the block ends, so does everything that it started."""
     log, mark = folder / f"{name}.txt", uuid.uuid4().hex
-    environ = {key: value for key, value in os.environ.items() if key != "RANK"} | {MARK: mark, "OMP_NUM_THREADS": "1"}
+    environ = {key: value for key, value in os.environ.items() if key != "RANK"}
+    environ |= {MARK: mark, "OMP_NUM_THREADS": "1", **more}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*launcher, SCRIPT, *flags], stdout=out, stderr=out, cwd=ROOT, env=environ, start_new_session=True

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else no copy of a process that has asked could use a GPU
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of all tests but those marked gpu
+
 PRELOAD = [
     "torch",
     "torch._dynamo",

@@ -112,7 +112,12 @@ def test_what_an_optimizer_leaves_out_is_the_flags(tmp_path: Path):
         return resolve(config, 1, SimpleNamespace(hidden_size=8))[section]["params"]
 
     ours = {"lr": 5e-4, "weight_decay": 0.3}
-    assert params({"optimizer": {"type": "Adam"}}, "optimizer") == {**ours, "betas": [0.9, 0.95], "eps": 1e-8}
+    assert params({"optimizer": {"type": "Adam"}}, "optimizer") == {
+        **ours,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "torch_adam": True,
+    }
     assert params(optimizer("Lion", lr=5e-4), "optimizer") == ours
     assert params(optimizer("Rprop"), "optimizer") == {"lr": 5e-4}
     schedule = params({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler")

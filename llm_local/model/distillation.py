@@ -30,7 +30,7 @@ def soft_targets(head: Slice, normed: torch.Tensor, top_k: int) -> torch.Tensor:
     to one among themselves, and the tokens' numbers."""
     flat = normed.reshape(-1, normed.shape[-1])
     found = []
-    for states in flat.split(chunk_rows(text_vocab_size(head.model))):
+    for states in flat.split(chunk_rows(text_vocab_size(head.model), flat.device)):
         logits, tokens = _logits(head, states).topk(top_k)
         found.append(torch.cat([logits.log_softmax(-1), tokens.float()], dim=-1))  # exact below 2^24 tokens
     return torch.cat(found).reshape(*normed.shape[:-1], 2 * top_k)
@@ -46,10 +46,12 @@ def distillation_loss(
     """
     flat, wanted = normed.reshape(-1, normed.shape[-1]), targets.reshape(-1, targets.shape[-1])
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
-    rows = chunk_rows(text_vocab_size(head.model))
+    rows = chunk_rows(text_vocab_size(head.model), flat.device)
     is_padding = [None] * -(-len(flat) // rows) if mask is None else (mask == 0).reshape(-1).split(rows)
     for states, some, padding in zip(flat.split(rows), wanted.split(rows), is_padding, strict=True):
-        total = total + checkpoint(_divergence, head, states, some, padding, use_reentrant=False)
+        total = total + checkpoint(
+            _divergence, head, states, some, padding, use_reentrant=False, preserve_rng_state=False
+        )
     return total / (len(flat) if mask is None else mask.sum().clamp(min=1))
 
 

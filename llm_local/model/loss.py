@@ -20,17 +20,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_local.adapters.torch_internals import modules_of, twin_of
+from llm_local.device import memory_bytes
 from llm_local.model.anatomy import SliceError
 from llm_local.model.slices import Slice
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
 _CHUNK_LOGITS = 1 << 22
+_GPU_CHUNK_LOGITS = 1 << 27
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Positions whose logits exist at a time: about 4M logits, at least 16 rows."""
-    return max(16, _CHUNK_LOGITS // vocab_size)
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Positions whose logits exist at a time, at least 16: about 4M logits, on a GPU, which small products do not fill,
+    up to 128M in a 64th of its memory."""
+    logits = _CHUNK_LOGITS if device.type == "cpu" else min(_GPU_CHUNK_LOGITS, memory_bytes(device) // 64 // 8)
+    return max(16, logits // vocab_size)
 
 
 class _Echo:
@@ -90,11 +94,13 @@ class LossLinear(nn.Linear):
         if targets is None:
             return super().forward(input)
         input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
-        rows = chunk_rows(self.out_features)
+        rows = chunk_rows(self.out_features, input.device)
         if not hasattr(F, "linear_cross_entropy"):  # torch before 2.13
             return _by_chunks(self._loss_of, input, targets, rows)
         # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        # "auto" would add the chunks' gradients of the matrix up in bf16 on a GPU.
+        policy = "auto" if input.device.type == "cpu" else "balanced"
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, acc_policy=policy)
         losses = F.linear_cross_entropy(
             input, self.weight, targets, linear_bias=self.bias, reduction="none", ignore_index=IGNORED, options=options
         )
@@ -112,7 +118,8 @@ def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels
     output = part.model.get_output_embeddings()
     if isinstance(output, LossLinear):
         return output(states, targets) / count
-    return _by_chunks(partial(_loss_of_head, part), states, targets, chunk_rows(text_vocab_size(part.model))) / count
+    rows = chunk_rows(text_vocab_size(part.model), states.device)
+    return _by_chunks(partial(_loss_of_head, part), states, targets, rows) / count
 
 
 def count_scored(labels: torch.Tensor) -> torch.Tensor:
@@ -137,7 +144,7 @@ def _by_chunks(
     """The sum of the losses of so many rows at a time, whose logits are computed again in the backward pass."""
     total = torch.zeros((), dtype=torch.float32, device=states.device)
     for some, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(loss_of, some, wanted, use_reentrant=False)
+        total = total + checkpoint(loss_of, some, wanted, use_reentrant=False, preserve_rng_state=False)
     return total
 
 

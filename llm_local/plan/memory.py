@@ -7,13 +7,16 @@
 - logits: of the positions whose loss is computed at a time, and the output matrix's gradient, which comes with it.
 - packets: hidden states that have been sent and not received, or received ahead of their use.
 
-What a CUDA context, buckets and fragmentation take is not in it: some GB that a device should have beside.
+What a CUDA context, buckets and fragmentation take is not in it: some GB that a device should have beside. A GPU
+computes more logits at a time, in a 64th of its memory at most.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import prod
+
+import torch
 
 from llm_local.config import Config
 from llm_local.in_flight import packets_asked_for, packets_pending
@@ -137,7 +140,7 @@ def alive_passes(schedule: str, num_stages: int, stage: int, micro_batches: int,
 
 def head_memory(sizes: ModelSizes, precision: str, is_trained: bool) -> float:
     """Bytes of the loss of an output matrix: logits and their gradient in float32, and the matrix's own."""
-    logits = 2 * 4 * chunk_rows(sizes.vocab_size) * sizes.vocab_size
+    logits = 2 * 4 * chunk_rows(sizes.vocab_size, torch.device("cpu")) * sizes.vocab_size
     return logits + BYTES[precision] * sizes.head_parameters * is_trained
 
 
