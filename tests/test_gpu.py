@@ -13,10 +13,10 @@ from conftest import Trainer, block_losses, records, weights
 from deepspeed.accelerator import cuda_accelerator, real_accelerator
 from launching import START_SECONDS, job, torchrun
 from ranks import run_ranks
-from test_links import meet, packet
+from test_links import meet
 
 from llm_local.links.ends import Receiver, Sender
-from llm_local.links.packet import TRAIN
+from llm_local.links.packet import TRAIN, Packet
 
 DEVICE = "cpu" if "REHEARSE" in os.environ else "cuda"
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
@@ -70,12 +70,12 @@ def send_while_busy() -> list[list[float]]:
         real_accelerator.set_accelerator(cuda_accelerator.CUDA_Accelerator())
     world, found, steps = meet(), [], 20
     if world.place.is_first_stage:
-        sender = Sender(world, 1, "fp32", 3)
+        sender, ids = Sender(world, 1, "fp32", 3), torch.zeros(64, 256, dtype=torch.int64)
         for step in range(1, steps + 1):
             hidden = torch.zeros(64, 256, 256, device=world.device)
             for _ in range(50):
                 hidden = hidden + step
-            sender.send(packet(step, hidden=hidden))
+            sender.send(Packet(TRAIN, step, 0, input_ids=ids, hidden=hidden))
             del hidden
         sender.close(steps)
         return []

@@ -32,7 +32,7 @@ def meet(seconds: float = 20.0) -> World:
 
 def packet(step: int, **parts: Any) -> Packet:
     ids = torch.arange(12).reshape(2, 6) + step
-    return Packet(TRAIN, step, 0, input_ids=ids, **{"hidden": torch.full((2, 6, 4), step + 0.1), **parts})
+    return Packet(TRAIN, step, 0, input_ids=ids, hidden=torch.full((2, 6, 4), step + 0.1), **parts)
 
 
 def larger(step: int) -> Packet:
