@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from zlib import crc32
@@ -89,18 +90,25 @@ class Launch:
     def from_environment(environ: Mapping[str, str]) -> Launch:
         """Reads the variables of deepspeed, torchrun and accelerate; without any, the process is a world of one.
 
-        Raises ConfigError for `accelerate launch --cpu`, which starts one process and gives it no rank.
+        Raises ConfigError for `accelerate launch --cpu`, which starts one process and gives it no rank, and for a
+        GLOO_SOCKET_IFNAME that this host has not.
         """
+        there = [name for _, name in socket.if_nameindex()]
+        asked = environ.get("GLOO_SOCKET_IFNAME", "")
+        if missing := [name for name in asked.split(",") if name and name not in there]:
+            raise ConfigError(
+                [f"GLOO_SOCKET_IFNAME={asked}: {socket.gethostname()} has no {missing[0]}; it has {', '.join(there)}"]
+            )
         if "RANK" not in environ:
             if any(name.startswith("ACCELERATE_") for name in environ):
                 raise ConfigError(
                     [f"accelerate launch --cpu starts one process without a rank; use instead {LAUNCHERS}cpu.yaml"]
                 )
             return Launch(0, 1, 0, 1, 0)
-        missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environ]
-        if missing:
+        unset = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environ]
+        if unset:
             by_hand = " or set them, as mpirun -x MASTER_ADDR=HOST_OF_RANK_0 does"
-            raise ConfigError([f"RANK is set but not {', '.join(missing)}; start with {LAUNCHERS}*.yaml,{by_hand}"])
+            raise ConfigError([f"RANK is set but not {', '.join(unset)}; start with {LAUNCHERS}*.yaml,{by_hand}"])
         world_size = int(environ["WORLD_SIZE"])
         local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world_size
         restart = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

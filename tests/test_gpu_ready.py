@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from engines import tiny_engine
 from fake_gpu import QueuedCpu, cuda, pretend
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_local.adapters.deepspeed_internals import undo_dummy_step
 from llm_local.checkpoint.loader import step_device
@@ -180,3 +182,57 @@ def test_a_gpu_that_replicas_share_is_refused_before_anything_is_written(
     assert run_ranks(refuse, 2, trainer.flags("out", num_stages=1)) == [2, 2]
     assert "ranks 0 and 1, replicas of a stage, share" in capfd.readouterr().err
     assert not (trainer.folder / "out").exists()
+
+
+# what asks, and of which number: of tensors in host memory, or in DeepSpeed's own step
+ON_THE_HOST = {"packing.py inputs_of", "feed.py _share", "feed.py _weights", "message.py to_bytes"}
+OF_DOCUMENTS = {"masking_utils.py find_packed_sequence_indices"}  # where each begins, once a slice
+OF_DEEPSPEED = {"stage_1_and_2.py has_overflow", "utils.py is_invalid_grad_norm"}
+BF16_ZERO1 = {"bf16": True, "deepspeed": Path(__file__).parent.parent / "configs" / "ds" / "zero1.json"}
+
+
+class Questions(TorchDispatchMode):
+    """Which functions ask a tensor for a number, for which a host waits until a GPU has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.askers: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(func):
+            stack = [frame for frame in traceback.extract_stack()[:-1] if "torch" not in Path(frame.filename).parts]
+            self.askers.add(f"{Path(stack[-1].filename).name} {stack[-1].name}")
+        return func(*args, **(kwargs or {}))
+
+
+def ask(arguments: list[str]) -> set[str]:
+    from llm_local.engine import LocalEngine
+    from llm_local.train import main
+
+    questions, train_batch = Questions(), LocalEngine.train_batch
+
+    def watched(self: Any, step: int) -> Any:
+        if step == 1:  # DeepSpeed makes its buffers
+            return train_batch(self, step)
+        with questions:
+            return train_batch(self, step)
+
+    LocalEngine.train_batch = watched  # type: ignore
+    assert main(arguments) == 0
+    return questions.askers
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("ranks", "flags", "others"),
+    [
+        (2, {"num_stages": 2, "head_token_fraction": 0.5}, set()),
+        (2, {"num_stages": 2, "head": "shared", "head_refresh_steps": 2}, set()),
+        (2, {"num_stages": 2, "distillation_weight": 0.5, "document_mask": True}, OF_DOCUMENTS),
+        (4, {"num_stages": 2, **BF16_ZERO1}, OF_DEEPSPEED),
+    ],
+    ids=["windows", "shared head", "distillation, documents", "bf16 ZeRO-1"],
+)
+def test_a_step_asks_the_device_for_no_number(trainer: Trainer, ranks: int, flags: dict, others: set[str]):
+    for askers in run_ranks(ask, ranks, trainer.flags("out", logging_steps=100, **flags)):
+        assert askers - ON_THE_HOST <= others

@@ -182,3 +182,5 @@ def test_an_environment_that_no_launcher_makes():
         Launch.from_environment({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"})
     with pytest.raises(ConfigError, match="accelerate launch --cpu starts one process without a rank"):
         Launch.from_environment({"ACCELERATE_USE_CPU": "True"})
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME=lo,eth77: .* has no eth77; it has .*lo"):
+        Launch.from_environment({"GLOO_SOCKET_IFNAME": "lo,eth77"})

@@ -3,12 +3,14 @@ names, by module."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -23,6 +25,7 @@ USED = {
         "_is_hf_initialized",
         "_tied_weights_keys",
     ),
+    "transformers.masking_utils": ("find_packed_sequence_indices",),
     "transformers.utils.hub": ("_raise_exceptions_for_missing_entries",),
     "transformers.generation.configuration_utils": ("_from_model_config",),
     "transformers.modeling_rope_utils": ("_rope_type_labels",),
@@ -42,6 +45,21 @@ NAME_OR_PATH = "_name_or_path"  # of a config: where it is from. transformers/co
 def attention_kernel_of(config: PretrainedConfig) -> str | None:
     """transformers/configuration_utils.py"""
     return config._attn_implementation
+
+
+@contextmanager
+def rows_as_they_stand() -> Iterator[None]:
+    """Lets models take rows whose positions nobody has given for one sequence each, which they would ask the device
+    for, and wait, in each forward pass. transformers/masking_utils.py"""
+    look, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, not_packed
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
+def not_packed(position_ids: Tensor) -> None:
+    return None
 
 
 def file_of(source: str, name: str, **options: Any) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +22,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
-from llm_local.adapters.hf_internals import forget_initialised, initialise
+from llm_local.adapters.hf_internals import forget_initialised, initialise, rows_as_they_stand
 from llm_local.adapters.torch_internals import buffers_of, parameters_of
 from llm_local.config import some_of
 from llm_local.model.anatomy import Anatomy, SliceError
 from llm_local.model.standins import Border, Seam, StandIn, prune, take_head
 from llm_local.partition import Span
+
+_POSITIONED = {"position_ids", "attention_mask"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Slice:
         the last layer's output (B, T, D) and what the output matrix reads, the normed one."""
         border = self.border
         border.entering, border.leaving, border.running, border.seam = hidden, None, True, None
-        normed = self.base()(use_cache=False, **inputs)[0]
+        with nullcontext() if inputs.keys() & _POSITIONED else rows_as_they_stand():
+            normed = self.base()(use_cache=False, **inputs)[0]
         leaving = border.leaving if len(self.span) else hidden
         assert leaving is not None, "the last layer of the slice was not called"
         border.entering, border.leaving, border.running = None, None, False

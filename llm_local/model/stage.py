@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from llm_local.adapters.hf_internals import rows_as_they_stand
 from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
@@ -137,11 +139,13 @@ class Block(nn.Module):
         read_by_head: dict[str, Any] = {"input_ids": input_ids, "labels": labels, **inputs}
         if window is not None:
             read, read_by_head = cut(read, window), cut_inputs(self.head, window, read_by_head)
-        if keep_normed:
-            self.kept = self.normed(read, input_ids, **inputs)
-            loss = self._loss(self.kept, **read_by_head)
-        else:
-            loss = self.readout(read, **read_by_head)
+        # the positions of a window follow each other
+        with nullcontext() if window is None or "position_ids" in inputs else rows_as_they_stand():
+            if keep_normed:
+                self.kept = self.normed(read, input_ids, **inputs)
+                loss = self._loss(self.kept, **read_by_head)
+            else:
+                loss = self.readout(read, **read_by_head)
         if self._routers and self.training:
             masks = [d.get("attention_mask") for d in (inputs, read_by_head)]
             of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
