@@ -17,6 +17,7 @@ from llm_local.program import COMMAND
 COMMANDS = {
     "quickstart": "train a small Llama in stages on this machine; no data, model or network needed",
     "configs": "copy the configurations that come along into a folder, to be edited",
+    "doctor": "show what this machine has for a run, and what to mend",
     "pretrain": "train one rank of a run, under torchrun, deepspeed, accelerate, srun or mpirun",
     "up": "train the stages as jobs of their own on this machine, each started again when it dies",
     "key": "make the key by which the jobs of a run know each other",
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds, and Ctrl-C ends them without a traceback
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads it may have seen enough
         print(_help())
         return 0
     if name == "--version":

@@ -23,6 +23,12 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")  # DeepSpeed wants t
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def take_the_cpu_if_alone() -> None:
+    """Where torch has no accelerator DeepSpeed would else look for one, and warn, in every process."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _accelerator() -> Any:
     from deepspeed.accelerator import get_accelerator
 
@@ -88,6 +94,16 @@ def describe_device() -> str:
     if accelerator.device_name() != "cpu":
         return accelerator.get_device_name() if hasattr(accelerator, "get_device_name") else accelerator.device_name()
     return f"{len(os.sched_getaffinity(0))} cores ({platform.machine()})"
+
+
+def runtime_versions() -> str:
+    """'CUDA 13.0, NCCL 2.28.9', of a GPU that has such."""
+    cuda, nccl = torch.version.cuda, ""
+    if cuda and torch.cuda.is_available():
+        from torch.cuda import nccl as library
+
+        nccl = ", NCCL " + ".".join(map(str, library.version()))
+    return f"CUDA {cuda}{nccl}" if cuda else f"torch {torch.__version__}"
 
 
 def supports(precision: str) -> bool:

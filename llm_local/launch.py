@@ -14,7 +14,7 @@ LAUNCHERS = (
     "deepspeed --num_gpus N, torchrun --nproc_per_node N, or accelerate launch --config_file configs/accelerate/"
 )
 
-_PORT, _FIRST_PORT, _NUM_PORTS = 29500, 20000, 10000
+PORT, _FIRST_PORT, _NUM_PORTS = 29500, 20000, 10000
 # rank, world size, local rank, local world size
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -67,7 +67,7 @@ def _port(environ: Mapping[str, str], by_slurm: bool) -> int:
         return _FIRST_PORT + (int(job) + 101 * int(step)) % _NUM_PORTS
     if "OMPI_COMM_WORLD_RANK" in environ and "PMIX_NAMESPACE" in environ and not by_slurm:
         return _FIRST_PORT + crc32(environ["PMIX_NAMESPACE"].encode()) % _NUM_PORTS
-    return _PORT
+    return PORT
 
 
 def first_host(hosts: str) -> str:

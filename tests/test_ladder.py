@@ -42,7 +42,7 @@ study: points comparison runs
 plan: times machine memory model stages layouts splits failing report search
 bench: saved_bytes peers worker cases calibration relay
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate plot probe
-commands: key status up timeline study
+commands: key doctor status up timeline study
 cli
 """
 PACKAGE = Path(llm_local.__file__).parent

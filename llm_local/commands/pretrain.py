@@ -14,10 +14,9 @@ def main(arguments: list[str]) -> int:
     """As `train.main`, which is imported late: from here on the rank ends with its launcher."""
     end_with_launcher()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store prints 40 lines of C++ frames a call
-    import torch
+    from llm_local.device import take_the_cpu_if_alone
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and warns in every process
+    take_the_cpu_if_alone()
     from llm_local import train
 
     return train.main(arguments)

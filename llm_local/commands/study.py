@@ -92,11 +92,11 @@ def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float)
 
 def run(path: Path, output: Path, jobs: int) -> int:
     """Trains what is missing and writes the comparison. Returns 1 if a run failed."""
-    import torch
     from tqdm import tqdm
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process
+    from llm_local.device import take_the_cpu_if_alone
+
+    take_the_cpu_if_alone()
     from llm_local.study.comparison import compare, table
     from llm_local.study.points import read_study
     from llm_local.study.runs import runs_of, train_all
