@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -78,7 +78,7 @@ class Setup:
         found = values.pop("found")
         epoch = found["epoch"] and (found["epoch"][0], found["epoch"][1])
         config = replace(from_flat(values["config"]), **found | {"epoch": epoch})
-        return TypeAdapter(Setup).validate_python(values | {"config": config})
+        return _adapter().validate_python(values | {"config": config})
 
     def other_flags(self, given: Mapping[str, Any]) -> str:
         """Which flags another rank has read otherwise than rank 0, in words; '' if none."""
@@ -95,6 +95,11 @@ class Setup:
                 ours, theirs = f"{found[0]:,} documents of {found[1]:,} tokens", f"{documents:,} of {tokens:,}"
                 return f"its {name} has {ours}, rank 0's {theirs}; copy the files, or name a folder that all hosts see"
         return ""
+
+
+@cache
+def _adapter() -> TypeAdapter[Setup]:
+    return TypeAdapter(Setup)
 
 
 def model_values(config: Config, model_config: PretrainedConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
@@ -44,6 +45,16 @@ def documents(folder: Path) -> Iterator[str]:
 
 def corpus_key(folder: Path) -> str:
     """Changes with the names and sizes of the files: what a cache of anything made from the corpus goes by."""
+    return _stdlib_key() if folder == stdlib_folder() else _key(folder)
+
+
+@cache
+def _stdlib_key() -> str:
+    """Looked up once: the interpreter's own library stays as it is while it runs."""
+    return _key(stdlib_folder())
+
+
+def _key(folder: Path) -> str:
     return Hasher.hash([(path.relative_to(folder).as_posix(), path.stat().st_size) for path in source_files(folder)])
 
 
