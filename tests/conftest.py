@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
 pytest_plugins = ["documents", "planning"]
+torch.set_num_threads(1)  # two that share a core with others wait for each other most of the time
 
 TINY = {
     "model_type": "llama",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from conftest import records
-from ranks import PRELOAD, free_port
+from ranks import context, free_port
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -139,10 +137,8 @@ class Rank:
             "OMP_NUM_THREADS": "1",
             **more,
         }
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.log = log
-        self.process = context.Process(target=_main, args=(environ, flags, str(log), folder), daemon=True)
+        self.process = context().Process(target=_main, args=(environ, flags, str(log), folder), daemon=True)
         self.process.start()
         self.pid: int = self.process.pid
 

@@ -1,18 +1,25 @@
 """Runs a function on every rank of a small world: real processes, gloo on loopback, a time limit.
 
-The fork server imports torch, DeepSpeed and the project once, so that a world starts in seconds.
+The fork server imports torch, DeepSpeed and the project once and rehearses a start (warm.py): a world takes a second.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import pytest
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else no copy of a process that has asked could use a GPU
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of all tests but those marked gpu
@@ -28,19 +35,31 @@ PRELOAD = [
     "datasets",
     "llm_local.train",
     "ranks",
+    "warm",
 ]
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+def context() -> Any:
+    """Starts processes as forks of the server, which is started here if it is not there."""
+    with pytest.MonkeyPatch.context() as patch:  # before Python 3.12 the server has not this process's path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        made = multiprocessing.get_context("forkserver")
+        made.set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
+    return made
+
+
+# below those that a system gives away itself; pytest's workers begin at different ones
+_ports = cycle(random.sample(range(12_000, 32_000), 20_000))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """No other test gets it for a while."""
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def _rank(
@@ -66,7 +85,7 @@ def _rank(
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = 120.0) -> list[Any]:
     """The results of function(*args) on each rank, by rank; raises the first rank's traceback that arrives."""
-    context, port = _context(), free_port()
+    server, port = context(), free_port()
     pipes, processes = [], []
     screen = [Connection(os.dup(number), readable=False) for number in (1, 2)]
     for rank in range(world_size):
@@ -79,8 +98,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, screen, function, environ, args), daemon=True)
+        ours, theirs = server.Pipe(duplex=False)
+        process = server.Process(target=_rank, args=(theirs, screen, function, environ, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
