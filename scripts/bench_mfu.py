@@ -27,19 +27,9 @@ from llm_local.bench.cases import (
     table,
     write,
 )
-from llm_local.config import from_flat
+from llm_local.bench.mfu import LARGE, flops_a_step
 from llm_local.files import ends_with_a_line
-from llm_local.model.anatomy import load_model_config, probe
-from llm_local.partition import estimate_costs
 
-LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "vocab_size": 32768,
-}
 INTRODUCTION = """
 Model FLOPs a second over the device's peak: 6 FLOPs a parameter and token and 12·T·H for attention, the head included,
 recomputation not. One rank with one block, which is a stage without its links.
@@ -50,15 +40,6 @@ def flags(zero: str, large: bool, rows: int) -> dict[str, Any]:
     model = bench_model(**(LARGE if large else {}))
     sizes = {"seq_length": 2048 if large else 128, "per_device_train_batch_size": rows}
     return {**model, **sizes, "bf16": large, "deepspeed": str(ROOT / f"configs/ds/{zero}.json")}
-
-
-def flops_a_step(case: dict[str, Any]) -> float:
-    config = from_flat(case)
-    anatomy = probe(load_model_config(config.model), config.model)
-    sizes = (anatomy.active_layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length)
-    costs = estimate_costs(*sizes)
-    tokens = config.train.per_device_train_batch_size * config.data.seq_length
-    return tokens * (anatomy.num_layers * costs.layer + costs.head)
 
 
 @ends_with_a_line(BenchmarkError)

@@ -33,7 +33,8 @@ LAUNCHERS = set(
     --max_restarts --standalone --signals_to_handle --num_processes --main_process_port --help --jobs --export --prompt
     --assistant --signal --pty --exit --dtype --model --model_args --tasks
     --steps --output --peak_tflops --devices --device --stage_replicas --memory --link --picture --json --mtbf_hours
-    --kind --vocab_size --rows --megabytes""".split()  # noqa: SIM905
+    --kind --vocab_size --rows --megabytes
+    --make_bundle --bundle --rehearse""".split()  # noqa: SIM905
 )
 
 

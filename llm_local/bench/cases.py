@@ -68,7 +68,8 @@ class Spread:
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    here = ["--standalone", "--local_addr=127.0.0.1"]  # the host's own name may lead nowhere
+    return [sys.executable, "-m", "torch.distributed.run", *here, f"--nproc_per_node={ranks}"]
 
 
 def run_case(case: Case, launchers: Sequence[Sequence[str]] = ()) -> list[dict[str, Any]]:

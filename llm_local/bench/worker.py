@@ -8,22 +8,26 @@ pretrain.py starts them, and those of torch.distributed.pipelining with the sche
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 from llm_local.backprop import id_columns
 from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import Config, from_flat
+from llm_local.device import peak_memory_bytes, synchronize
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
@@ -33,6 +37,8 @@ from llm_local.watchdog import Watchdog
 
 LOCAL, DEEPSPEED = "local", "deepspeed"
 SECONDS = 300.0  # longest wait of ranks for one another
+TURNS = "LLM_LOCAL_BENCH_TURNS"  # names a file: ranks that are given the same one measure by turns
+PROFILED, NAME = 16, 70  # rows of a profile, and characters of a kernel's name
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,12 @@ class Task:
 
 
 def main(text: str) -> None:
+    wait_for_turn(exclusive=False)
     task = Task(**json.loads(text))
     rank = int(os.environ["RANK"])
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one core each, also for the threads of gloo
+    if not torch.accelerator.is_available():
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one core each, also for the threads of gloo
     quiet_libraries()
     result = MEASURES[task.measure](task)
     Path(task.results, f"rank-{rank}.json").write_text(json.dumps(result))
@@ -104,6 +112,21 @@ def rate(task: Task) -> dict[str, Any]:
     system.finish()
     seconds, waited = ([b - a for a, b in pairwise(values)] for values in (ends, waits))
     return {"seconds": seconds, "waited": waited, "losses": losses}
+
+
+def wait_for_turn(exclusive: bool) -> None:
+    """Takes the file of TURNS, if there is one, until the process ends, or until this is called again: exclusively once
+    nobody else has it, so that nobody measures while another one warms up."""
+    name = os.environ.get(TURNS)
+    if name is None:
+        return
+    if name not in _turns:
+        _turns[name] = os.open(name, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(_turns[name], fcntl.LOCK_UN)
+    fcntl.flock(_turns[name], fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+
+
+_turns: dict[str, int] = {}
 
 
 @dataclass
@@ -213,7 +236,8 @@ def traffic(task: Task) -> dict[str, Any]:
 class _Stopwatch:
     """In a tracer's place: the seconds of every instruction, by its name, and of these the ones that it had a core."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.core_seconds: dict[str, list[float]] = defaultdict(list)
 
@@ -224,6 +248,7 @@ class _Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> None:
             start, on_core = time.perf_counter(), time.process_time()
             function(*args, **kwargs)
+            synchronize(self.device)
             self.seconds[name].append(time.perf_counter() - start)
             self.core_seconds[name].append(time.process_time() - on_core)
 
@@ -233,16 +258,61 @@ class _Stopwatch:
 def passes(task: Task) -> dict[str, Any]:
     """Median seconds of each kind of instruction; of sends and receives that is how long the stage waited. Where ranks
     share a core, core_seconds leave out those in which another one had it."""
-    run, watch = begin(task), _Stopwatch()
-    engine: Any = run.engine
+    run = begin(task)
     for number in range(1, task.warmup + 1):
-        engine.train_batch(number)
-    engine.trace(watch)
-    for number in range(task.warmup + 1, task.warmup + task.steps + 1):
-        engine.train_batch(number)
+        run.engine.train_batch(number)
+    watch = _watched(run, range(task.warmup + 1, task.warmup + task.steps + 1))
     leave(run)
-    found = {"seconds": watch.seconds, "core_seconds": watch.core_seconds}
-    return {kind: {name: median(seconds) for name, seconds in by_name.items()} for kind, by_name in found.items()}
+    return {"seconds": _medians(watch.seconds), "core_seconds": _medians(watch.core_seconds)}
+
+
+def _watched(run: Rank, numbers: Iterable[int]) -> _Stopwatch:
+    watch, engine = _Stopwatch(run.world.device), run.engine
+    engine.trace(watch)  # pyright: ignore[reportArgumentType]
+    for number in numbers:
+        engine.train_batch(number)
+    return watch
+
+
+def _medians(by_name: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(seconds) for name, seconds in by_name.items()}
+
+
+def stage(task: Task) -> dict[str, Any]:
+    """A rank by itself: seconds of a step, where none waits for the device but the last, then a profile of one, then
+    seconds of passes."""
+    run, numbers = begin(task), count(1)
+    for _ in range(task.warmup):
+        run.engine.train_batch(next(numbers))
+    synchronize(run.world.device)
+    wait_for_turn(exclusive=True)
+    start = time.perf_counter()
+    results = [run.engine.train_batch(next(numbers)) for _ in range(task.steps)]
+    loss = float(results[-1].losses[-1])
+    synchronize(run.world.device)
+    seconds = (time.perf_counter() - start) / task.steps
+    peak = peak_memory_bytes(run.world.device)
+    profile = _profile(run, next(numbers))
+    watch = _watched(run, islice(numbers, task.steps))
+    leave(run)
+    found = {"step_seconds": seconds, "loss": loss, "peak_memory_bytes": peak}
+    return {**found, "passes": _medians(watch.seconds), "profile": profile}
+
+
+def _profile(run: Rank, number: int) -> dict[str, Any]:
+    """Where a step's time goes: milliseconds and calls of the costliest kernels, on a CPU of operators, and of all."""
+    on_cpu = run.world.device.type == "cpu"
+    with torch.profiler.profile() as profiler:
+        run.engine.train_batch(number)
+        synchronize(run.world.device)
+    key = "self_cpu_time_total" if on_cpu else "self_device_time_total"
+    found = [(e.key[:NAME], getattr(e, key) / 1000, e.count) for e in profiler.key_averages() if _is_on(e, on_cpu)]
+    rows = sorted(found, key=lambda row: -row[1])[:PROFILED]
+    return {"rows": rows, "milliseconds": sum(row[1] for row in found), "calls": sum(row[2] for row in found)}
+
+
+def _is_on(event: Any, on_cpu: bool) -> bool:
+    return (event.device_type == torch.autograd.DeviceType.CPU) == on_cpu
 
 
 MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
@@ -251,6 +321,7 @@ MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "memory": memory,
     "traffic": traffic,
     "passes": passes,
+    "stage": stage,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,16 @@
+"""Nine minutes on a GPU: proves what no CPU can, step by step, into DIR/day.jsonl.
+
+python scripts/gpu_day.py --make_bundle .bundle [--text FILE]        before, on a machine with network
+python scripts/gpu_day.py --output DIR --bundle .bundle              on the machine with the GPU
+python scripts/gpu_day.py --output DIR --rehearse                    the same on a CPU, with tiny sizes
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llm_local.bench.gpu_day import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
