@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
+import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +103,22 @@ def test_memory_grows_with_the_stages_of_backpropagation_alone(trainer: Trainer)
 def test_seconds_of_passes(trainer: Trainer):
     for found in measure(trainer, "passes", "local"):
         assert min(found["seconds"][name] for name in ("ForwardPass", "BackwardPass", "OptimizerStep")) > 0
+
+
+def test_ranks_measure_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody begins while another one still warms up."""
+    from llm_local.bench.worker import TURNS, wait_for_turn
+
+    monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
+    other = os.open(tmp_path / "turns", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_SH)
+    mine = threading.Thread(target=wait_for_turn, args=(True,))
+    mine.start()
+    mine.join(0.2)
+    assert mine.is_alive()
+    os.close(other)
+    mine.join(30)
+    assert not mine.is_alive()
 
 
 def test_what_belongs_to_a_pass():

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from llm_local.bench import gpu_day, gpu_page
+from llm_local.bench import gpu_day, gpu_page, gpu_steps
 from llm_local.bench.gpu_bundle import PACKAGES, BundleError, fetch, locked, make_bundle, write_text
 from llm_local.bench.gpu_day import MARK, NAMES, Day, Line, Step, run_step
-from llm_local.bench.gpu_runs import ROOT, difference, read_metrics
+from llm_local.bench.gpu_runs import ROOT, Found, difference, read_metrics
 from llm_local.bench.gpu_speed import simulated
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.plan.times import StageSeconds
@@ -188,6 +188,23 @@ def test_a_bundle_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_bundle, "_reference", lambda folder, work: [[1.0]])
     with pytest.raises(BundleError, match="and may have 0; give fewer --megabytes"):
         make_bundle(tmp_path / "new", None, 0.1)
+
+
+def test_a_reference_run_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from llm_local.bench import gpu_bundle
+
+    monkeypatch.setattr(gpu_bundle, "PACKAGES", ())
+    monkeypatch.setattr(gpu_bundle, "train_tokenizer", lambda text, target: target.mkdir())
+    monkeypatch.setattr(gpu_bundle, "train", lambda job, paths: Found(tmp_path, error="a line\nno memory"))
+    with pytest.raises(BundleError, match="the reference run failed: no memory"):
+        make_bundle(tmp_path / "new", None, 0.1)
+
+
+def test_a_step_before_the_data_says_what_to_do(tmp_path: Path):
+    told = {"work": str(tmp_path), "bundle": "", "rehearse": True, "result": str(tmp_path / "result.json")}
+    assert gpu_steps.main("fp32", json.dumps(told)) == 1
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["problems"] == ["there is no text yet: run the step data first"]
 
 
 def test_losses_are_compared_as_they_lie():

@@ -172,7 +172,8 @@ def data(context: Context) -> None:
     script = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *given]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise ValueError(f"prepare_data.py: {done.stderr.strip()[-800:]}")
+        context.report.problem(done.stderr.strip()[-800:])
+        return
     tokens = re.search(r"([\d,]+) tokens", done.stdout)
     context.report.add("tokens", int(tokens[1].replace(",", "")) if tokens else 0)
     (work / "data.json").write_text(json.dumps({"text": str(text), "tokenizer": str(tokenizer)}))
