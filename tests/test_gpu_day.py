@@ -34,7 +34,7 @@ def bundle(tmp_path: Path, cache: Path) -> Path:
     folder = tmp_path / "bundle"
     (folder / "wheels").mkdir(parents=True)
     (folder / "wheels/broken-1.0-py3-none-any.whl").write_text("")
-    write_text(folder / "text.jsonl.gz", None, 400_000)
+    write_text(folder / "text.jsonl.gz", None, 2_000_000)
     shutil.copytree(builtin_tokenizer_dir(cache), folder / "tokenizer")
     others = {"versions": {"torch": "1.0", "transformers": "2.0"}, "losses": [[8.0] * 6] * 2}
     (folder / "reference.json").write_text(json.dumps(others))
@@ -45,7 +45,7 @@ def bundle(tmp_path: Path, cache: Path) -> Path:
 def test_a_rehearsal(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "day"
     day = ["--output", str(output), "--rehearse", "--bundle", str(bundle), "--limit", "facts=0.5"]
-    steps = ["install", "facts", "data", "fp32", "tests", "mfu"]
+    steps = ["install", "facts", "data", "fp32", "tests", "mfu", "study"]
     assert gpu_day.main([*day, "--only", *steps]) == 1
     found = {line["step"]: line for line in lines(output)}
     assert list(found) == steps
@@ -66,6 +66,8 @@ def test_a_rehearsal(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture
     assert speed[speed["best"]]["tflops"] > 0
     assert speed["profile"]["rows"]
     assert min(speed["zero3"]["passes"][kind] for kind in ("ForwardPass", "BackwardPass", "OptimizerStep")) > 0
+    curve = found["study"]["figures"]["chunked-4-shared-seed1"]["evals"]
+    assert [(step, len(losses)) for step, losses in curve] == [(3, 4), (6, 4)]
     assert all(line["rehearsal"] for line in found.values())
     assert "over its limit" in (output / "day.txt").read_text()
     with tarfile.open(output / "logs.tgz") as logs:
@@ -74,8 +76,8 @@ def test_a_rehearsal(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     gpu_day.main([*day, "--minutes", "0.01"])
     again = {line["step"]: line["status"] for line in lines(output)[len(steps) :]}
-    assert again == {name: "no time" for name in NAMES if name not in ("data", "tests", "mfu")}
-    assert capsys.readouterr().out.count("done before") == 3
+    assert again == {name: "no time" for name in NAMES if name not in ("data", "tests", "mfu", "study")}
+    assert capsys.readouterr().out.count("done before") == 4
 
     assert gpu_page.main([str(output / "day.jsonl"), "-o", str(tmp_path / "gpu.md")]) == 0
     assert (tmp_path / "gpu.md").read_text().startswith("# A CPU rehearsal's figures, not a GPU's: ")
@@ -159,9 +161,19 @@ def test_the_bundle_has_what_the_lock_names():
 
 
 def test_a_wheel_that_is_there_is_not_fetched_again(tmp_path: Path):
-    (tmp_path / "Py_CPUinfo-9.0.0-py3-none-any.whl").write_text("")
-    fetch("py-cpuinfo==9.0.0", tmp_path, from_source=False)
-    assert len(list(tmp_path.iterdir())) == 1
+    for name in ("Py_CPUinfo-9.0.0-py3-none-any", "xxhash-4.1.0-cp312-cp312-manylinux_2_28_x86_64"):
+        (tmp_path / f"{name}.whl").write_text("")
+    fetch("py-cpuinfo==9.0.0", tmp_path, None)
+    fetch("xxhash==4.1.0", tmp_path, "3.12")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_wheel_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "xxhash-4.1.0-cp311-cp311-manylinux_2_28_x86_64.whl").write_text("")
+    with pytest.raises(BundleError, match=r"^fetching xxhash==4\.1\.0 failed: .*No matching distribution"):
+        fetch("xxhash==4.1.0", tmp_path, "3.12")
+    assert list(tmp_path.iterdir()) == [], "that of another Python is gone"
 
 
 def test_text_of_a_bundle(tmp_path: Path):

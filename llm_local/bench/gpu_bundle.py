@@ -66,8 +66,8 @@ def check_bundle(folder: Path) -> None:
         raise BundleError(f"--bundle {folder} lacks {', '.join(lacking)}; make it by --make_bundle {folder}")
 
 
-def make_bundle(folder: Path, text: Path | None, megabytes: float) -> str:
-    """Makes or completes the bundle; returns a line with its size. Raises BundleError."""
+def make_bundle(folder: Path, text: Path | None, megabytes: float, python: str = PYTHON) -> str:
+    """Makes or completes the bundle for a Python of that version; returns a line with its size. Raises BundleError."""
     if text is not None and not text.is_file():
         raise BundleError(f"--text {text}: there is no such file")
     if folder.exists() and any(folder.iterdir()) and not (folder / "wheels").is_dir():
@@ -76,7 +76,7 @@ def make_bundle(folder: Path, text: Path | None, megabytes: float) -> str:
     wheels.mkdir(parents=True, exist_ok=True)
     lock = (ROOT / "requirements.lock").read_text()
     for name in PACKAGES:
-        fetch(f"{name}=={locked(lock, name)}", wheels, name in SOURCE_ONLY)
+        fetch(f"{name}=={locked(lock, name)}", wheels, None if name in SOURCE_ONLY else python)
     write_text(folder / "text.jsonl.gz", text, int(megabytes * 1e6))
     train_tokenizer(folder / "text.jsonl.gz", folder / "tokenizer")
     with tempfile.TemporaryDirectory(prefix="llm_local-bundle-") as work:
@@ -88,7 +88,7 @@ def make_bundle(folder: Path, text: Path | None, megabytes: float) -> str:
         raise BundleError(
             f"{folder} has {size / 1e6:.1f} MB and may have {MOST_BYTES / 1e6:.0f}; give fewer --megabytes"
         )
-    return f"{folder}: {size / 1e6:.1f} MB, {len(list(wheels.iterdir()))} wheels, for Python {PYTHON} on x86-64"
+    return f"{folder}: {size / 1e6:.1f} MB, {len(list(wheels.iterdir()))} wheels, for Python {python} on x86-64"
 
 
 def size_of(folder: Path) -> int:
@@ -97,29 +97,31 @@ def size_of(folder: Path) -> int:
 
 
 def locked(lock: str, name: str) -> str:
-    """The version of a package in requirements.lock for PYTHON: where there are several, the last is the newest
-    Python's."""
+    """The version of a package in requirements.lock; where there are several, the last is the newest Python's."""
     found = re.findall(rf"^{re.escape(name)}==([\w.+!-]+)", lock, flags=re.MULTILINE)
     if not found:
         raise BundleError(f"requirements.lock has no {name}; run `make lock`")
     return found[-1]
 
 
-def fetch(requirement: str, wheels: Path, from_source: bool) -> None:
-    """The wheel of one package, unless it is there; an older version's is removed."""
+def fetch(requirement: str, wheels: Path, python: str | None) -> None:
+    """The wheel of one package for that Python, or built here of its source, unless it is there; any other of the
+    package's is removed."""
     stem, _, wanted = requirement.partition("==")
     stem = re.sub(r"[-_.]+", "_", stem).lower()
     for path in wheels.glob("*.whl"):
-        name, number = path.name.lower().split("-")[:2]
-        if name == stem and number.partition("+")[0] == wanted:
+        name, number, tag = path.name.lower().split("-")[:3]
+        short = (python or "").replace(".", "")
+        fits = python is None or tag in ("py3", "py2.py3", f"py{short}", f"cp{short}")
+        if name == stem and number.partition("+")[0] == wanted and fits:
             return
         if name == stem:
             path.unlink()
     pip = [sys.executable, "-m", "pip"]
-    if from_source:
+    if python is None:
         command = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels), requirement]
     else:
-        only = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
+        only = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
         platforms = [part for name in PLATFORMS for part in ("--platform", name)]
         command = [*pip, "download", "-q", "--no-deps", *only, *platforms, "-d", str(wheels), requirement]
     _call(command, f"fetching {requirement}", DS_BUILD_OPS="0")

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_local.bench.gpu_bundle import BundleError, check_bundle, make_bundle
+from llm_local.bench.gpu_bundle import PYTHON, BundleError, check_bundle, make_bundle
 
 ROOT = Path(__file__).parents[2]
 OK, FAILED, OVER, NO_TIME, NEEDS_GPU = "ok", "failed", "over its limit", "no time", "needs a GPU"
@@ -216,7 +216,8 @@ def main(arguments: list[str]) -> int:
     given = _arguments(arguments)
     try:
         if given.make_bundle is not None:
-            print(make_bundle(given.make_bundle.absolute(), given.text and given.text.absolute(), given.megabytes))
+            text = given.text and given.text.absolute()
+            print(make_bundle(given.make_bundle.absolute(), text, given.megabytes, given.python))
             return 0
         day = _day(given)
     except (BundleError, ValueError) as error:
@@ -253,6 +254,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--text", type=Path, help="text for the bundle (default: Python's own sources)")
     parser.add_argument("--megabytes", type=float, default=18, help="of that text (default 18)")
+    parser.add_argument("--python", default=PYTHON, help=f"version there, for the wheels (default {PYTHON})")
     given = parser.parse_args(arguments)
     if (given.output is None) == (given.make_bundle is None):
         parser.error("give --output FOLDER for a day, or --make_bundle FOLDER before it")

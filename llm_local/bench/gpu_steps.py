@@ -164,7 +164,7 @@ def data(context: Context) -> None:
         folder / name for folder, name in ((bundle or work, "text.jsonl.gz"), (bundle or work, "tokenizer"))
     )
     if bundle is None:
-        context.report.add("documents", write_text(text, None, 600_000 if context.rehearse else 18_000_000))
+        context.report.add("documents", write_text(text, None, 2_000_000 if context.rehearse else 18_000_000))
         train_tokenizer(text, tokenizer)
     workers = min(10, len(os.sched_getaffinity(0)))
     flags = {**Paths(work, text, tokenizer).flags(), "preprocessing_num_workers": workers}
