@@ -43,7 +43,7 @@ VERSIONS = ("torch", "deepspeed", "transformers")
 REFERENCE: dict[str, Any] = {
     "config_name": "configs/quickstart.json",
     "num_stages": 2,
-    "seq_length": 256,
+    "seq_length": 128,
     "per_device_train_batch_size": 4,
     "max_steps": 6,
     "learning_rate": 1e-3,
