@@ -52,7 +52,7 @@ STEPS = (
     Step("fp32", 60, "two stages on one device, against losses of a CPU"),
     Step("zero", 90, "bf16 with ZeRO 0 to 3 and both offloads: resumed bit for bit, exported"),
     Step("variants", 70, "fp16, overlapping, shared head, int8 on the wire, compiled layers"),
-    Step("tests", 60, "pytest -m gpu"),
+    Step("tests", 90, "pytest -m gpu"),
     Step("mfu", 120, "share of the peak that a stage of 350M reaches, and where its time goes"),
     Step("passes", 80, "passes of a stage for the simulator; chunks beside backpropagation in one process"),
     Step("study", 200, "43M: backpropagation, 2 blocks, 4 blocks with a shared head, on the same tokens"),

@@ -20,7 +20,7 @@ from llm_local.bench.cases import BenchmarkError, Case, run_case
 from llm_local.bench.gpu_runs import ROOT, Job, Paths, last_words, read_metrics, side_by_side, start
 from llm_local.bench.mfu import LARGE, TINY, flops_a_step
 from llm_local.bench.worker import TURNS
-from llm_local.device import describe_device, synchronize
+from llm_local.device import describe_device, finish_queued_work
 from llm_local.plan.times import StageSeconds, predict
 from llm_local.study.points import read_study
 from llm_local.study.runs import StudyRun, runs_of
@@ -54,11 +54,11 @@ def product_tflops(device: torch.device, size: int, repeats: int = 20) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         torch.mm(a, b)
-    synchronize(device)
+    finish_queued_work(device)
     begun = time.perf_counter()
     for _ in range(repeats):
         torch.mm(a, b)
-    synchronize(device)
+    finish_queued_work(device)
     return 2 * size**3 * repeats / (time.perf_counter() - begun) / 1e12
 
 

@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any
 
 from llm_local.bench.gpu_bundle import REFERENCE, BundleError, install, train_tokenizer, write_text
-from llm_local.bench.gpu_runs import ROOT, Found, Job, Paths, difference, side_by_side, train
+from llm_local.bench.gpu_runs import ROOT, Found, Job, Paths, difference, last_words, side_by_side, train
 
 TOLERANCE = 1e-4
 NEEDS_GPU = "needs a GPU"
@@ -267,21 +267,34 @@ def variants(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """The tests that carry the mark gpu, of the files that have one."""
+    """The tests that carry the mark gpu, of the files that have one, in shares side by side."""
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    begun = time.monotonic()
     plugins = ["-p", "no:cacheprovider", "-p", "pytest_timeout"]  # and none that happens to be installed
-    told = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *plugins, *files]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(told, capture_output=True, text=True, cwd=ROOT, env=environment)
-    context.report.add("seconds", time.monotonic() - begun)
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.strip().rpartition("\n")[2])
-    found = {word: int(count) for count, word in counts}
-    if context.rehearse and "passed" not in found:
-        context.report.status = NEEDS_GPU
-    context.report.add("tests", found)
-    if done.returncode not in (0, 5):  # 5: there is none
-        context.report.problem((done.stdout or done.stderr).strip()[-1200:])
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", *plugins]
+    told: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}}
+    listed = subprocess.run([*pytest, "-q", "--collect-only", *files], capture_output=True, text=True, **told)
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not names:
+        context.report.problem(f"no test was found: {(listed.stdout or listed.stderr).strip()[-800:]}")
+        return
+    running = []
+    for number in range(min(len(names), context.at_once)):
+        log = context.work / f"steps/tests-{number}.log"
+        command = [*pytest, "-v", *names[number :: context.at_once]]
+        with log.open("w") as file:
+            running.append((log, subprocess.Popen(command, stdout=file, stderr=file, **told)))
+    alive = True
+    while alive:
+        alive = any([process.poll() is None for _, process in running])
+        said = "".join(log.read_text(errors="replace") for log, _ in running)
+        counts = {word.lower(): len(re.findall(f" {word} ", said)) for word in ("PASSED", "FAILED", "SKIPPED", "ERROR")}
+        if context.rehearse and not counts["passed"]:
+            context.report.status = NEEDS_GPU
+        context.report.add("tests", {word: count for word, count in counts.items() if count})
+        time.sleep(1)
+    for log, process in running:
+        if process.returncode:
+            context.report.problem(last_words(log))
 
 
 def _speed(name: str) -> Callable[[Context], None]:

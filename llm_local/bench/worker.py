@@ -27,7 +27,7 @@ from llm_local.backprop import id_columns
 from llm_local.bench.peers import PEERS, System, make_peer
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import Config, from_flat
-from llm_local.device import peak_memory_bytes, synchronize
+from llm_local.device import finish_queued_work, peak_memory_bytes
 from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
@@ -248,7 +248,7 @@ class _Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> None:
             start, on_core = time.perf_counter(), time.process_time()
             function(*args, **kwargs)
-            synchronize(self.device)
+            finish_queued_work(self.device)
             self.seconds[name].append(time.perf_counter() - start)
             self.core_seconds[name].append(time.process_time() - on_core)
 
@@ -284,12 +284,12 @@ def stage(task: Task) -> dict[str, Any]:
     run, numbers = begin(task), count(1)
     for _ in range(task.warmup):
         run.engine.train_batch(next(numbers))
-    synchronize(run.world.device)
+    finish_queued_work(run.world.device)
     wait_for_turn(exclusive=True)
     start = time.perf_counter()
     results = [run.engine.train_batch(next(numbers)) for _ in range(task.steps)]
     loss = float(results[-1].losses[-1])
-    synchronize(run.world.device)
+    finish_queued_work(run.world.device)
     seconds = (time.perf_counter() - start) / task.steps
     peak = peak_memory_bytes(run.world.device)
     profile = _profile(run, next(numbers))
@@ -304,7 +304,7 @@ def _profile(run: Rank, number: int) -> dict[str, Any]:
     on_cpu = run.world.device.type == "cpu"
     with torch.profiler.profile() as profiler:
         run.engine.train_batch(number)
-        synchronize(run.world.device)
+        finish_queued_work(run.world.device)
     key = "self_cpu_time_total" if on_cpu else "self_device_time_total"
     found = [(e.key[:NAME], getattr(e, key) / 1000, e.count) for e in profiler.key_averages() if _is_on(e, on_cpu)]
     rows = sorted(found, key=lambda row: -row[1])[:PROFILED]
