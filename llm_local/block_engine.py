@@ -43,6 +43,7 @@ class BlockEngine(HookedEngine):
     """
 
     waiting_steps = 0
+    _norm: torch.Tensor
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
@@ -55,11 +56,17 @@ class BlockEngine(HookedEngine):
         if not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization()):
             module: Any = self.module
             grads = [p.grad for p in module.parameters() if p.grad is not None]
-            self.keep_grad_norm(torch.nn.utils.get_total_norm(grads))
+            self._norm = torch.nn.utils.get_total_norm(grads)
+            self.keep_grad_norm(self._norm)
         if self.waiting_steps and self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler
             if scheduler.last_epoch == self.waiting_steps:
                 _forget_waiting(self)
+
+    def clip_fp32_gradients(self) -> None:
+        """By the norm that is known already."""
+        module: Any = self.module
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.gradient_clipping(), self._norm)
 
 
 def _forget_waiting(engine: DeepSpeedEngine) -> None:
@@ -174,6 +181,8 @@ def make_block_engine(config: Config, block: Block, settings: dict[str, Any]) ->
     waiting = waiting_parameters(config, block)
     engine = BlockEngine(config_class=DeepSpeedConfig(settings), **engine_arguments(config, block, settings, waiting))
     engine.waiting_steps = config.local.head_warmup_steps if waiting else 0
+    if engine.dp_world_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # which copies all gradients to a buffer and back
     restore_buffers(block, buffers)
     undo_dummy_step(engine)
     link_as_laid_out(engine)

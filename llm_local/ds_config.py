@@ -91,7 +91,18 @@ def resolve(config: Config, num_replicas: int, model_config: Any, monitor: str |
     left = list(_autos(settings, ""))
     if left:
         raise ConfigError([f"{train.deepspeed}: {name} is 'auto', but no flag has its value" for name in left])
-    return _own_settings(config, settings, monitor)
+    settings = _own_settings(config, settings, monitor)
+    if num_replicas == 1 and _can_do_without_zero(config, settings):
+        settings["zero_optimization"] = {"stage": 0}
+    return settings
+
+
+def _can_do_without_zero(config: Config, settings: Json) -> bool:
+    """Whether one rank trains the same in float32 without ZeRO 1 or 2, which would shard nothing: they copy weights and
+    gradients into buffers of their own."""
+    zero = settings["zero_optimization"]
+    is_plain = config.precision == "fp32" and "optimizer" not in settings and "offload_optimizer" not in zero
+    return is_plain and not config.is_pipelined and zero.get("stage") in (1, 2)
 
 
 def _leave_to_the_flags(config: Config, settings: Json) -> None:

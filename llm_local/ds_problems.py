@@ -41,7 +41,7 @@ def deepspeed_problems(config: Config, num_replicas: int) -> list[str]:
     except ConfigError as error:
         return error.problems
     problems = []
-    stage = zero_stage(settings)
+    stage = zero_stage(load_json(config))
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage} in {config.train.deepspeed}; DeepSpeed has 0, 1, 2 and 3")
     if config.train.fp16 and stage == 0:
@@ -90,7 +90,7 @@ def _accelerate_problems(config: Config, settings: Json) -> Iterator[str]:
         else:
             asked.setdefault("DEEPSPEED_ZERO_STAGE", "2")
             wanted += [
-                ("DEEPSPEED_ZERO_STAGE", zero_stage(settings), "--deepspeed configs/ds/zero{0}.json"),
+                ("DEEPSPEED_ZERO_STAGE", zero_stage(load_json(config)), "--deepspeed configs/ds/zero{0}.json"),
                 ("GRADIENT_CLIPPING", train.max_grad_norm, "--max_grad_norm {0}"),
             ]
             for name in ("optimizer", "param"):
