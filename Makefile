@@ -52,7 +52,7 @@ study: setup  ## the small study of methods and heads, half an hour on two cores
 
 # On an idle machine: most of an hour on two cores. The slow link needs root, and is left out for anybody else.
 bench: setup  ## benchmarks beside other pipelines, into docs/bench
-	for name in throughput efficiency prediction traffic memory scaling data job_link; do \
+	for name in overhead throughput efficiency prediction traffic memory scaling data job_link; do \
 		$(BIN)/python scripts/bench_$$name.py || exit 1; done
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python scripts/bench_slow_link.py; fi
 

@@ -20,8 +20,8 @@ from llm_local.model.stage import build_block
 from llm_local.partition import Costs, make_partition
 
 
-def tiny_engine(settings: dict[str, Any], **flags: Any) -> BlockEngine:
-    """settings: DeepSpeed's JSON. Only where run_ranks has set the variables of a rank."""
+def tiny_engine(settings: dict[str, Any], num_replicas: int = 1, **flags: Any) -> BlockEngine:
+    """settings: DeepSpeed's JSON. Only where run_ranks has set the variables of a rank, or in a process group."""
     import deepspeed
 
     prepare_cpu(torch.device("cpu"), 1)
@@ -32,4 +32,4 @@ def tiny_engine(settings: dict[str, Any], **flags: Any) -> BlockEngine:
         path.write_text(json.dumps(settings))
         run = from_flat({"config_name": "x.json", "layers_per_block": 1, "deepspeed": str(path), **flags})
         block = build_block(run, config, probe(config, run.model), partition, 0)
-        return make_block_engine(run, block, resolve(run, 1, config))
+        return make_block_engine(run, block, resolve(run, num_replicas, config))

@@ -183,3 +183,15 @@ def test_muon_trains_and_goes_on_elsewhere(trainer: Trainer):
     straight, again = found
     assert again == pytest.approx(straight[3:], rel=1e-3)
     assert straight[-1] < straight[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "replicas", "flags", "kept"),
+    [(1, 1, {}, 0), (2, 1, {}, 0), (3, 1, {}, 3), (1, 2, {}, 1), (1, 1, {"bf16": True}, 1), (2, 1, {"fp16": True}, 2)],
+)
+def test_one_rank_in_float32_does_without_shards(tmp_path: Path, stage: int, replicas: int, flags: dict, kept: int):
+    """ZeRO 1 and 2 would copy its weights and gradients to and fro."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(zero(stage=stage)))
+    config = from_flat({"config_name": "x.json", "deepspeed": str(path), **flags})
+    assert resolve(config, replicas, SimpleNamespace(hidden_size=8))["zero_optimization"]["stage"] == kept

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_local.adapters.deepspeed_internals import undo_dummy_step
 from llm_local.checkpoint.loader import step_device
+from llm_local.checkpoint.shards import shards
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.config import from_flat
 from llm_local.device import local_device, tell_deepspeed
@@ -236,3 +237,32 @@ def ask(arguments: list[str]) -> set[str]:
 def test_a_step_asks_the_device_for_no_number(trainer: Trainer, ranks: int, flags: dict, others: set[str]):
     for askers in run_ranks(ask, ranks, trainer.flags("out", logging_steps=100, **flags)):
         assert askers - ON_THE_HOST <= others
+
+
+def shards_of_eight() -> dict[int, dict[str, tuple[int, int, int]]]:
+    """What this rank of eight has under each ZeRO stage: numel of a tensor, where its part begins, how many follow."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=int(os.environ["RANK"]), world_size=8, store=FakeStore())
+    found = {}
+    for stage in (1, 2, 3):
+        engine = tiny_engine({"zero_optimization": {"stage": stage}}, num_replicas=8, bf16=True)
+        parts = (shard.master and (shard.name, shard.master) for shard in shards(engine, int(os.environ["RANK"])))
+        found[stage] = {part[0]: (part[1].numel, part[1].start, len(part[1].values)) for part in parts if part}
+    return found
+
+
+@pytest.mark.processes
+def test_eight_replicas_have_each_weight_once():
+    """Of engines whose collectives do nothing, so that eight of them are made in seconds."""
+    found = run_ranks(shards_of_eight, 8)
+    for stage in (1, 2, 3):
+        names = {name for rank in found for name in rank[stage]}
+        assert len(names) > 10
+        for name in names:
+            parts = sorted(rank[stage][name][1:] for rank in found if name in rank[stage] and rank[stage][name][2])
+            numel = next(rank[stage][name][0] for rank in found if name in rank[stage])
+            ends = [start + length for start, length in parts]
+            assert [start for start, _ in parts] == [0, *ends[:-1]], name
+            assert ends[-1] == numel

@@ -212,6 +212,23 @@ class TestCheckExport:
         with pytest.raises(WrongExport, match=r"its logits differ from the pipeline's by 0\.\d+ of the largest"):
             check_export(export, IDS, logits(model) * 1.5, 1e-4)
 
+    def test_what_bf16_rounds_away_is_no_error(self, tmp_path: Path):
+        """Another kernel, as a GPU's, computes a deep model otherwise; a tensor that is wrong shows all the same."""
+        deep = made({**TINY, "num_hidden_layers": 32})
+        with torch.no_grad():
+            for parameter in deep.parameters():
+                parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+        deep = deep.bfloat16()
+        folder = written(tmp_path / "deep", deep)
+        deep.set_attn_implementation("eager")
+        elsewhere = logits(deep)
+        said = check_export(folder, IDS, elsewhere, 1e-4)
+        assert "logits differ from the pipeline's by" in said
+        with torch.no_grad():
+            deep.model.layers[30].mlp.down_proj.weight.mul_(-1)
+        with pytest.raises(WrongExport, match=r"its logits differ from the pipeline's"):
+            check_export(folder, IDS, logits(deep), 1e-4)
+
     def test_a_missing_tensor_is_an_error(self, export: Path):
         shard = export / "model-00002-of-00002.safetensors"
         tensors = load_file(shard)

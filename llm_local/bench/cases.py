@@ -89,9 +89,9 @@ def run_case(case: Case, launchers: Sequence[Sequence[str]] = ()) -> list[dict[s
 
 
 def _run_all(name: str, commands: list[list[str]], logs: list[Path]) -> None:
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), **os.environ}
+    environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), **os.environ}
     if not torch.accelerator.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment = {"OMP_NUM_THREADS": "1", **environment, "DS_ACCELERATOR": "cpu"}
     end, processes = time.monotonic() + SECONDS, []
     try:
         for command, log in zip(commands, logs, strict=True):

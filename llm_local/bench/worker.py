@@ -25,6 +25,7 @@ import torch
 
 from llm_local.backprop import id_columns
 from llm_local.bench.peers import PEERS, System, make_peer
+from llm_local.bench.plain import PlainLoop
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import Config, from_flat
 from llm_local.device import finish_queued_work, peak_memory_bytes
@@ -32,6 +33,7 @@ from llm_local.launch import Launch
 from llm_local.links.ends import Links
 from llm_local.links.packet import Packet
 from llm_local.rank import Rank, build, check
+from llm_local.run import Run
 from llm_local.screen import quiet_libraries
 from llm_local.watchdog import Watchdog
 
@@ -127,6 +129,19 @@ def wait_for_turn(exclusive: bool) -> None:
 
 
 _turns: dict[str, int] = {}
+
+
+def beside_plain(task: Task) -> dict[str, Any]:
+    """Seconds of each step of a run, and of a plain loop's, in turns."""
+    rank = begin(task)
+    run, loop = Run(rank), PlainLoop(rank.config, rank.setup.model_config())
+    found: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in islice(run.steps(), task.warmup + task.steps):
+        for name, step in (("ours", run.train_step), ("plain", loop.step)):
+            start = time.perf_counter()
+            step()
+            found[name].append(time.perf_counter() - start)
+    return {name: seconds[task.warmup :] for name, seconds in found.items()}
 
 
 @dataclass
@@ -317,6 +332,7 @@ def _is_on(event: Any, on_cpu: bool) -> bool:
 
 MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "rate": rate,
+    "beside_plain": beside_plain,
     "efficiency": efficiency,
     "memory": memory,
     "traffic": traffic,
