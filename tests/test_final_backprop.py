@@ -42,14 +42,14 @@ def test_only_the_last_steps_are_global_and_heads_go_on_training(trainer: Traine
     assert records(mixed, 0)[-1]["loss"] < records(mixed, 0)[-2]["loss"], "stage 0's own exit"
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_zero_stages_agree_on_global_steps(trainer: Trainer, zero: int):
+def test_zero_stages_agree_on_global_steps(trainer: Trainer):
     chosen: dict[str, Any] = {"num_stages": 2, "final_backprop_steps": 3, "gradient_accumulation_steps": 2}
     plain = trainer.run("plain", 2, **chosen, per_device_train_batch_size=4)
-    sharded = trainer.run("sharded", 4, **chosen, deepspeed=f"configs/ds/zero{zero}.json")
-    torch.testing.assert_close(
-        torch.tensor(block_losses(sharded, 2)), torch.tensor(block_losses(plain, 2)), rtol=1e-4, atol=0.0
-    )
+    wanted = torch.tensor(block_losses(plain, 2))
+    for zero in range(4):
+        sharded = trainer.run(f"zero{zero}", 4, **chosen, deepspeed=f"configs/ds/zero{zero}.json")
+        found = torch.tensor(block_losses(sharded, 2))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0.0, msg=f"ZeRO-{zero}")
 
 
 def test_overlapping_blocks_finish_globally(trainer: Trainer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY, Trainer, block_losses, records, weights
-from launching import job
+from launching import by_hand
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -104,9 +103,9 @@ def test_precision_changes(trainer: Trainer):
 
 def says(trainer: Trainer, name: str, **settings: Any) -> str:
     """Trains in one process and returns what the screen shows."""
-    with job([sys.executable], trainer.flags(name, **settings), trainer.folder, name) as run:
-        assert run.wait(120) == 0, run.text
-        return run.text
+    with by_hand(1, trainer.flags(name, **settings), trainer.folder) as (rank,):
+        assert rank.wait(120) == 0, rank.text
+        return rank.text
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -111,6 +111,15 @@ class TestSteps:
         assert sum(sent[2:4]) == sum(sent[4:]) == 2 * 4 * held, "a ring of two sends all that it has, each of them"
 
 
+APART = {"num_stages": 1, "layers_per_block": 2, "replica_sync_steps": 4, "save_steps": 3, "eval_batches": 0}
+
+
+@pytest.fixture(scope="module")
+def two_apart(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run of two replicas, six steps."""
+    return Trainer(tmp_path_factory.mktemp("apart"), cache).run("run", 2, max_steps=6, **APART)
+
+
 @pytest.mark.processes
 class TestCheckpoints:
     @pytest.mark.parametrize(
@@ -154,12 +163,10 @@ class TestCheckpoints:
         ids=["plain", "one", "other steps", "three", "two stages"],
     )
     def test_elsewhere_a_run_goes_on_from_their_mean(
-        self, trainer: Trainer, capfd: pytest.CaptureFixture[str], ranks: int, changes: dict
+        self, trainer: Trainer, two_apart: Path, capfd: pytest.CaptureFixture[str], ranks: int, changes: dict
     ):
-        common = {"num_stages": 1, "layers_per_block": 2, "replica_sync_steps": 4, "save_steps": 3, "eval_batches": 0}
-        output = trainer.run("run", 2, max_steps=6, **common)
-        first = checkpoint(output, 3)
-        again = {**common, **changes, "resume_from_checkpoint": first, "save_steps": 1}
+        first = checkpoint(two_apart, 3)
+        again = {**APART, **changes, "resume_from_checkpoint": first, "save_steps": 1}
         capfd.readouterr()
         trainer.run("again", ranks, max_steps=4, **again)
         said = "its 2 replicas were apart: all go on from their mean"
@@ -169,7 +176,7 @@ class TestCheckpoints:
         if ranks == 3:
             assert not torch.equal(outer(first, ANCHOR), outer(checkpoint(trainer.folder / "again", 4), ANCHOR))
         if ranks == 4:
-            assert block_losses(trainer.folder / "again", 2)[-1] == block_losses(output, 1)[3]
+            assert block_losses(trainer.folder / "again", 2)[-1] == block_losses(two_apart, 1)[3]
 
     def test_a_replica_that_is_missing_is_named(self, trainer: Trainer):
         output = trainer.run("run", 2, num_stages=1, replica_sync_steps=3, max_steps=2, save_steps=2, eval_batches=0)
