@@ -13,6 +13,8 @@ from conftest import Trainer, records, weights
 from fake_gpu import FAILS_AFTER, FakeNccl, pretend, pretending
 from ranks import run_ranks
 
+from llm_local import device
+
 pytestmark = pytest.mark.processes
 
 
@@ -74,6 +76,7 @@ def train(arguments: list[str]) -> tuple[int, int]:
     from llm_local.train import main
 
     pretend()
+    device.identity = lambda *_: f"GPU of process {os.getpid()}"  # one each, as replicas need
     return main(arguments), FakeNccl.open
 
 
