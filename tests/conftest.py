@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import string
 import textwrap
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,14 @@ class Trainer:
         """Trains on so many ranks and returns the output folder; fails unless every rank says 0."""
         assert run_ranks(_train, ranks, self.flags(name, **settings)) == [0] * ranks
         return self.folder / name
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    """A run in this process says which rank it is, and a later test's processes would believe it."""
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ a fork has no threads, and autograd refuses to go on without its own.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import tempfile
@@ -52,4 +53,6 @@ with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing, 
     with redirect_stdout(nothing), redirect_stderr(nothing):
         rehearse(Path(folder))
 gc.collect()
+with suppress(AttributeError):  # of another C library
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory that a rank takes is its own
 gc.freeze()  # else every collection of a rank looks through all of this, and so copies its pages
