@@ -49,6 +49,7 @@ def test_a_file_of_empty_documents_alone_is_named(settings, tokenizer, tmp_path)
         prepare(settings(train_file=path), tokenizer)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv"])
 def test_a_line_of_50_megabytes_is_read(settings, tmp_path, suffix):
     text = "alpha" * 10_000_000

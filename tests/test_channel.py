@@ -104,6 +104,7 @@ class TestOneLife:
 
 
 class TestABrokenConnection:
+    @pytest.mark.processes
     @pytest.mark.parametrize("seed", range(3))
     def test_loses_nothing_and_doubles_nothing(self, ends: Ends, seed: int):
         relay, random = ends.relay(), Random(seed)
@@ -118,6 +119,7 @@ class TestABrokenConnection:
         sending.join()
         assert sender.num_connections > 3
 
+    @pytest.mark.processes
     def test_that_nobody_has_closed_is_given_up_after_a_silence(self, ends: Ends):
         relay = ends.relay()
         sender, receiver = ends.sender(port=relay.port, **QUICK), ends.receiver(**QUICK)
@@ -130,6 +132,7 @@ class TestABrokenConnection:
         sending.join()
         assert receiver.num_connections > 1
 
+    @pytest.mark.processes
     def test_that_is_slow_is_none(self, ends: Ends):
         relay = ends.relay()
         relay.bytes_at_a_time, relay.pause = 1000, 0.005  # a packet takes longer than there is silence
@@ -181,6 +184,7 @@ class TestLives:
             ends.log.persist(stop)
             sender.close()
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("seed", range(3))
     def test_both_ends_come_and_go(self, ends: Ends, seed: int):
         """At random, each back to its own last checkpoint, over a connection that breaks."""
@@ -266,6 +270,7 @@ class TestAbsence:
         with pytest.raises(LostPeer, match=said):
             until(lambda: channel.check(), "missed") if is_sender else channel.take()
 
+    @pytest.mark.processes
     def test_a_full_log_and_the_end_are_no_longer_waited_for(self, ends: Ends):
         sender = ends.sender(absent_seconds=0.5, log=(record_bytes(SIZE), 0))
         sender.send(packet(0))
@@ -373,6 +378,7 @@ class TestAnotherPeer:
                 until(lambda channel=channel: channel.check(), "refused")
 
 
+@pytest.mark.processes
 def test_a_port_that_another_has(ends: Ends):
     port = free_port()
     with socket.create_server(("127.0.0.1", port)), pytest.raises(OSError, match="Address already in use"):

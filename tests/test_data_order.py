@@ -106,6 +106,7 @@ def test_the_global_order_does_not_depend_on_the_number_of_replicas(folder, make
     assert step_ids(other, 1) != by_one[:6], "but on the seed"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", sorted(SOURCES))
 @pytest.mark.parametrize("stop", [1, 36, 130])
 def test_kill_and_resume_with_other_replicas_loses_nothing_and_repeats_nothing(folder, kind, stop):

@@ -16,6 +16,7 @@ def data(tmp_path, texts, cache) -> list[str]:
     return ["--train_file", train, "--validation_file", held, "--cache_dir", str(cache), "--seq_length", "40"]
 
 
+@pytest.mark.processes
 def test_what_was_prepared_is_what_a_run_reads(script, trainer: Trainer, capsys):
     flags = trainer.flags("run", max_steps=1)
     where = flags.index("--output_dir")
@@ -58,6 +59,7 @@ def test_bad_input_is_one_line(script, data, capsys, tmp_path, monkeypatch, name
     assert not (tmp_path / "lengths.png").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -69,6 +69,7 @@ def test_what_nothing_would_do_is_refused(refusal, settings: dict[str, Any], sai
     assert said in refusal(settings)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "flags", "said"),
     [

@@ -194,6 +194,7 @@ def test_a_type_that_would_leak_is_refused_with_the_repair(kind: str, settings: 
         raise ConfigError([line])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["gpt_oss", "llama", "phi3", "deepseek_v3"])
 def test_a_model_is_tried_in_small_whatever_its_size(kind: str):
     """The default configs have 4 to 700 billion parameters."""

@@ -28,6 +28,7 @@ def look(config: Any) -> tuple[Any, Anatomy]:
     return made, probe(made, ModelArguments())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma3_text", "gpt_oss"])
 def test_exits_of_most_types_are_models_in_the_sizes_that_they_have(model_type: str):
     """The type's default config, of billions of parameters for some, with all of its layers."""

@@ -14,6 +14,7 @@ def failures(mean_seconds: float, **changes: float) -> Failures:
     return Failures(mean_seconds, **values)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.processes
 def test_nothing_fails_and_nothing_is_lost():
     assert as_jobs([1.0] * 4, failures(1e15)) == pytest.approx(1.0)
     assert in_one_launch(1.0, 4, failures(1e15)) == pytest.approx(1.0)
@@ -27,11 +28,13 @@ def test_one_launch_loses_the_restart_and_half_an_interval_a_failure(num_stages:
     assert sum(found) / 8 == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.processes
 def test_one_stage_is_the_same_as_a_job():
     found = [as_jobs([1.0], failures(DAY), seed) for seed in range(8)]
     assert sum(found) / 8 == pytest.approx(1 / (1 + 370 / DAY), abs=0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_stages", [8, 64, 256])
 def test_stages_that_live_alone_lose_less(num_stages: int):
     ours, theirs = as_jobs([1.0] * num_stages, failures(DAY)), in_one_launch(1.0, num_stages, failures(DAY))
@@ -46,6 +49,7 @@ def test_a_larger_log_is_not_worse_and_a_slower_stage_hides_the_failures_of_othe
     assert slow[1] == pytest.approx(slow[0], abs=0.02)
 
 
+@pytest.mark.processes
 def test_a_stage_waits_for_the_one_before_and_hardly_for_others():
     """However large logs are: each is away with the stage that keeps it."""
 

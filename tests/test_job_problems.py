@@ -131,6 +131,7 @@ class TestSurroundings:
                 f"receive_on={address} cannot be listened on (Address already in use); choose another port or address"
             ]
 
+    @pytest.mark.processes
     def test_a_port_in_use_of_another_rank(self, job):
         """Who finds it when the ranks have met."""
         with socket.create_server(("127.0.0.1", 0)) as other:
@@ -208,6 +209,7 @@ class TestNeighbours:
         first, second = job(), job(stage=0, receive_on=None, gradient_checkpointing=True, stage_layers="2,1,1")
         assert fingerprint(preflight(first, 1), (1, 1, 1)) == fingerprint(preflight(second, 1), (1, 1, 1))
 
+    @pytest.mark.processes
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
@@ -228,16 +230,19 @@ class TestNeighbours:
         found = refused(mine, hello_of(other, Place(0, (1, 1, 1), 0)))
         assert found.startswith(f"link 0→1: {said}")
 
+    @pytest.mark.processes
     def test_a_gap_in_the_chain(self, job):
         mine, other = preflight(job(), 1), preflight(job(stage=2, send_to=None), 1)
         assert refused(mine, hello_of(other, Place(0, (1, 1, 1), 2))).startswith(
             "link 0→1: stage 1, replica 0 waits for stage 0 here, not for stage 2, replica 0 ("
         )
 
+    @pytest.mark.processes
     def test_other_numbers_of_replicas(self, job):
         mine, other = preflight(job(), 1), preflight(job(stage=0, receive_on=None), 2)
         assert "replicas differs: 2 in stage 0, 1 in stage 1" in refused(mine, hello_of(other, Place(0, (2, 2, 2), 0)))
 
+    @pytest.mark.processes
     def test_one_that_does_not_come(self, job):
         setup = preflight(job(absent_peer_timeout=0.5), 1)
         with pytest.raises(LostPeer, match=r"^stage 0 has not come to 127\.0\.0\.1:\d+ within 0\.5 s \(--absent_"):

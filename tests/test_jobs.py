@@ -331,6 +331,7 @@ class TestPackets:
             with pytest.raises(ValueError, match=r"no packet|unpack|another size"):
                 from_buffer(some)
 
+    @pytest.mark.processes
     def test_any_damage_to_a_header_is_no_other_error(self):
         random = Random(1)
         for _ in range(5000):

@@ -81,6 +81,7 @@ def assert_same(ours: list[Slice], theirs: list[Slice]) -> None:
     assert all(torch.equal(gradients[name], wanted_gradients[name]) for name in gradients)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "kernel"),
     [

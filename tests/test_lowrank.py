@@ -122,6 +122,7 @@ def problems(trainer: Trainer, **flags: Any) -> list[str]:
     return refusal.value.problems
 
 
+@pytest.mark.processes
 def test_refusals(trainer: Trainer):
     assert problems(trainer, head_rank=16) == [
         "head_rank=16 is not below the smaller side 16 of layer 2.self_attn.k_proj; use at most 15"

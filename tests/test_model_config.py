@@ -158,6 +158,7 @@ def test_a_list_or_dictionary_that_is_wrong(load, values: dict[str, Any], overri
     assert said in refused.value.problems[0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -371,6 +371,7 @@ class TestAFullDisk:
         assert kept(log) == [*range(8, 12)]
 
 
+@pytest.mark.processes
 def test_threads(tmp_path: Path):
     """One appends 10,000 packets, one reads each, and trims, one persists, and the bounds hold."""
     num_packets = 10_000

@@ -70,6 +70,7 @@ def padded(side: str, has_positions: bool) -> dict[str, torch.Tensor]:
     return batch | ({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if has_positions else {})
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_have_the_undivided_models_logits(name: str, side: str):

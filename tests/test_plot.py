@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).parent.parent / "scripts" / "plot.py"
 
 

@@ -109,6 +109,7 @@ def test_a_bad_data_file(problems, write):
     ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -131,6 +132,7 @@ def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reas
     assert len(found[0]) > len(reason) + 20, "no reason was given"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("in_config", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "reason"), [("flash_attention_2", "FlashAttention2"), ("flesh_attention", "is not supported")]

@@ -139,6 +139,7 @@ def test_a_kill_while_checkpoints_are_set_aside_loses_nothing(
     assert set_aside(tmp_path, first) is None
 
 
+@pytest.mark.processes
 def test_a_checkpoint_of_another_run_does_not_come_into_a_folder_with_one(trainer: Trainer):
     theirs = fake_run(trainer.folder / "theirs", 4)[0]
     ours = trainer.folder / "run"

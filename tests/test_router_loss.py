@@ -164,6 +164,7 @@ def test_an_exit_without_experts_asks_for_none(trainer: Trainer):
     assert asked == [True, False]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "flags", "line"),
     [

@@ -143,6 +143,7 @@ def test_a_setup_survives_the_store(trainer: Trainer):
     assert Setup.from_json(setup.to_json()) == setup
 
 
+@pytest.mark.processes
 def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -127,12 +127,14 @@ def test_a_peer_that_has_the_key_and_is_of_another_run(link: Link):
     link.goes_on()
 
 
+@pytest.mark.processes
 def test_a_port_scanner(link: Link):
     for _ in range(200):
         Stranger(link.port).close()
     link.goes_on()
 
 
+@pytest.mark.processes
 def test_who_drips_a_byte_now_and_then(link: Link):
     """Twenty at once, more than are greeted at a time."""
     whole = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500)
@@ -191,6 +193,7 @@ class TestRandomFrames:
         link.goes_on()
         until(lambda: link.receiver.num_connections == 1, "calm")
 
+    @pytest.mark.processes
     def test_after_a_hello_that_is_right(self, ends: Ends):
         """The receiver drops whoever says them, takes none of it for a packet, and then the right one."""
         random, receiver = Random(2), ends.receiver()

@@ -449,6 +449,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(files: Files, tmp_path: 
     assert failure in said
 
 
+@pytest.mark.processes
 def test_settings_that_are_wrong_end_the_study_before_a_run(files: Files, tmp_path: Path):
     found = start(files.study(seeds=[], grid=GRID), tmp_path / "study")
     assert found.returncode == 2

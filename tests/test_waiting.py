@@ -33,6 +33,7 @@ def meeting_at(store: Any, monkeypatch: pytest.MonkeyPatch) -> Rendezvous:
     return meeting
 
 
+@pytest.mark.processes
 def test_a_rank_waits_longer_than_its_limit_while_rank_0_lives(store: Any, monkeypatch: pytest.MonkeyPatch):
     meeting = meeting_at(store, monkeypatch)
 
