@@ -5,6 +5,8 @@ OUTPUT_DIR ?= runs/quickstart
 ARGS ?=
 # what is installed beside the library: see pyproject.toml
 EXTRAS ?= dev
+# tests at a time
+WORKERS ?= $(shell nproc)
 UV := uv==0.13.9
 
 VENV := .venv
@@ -61,11 +63,11 @@ docs: setup  ## pages of docs/ with the reference of the public names, into buil
 		-c requirements.lock -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f configs/mkdocs.yml
 
-test: setup  ## all tests
-	$(BIN)/pytest
+test: setup  ## all tests, as many at a time as there are cores
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-unit: setup  ## the tests that start no processes
-	$(BIN)/pytest -m "not processes"
+unit: setup  ## the tests that start no processes and take no seconds
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not processes"
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -76,10 +78,12 @@ types: setup  ## pyright
 
 check: lint types test  ## what must pass before a change goes in: lint, types, test
 
-# Of each kind of run one: two stages, blocks, ZeRO 0 to 3, replicas, the baseline, resuming, exits, a shared head.
+# Of each kind of run one: two stages, blocks, ZeRO 0 to 3, replicas, the baseline, resuming, exits, a shared head; and
+# what takes seconds and tries other libraries' models, tokenizers or settings.
 RUNS := tests/test_invariants.py tests/test_resume.py::test_resume_equals_never_having_stopped \
 	tests/test_export.py::test_every_exit_is_a_model_with_the_loss_that_was_measured \
-	tests/test_shared_head.py::test_zero_stages_agree
+	tests/test_shared_head.py::test_zero_stages_agree \
+	$(addprefix tests/test_,$(addsuffix .py,deepspeed_json document_mask exit_check kernels model_config padding router_loss))
 
 check-oldest: RESOLUTION := lowest-direct
 check-newest: RESOLUTION := highest
