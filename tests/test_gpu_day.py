@@ -18,7 +18,7 @@ import pytest
 from llm_local.bench import gpu_day, gpu_page, gpu_steps
 from llm_local.bench.gpu_bundle import PACKAGES, BundleError, fetch, locked, make_bundle, write_text
 from llm_local.bench.gpu_day import MARK, NAMES, Day, Line, Step, run_step
-from llm_local.bench.gpu_runs import ROOT, Found, difference, read_metrics
+from llm_local.bench.gpu_runs import ROOT, Found, difference, last_words, read_metrics
 from llm_local.bench.gpu_speed import simulated
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.plan.times import StageSeconds
@@ -222,6 +222,16 @@ def test_a_step_before_the_data_says_what_to_do(tmp_path: Path):
 def test_losses_are_compared_as_they_lie():
     assert difference([[2.0, 4.0]], [[2.0, 5.0]]) == pytest.approx(0.2)
     assert difference([[2.0]], [[2.0, 5.0]]) == difference([], []) == float("inf")
+
+
+def test_the_last_words_of_a_run_are_its_own(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text(
+        "stage 0 ends: no memory\n\nTraceback (most recent call last):\n  run(args)\nChildFailedError:\n====\n"
+    )
+    assert last_words(log) == "stage 0 ends: no memory"
+    log.write_text("Traceback (most recent call last):\n  here\nKeyError: 1\n")
+    assert last_words(log).endswith("KeyError: 1")
 
 
 def test_a_record_half_written_is_left_out(tmp_path: Path):

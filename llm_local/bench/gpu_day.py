@@ -118,6 +118,7 @@ class Day:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each process, and several compile at a time
             "GLOO_SOCKET_IFNAME": "lo",  # the host's own name may lead nowhere
             "NCCL_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1" if self.is_rehearsal else "2",

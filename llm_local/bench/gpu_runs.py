@@ -140,9 +140,10 @@ def train(job: Job, paths: Paths) -> Found:
 def last_words(log: Path) -> str:
     """The end of a log, without the launcher's account of it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    ours = [line for line in lines if "torch/distributed" not in line and "torch.distributed" not in line]
-    cut = next((n for n, line in enumerate(ours) if "ChildFailedError" in line), len(ours))
-    return "\n".join(ours[:cut][-ERROR_LINES:])
+    end = next((n for n, line in enumerate(lines) if "ChildFailedError" in line), len(lines))
+    begun = [n for n, line in enumerate(lines[:end]) if line.startswith("Traceback")]
+    ours = lines[: begun[-1]] if end < len(lines) and begun else lines
+    return "\n".join([line for line in ours if "torch/distributed/" not in line][-ERROR_LINES:])
 
 
 def side_by_side(calls: Sequence[Callable[[], None]], most: int) -> None:
