@@ -5,6 +5,7 @@ python scripts/gpu_day.py --output DIR --bundle .bundle              on the mach
 python scripts/gpu_day.py --output DIR --rehearse                    the same on a CPU, with tiny sizes
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,4 +14,5 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm_local.bench.gpu_day import main
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a step has started ends with it
     sys.exit(main(sys.argv[1:]))

@@ -42,6 +42,7 @@ def bundle(tmp_path: Path, cache: Path) -> Path:
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(900)
 def test_a_rehearsal(tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "day"
     day = ["--output", str(output), "--rehearse", "--bundle", str(bundle), "--limit", "facts=0.5"]

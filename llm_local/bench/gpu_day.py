@@ -224,7 +224,6 @@ def main(arguments: list[str]) -> int:
     except (BundleError, ValueError) as error:
         print(f"gpu_day.py: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     steps = [step for step in STEPS if given.only is None or step.name in given.only or day.lacks(step)]
     try:
         lines = run(day, steps, given.only or ())
