@@ -20,6 +20,8 @@ from llm_local.owner import machine
 
 _RDMA = Path("/sys/class/infiniband")
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")  # DeepSpeed wants the second to equal the first
+# what goes wrong on this rank's own device; the second is in torch from 2.8 on
+OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

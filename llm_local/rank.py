@@ -27,7 +27,7 @@ from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, prepare_all
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.device import is_queued
+from llm_local.device import is_queued, local_device
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
 from llm_local.job import Job
@@ -137,8 +137,9 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
 
 def _with_devices(setup: Setup, launch: Launch, meeting: Rendezvous) -> Setup:
     """With what there is to say of the ranks' GPUs. Raises ConfigError where these ranks cannot train on them."""
-    if not is_queued(announce_device(launch, meeting.store())):
+    if not is_queued(local_device(launch.local_rank)):
         return setup
+    announce_device(launch, meeting.store())
     names = device_names(meeting.store(), launch.world_size, float(setup.config.train.ddp_timeout))
     place = Place.of(0, setup.config, launch.world_size)
     if problems := device_problems(setup.config, place, names):

@@ -175,6 +175,13 @@ def test_a_gpus_link_gives_up_in_time():
         link.finish(Endless(), timedelta(seconds=0.05))
 
 
+def test_an_error_of_the_own_device_is_not_blamed_on_the_peer():
+    """As a device without memory, which shows where a packet is copied."""
+    sender = Sender.__new__(Sender)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        sender.error(torch.OutOfMemoryError("CUDA out of memory"))
+
+
 def wait_in_vain() -> list[str]:
     world = meet()
     said = []

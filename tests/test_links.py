@@ -164,6 +164,7 @@ def test_the_packets_in_flight_are_those_of_both_sides(max_in_flight: int):
         (("a", "cuda:0", "GPU-1", True), ("b", "cuda:0", "GPU-2", True), "nccl"),
         (("a", "cuda:0", "GPU-1", True), ("b", "cuda:0", "GPU-2", False), "gloo"),
         (("a", "cuda:0", "GPU-1", False), ("a", "cuda:1", "GPU-1", False), "gloo"),
+        (("a", "cuda:0", "GPU-1", True), ("b", "cpu", None, True), "gloo"),
         (("a", "cuda:0", None, False), ("a", "cuda:1", None, False), "nccl"),
         (("a", "cuda:0", None, True), ("b", "cuda:0", None, True), "nccl"),
         (("a", "cuda:0", None, False), ("a", "cuda:0", None, False), "gloo"),

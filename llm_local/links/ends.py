@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from llm_local.aside import Aside
-from llm_local.device import SideStream, use_here
+from llm_local.device import OWN_ERRORS, SideStream, use_here
 from llm_local.in_flight import packets_asked_for, packets_pending
 from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
 from llm_local.links.link import ReceivingEnd, SendingEnd, StepReceivingEnd
@@ -85,7 +85,9 @@ class _End:
             raise self.error(error) from error
 
     def error(self, cause: BaseException) -> LinkError:
-        """Tells a silent peer from a lost one."""
+        """Tells a silent peer from a lost one; raises the cause where it is this rank's own device."""
+        if isinstance(cause, OWN_ERRORS):
+            raise cause
         text = str(cause).splitlines()[0]
         if "timed out" in text.lower() or "timeout" in text.lower():
             seconds = f"{self._timeout.total_seconds():g}"

@@ -79,6 +79,6 @@ class Nccl:
 def transport(mine: DeviceName, theirs: DeviceName) -> str:
     """How hidden states travel: 'nccl' between two GPUs, else 'gloo'. NCCL refuses a GPU twice, and takes a GPU's time
     for what goes over sockets."""
-    if "cuda" not in (mine.kind, theirs.kind) or mine.identity == theirs.identity:
+    if {mine.kind, theirs.kind} != {"cuda"} or mine.identity == theirs.identity:
         return "gloo"
     return "nccl" if mine.machine == theirs.machine or (mine.has_rdma and theirs.has_rdma) else "gloo"
