@@ -92,9 +92,9 @@ def collective_backend(device: torch.device) -> str:
 
 def describe_device() -> str:
     """What runs here trains on: 'NVIDIA H100', or '2 cores (x86_64)'."""
-    accelerator = _accelerator()
-    if accelerator.device_name() != "cpu":
-        return accelerator.get_device_name() if hasattr(accelerator, "get_device_name") else accelerator.device_name()
+    name = _accelerator().device_name()
+    if name != "cpu":
+        return torch.get_device_module(name).get_device_name()
     return f"{len(os.sched_getaffinity(0))} cores ({platform.machine()})"
 
 

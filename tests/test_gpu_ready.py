@@ -19,6 +19,7 @@ from fake_gpu import QueuedCpu, cuda, pretend
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm_local import device
 from llm_local.adapters.deepspeed_internals import undo_dummy_step
 from llm_local.checkpoint.loader import step_device
 from llm_local.checkpoint.shards import shards
@@ -28,6 +29,7 @@ from llm_local.device import local_device, tell_deepspeed
 from llm_local.ds_config import load_json, resolve
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.links.transports import transport
+from llm_local.model.loss import chunk_rows
 from llm_local.world import Place
 
 
@@ -266,3 +268,14 @@ def test_eight_replicas_have_each_weight_once():
             ends = [start + length for start, length in parts]
             assert [start for start, _ in parts] == [0, *ends[:-1]], name
             assert ends[-1] == numel
+
+
+def test_a_gpu_is_called_by_its_name_and_gets_larger_chunks_of_logits(monkeypatch: pytest.MonkeyPatch):
+    gpu = SimpleNamespace(device_name=lambda: "cuda", total_memory=lambda index: (80 - 64 * index) * 2**30)
+    monkeypatch.setattr(device, "_accelerator", lambda: gpu)
+    monkeypatch.setattr(torch, "get_device_module", lambda name: SimpleNamespace(get_device_name=lambda: "NVIDIA H100"))
+    assert device.describe_device() == "NVIDIA H100"
+    device.memory_bytes.cache_clear()
+    large, small, cpu = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
+    assert [chunk_rows(32768, each) for each in (large, small, cpu)] == [4096, 1024, 128]
+    device.memory_bytes.cache_clear()
