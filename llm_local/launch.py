@@ -93,8 +93,8 @@ class Launch:
         Raises ConfigError for `accelerate launch --cpu`, which starts one process and gives it no rank, and for a
         GLOO_SOCKET_IFNAME that this host has not.
         """
-        there = [name for _, name in socket.if_nameindex()]
         asked = environ.get("GLOO_SOCKET_IFNAME", "")
+        there = [name for _, name in socket.if_nameindex()] if asked else []
         if missing := [name for name in asked.split(",") if name and name not in there]:
             raise ConfigError(
                 [f"GLOO_SOCKET_IFNAME={asked}: {socket.gethostname()} has no {missing[0]}; it has {', '.join(there)}"]
