@@ -76,8 +76,9 @@ class Recorder:
         """The step's record, means and sums over the replicas, written on the stage's first replica; None on others.
         Every replica must call."""
         finish_queued_work(self._world.device)
+        begun = self._begun.result()
         _, *moved = self._read().since(self._before)
-        mine = [time.perf_counter() - self._begun.result(), *moved]
+        mine = [time.perf_counter() - begun, *moved]
         others = [self._outer.take_sent_bytes() if self._outer else 0, total_norm(result.grad_norms), result.tokens]
         values = torch.tensor([*result.losses.tolist(), *mine, *map(float, others)], dtype=torch.float64)
         *means, sent_each, norm, tokens_each = self._world.mean_over_replicas(values).tolist()

@@ -95,8 +95,6 @@ class LossLinear(nn.Linear):
             return super().forward(input)
         input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
         rows = chunk_rows(self.out_features, input.device)
-        if len(input) <= rows:
-            return self._loss_of(input, targets)
         if not hasattr(F, "linear_cross_entropy"):  # torch before 2.13
             return _by_chunks(self._loss_of, input, targets, rows)
         # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
