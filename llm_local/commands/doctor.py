@@ -38,7 +38,7 @@ from llm_local.program import program
 from llm_local.world import Place
 
 NAME = program(__file__)
-_PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "accelerate")
+_PACKAGES = ("transformers", "deepspeed", "datasets", "accelerate")
 _TOOLS = ("g++", "ninja", "nvcc")
 _WAYS = {"nccl": "NCCL, from GPU to GPU", "gloo": "gloo, through host memory"}
 
@@ -91,7 +91,7 @@ def examine(ranks: int, num_stages: int, port: int, environ: Mapping[str, str]) 
     config = from_flat({"config_name": "-", "num_stages": num_stages})
     address = _address(socket.gethostname())
     found = {
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in _PACKAGES)]),
+        "versions": ", ".join([*_runtime(), *(f"{name} {version(name)}" for name in _PACKAGES)]),
         "devices": _devices(devices),
         "precisions": ", ".join(name for name in DTYPES if supports(name)),
         "torch_compile": f"lacks {missing_for_compile()}" if missing_for_compile() else "works",
@@ -117,6 +117,10 @@ def links(place: Place, names: Sequence[DeviceName]) -> dict[str, str]:
             ends = place.rank_of(stage, replica), place.rank_of(stage + 1, replica)
             found[f"{stage}→{stage + 1}, replica {replica}"] = transport(names[ends[0]], names[ends[1]])
     return found
+
+
+def _runtime() -> list[str]:
+    return [f"Python {platform.python_version()}", f"torch {torch.__version__}"]  # which also names its build
 
 
 def _devices(devices: Sequence[torch.device]) -> str:
