@@ -43,7 +43,6 @@ class BlockEngine(HookedEngine):
     """
 
     waiting_steps = 0
-    _norm: torch.Tensor
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
@@ -58,8 +57,7 @@ class BlockEngine(HookedEngine):
             grads = [p.grad for p in module.parameters() if p.grad is not None]
             # row by row: on a CPU torch's norm of a million float32 numbers is off by 1e-5, which ZeRO's is not
             rows = torch.cat([torch.linalg.vector_norm(grad, dim=-1).reshape(-1) for grad in grads])
-            self._norm = torch.linalg.vector_norm(rows, dtype=torch.float64).float()
-            self.keep_grad_norm(self._norm)
+            self.keep_grad_norm(torch.linalg.vector_norm(rows, dtype=torch.float64).float())
         if self.waiting_steps and self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler
             if scheduler.last_epoch == self.waiting_steps:
@@ -68,7 +66,8 @@ class BlockEngine(HookedEngine):
     def clip_fp32_gradients(self) -> None:
         """By the norm that is known already."""
         module: Any = self.module
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.gradient_clipping(), self._norm)
+        norm: Any = self.get_global_grad_norm()
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.gradient_clipping(), norm)
 
 
 def _forget_waiting(engine: DeepSpeedEngine) -> None:

@@ -65,11 +65,11 @@ def deepspeed_problems(config: Config, num_replicas: int) -> list[str]:
         )
     if "pipeline" in settings and not config.is_pipelined:
         problems.append(f"the pipeline section of {config.train.deepspeed} is for method=backprop; remove it")
-    problems += list(_accelerate_problems(config, settings))
+    problems += list(_accelerate_problems(config, settings, stage))
     return problems or _deepspeeds_own_problems(config, settings)
 
 
-def _accelerate_problems(config: Config, settings: Json) -> Iterator[str]:
+def _accelerate_problems(config: Config, settings: Json, stage: int) -> Iterator[str]:
     """What accelerate's own config file asks for, and the flags do not: its launcher tells it by variables."""
     asked = {n.removeprefix("ACCELERATE_"): v for n, v in os.environ.items() if n.startswith("ACCELERATE_")}
     train, zero = config.train, settings["zero_optimization"]
@@ -90,7 +90,7 @@ def _accelerate_problems(config: Config, settings: Json) -> Iterator[str]:
         else:
             asked.setdefault("DEEPSPEED_ZERO_STAGE", "2")
             wanted += [
-                ("DEEPSPEED_ZERO_STAGE", zero_stage(load_json(config)), "--deepspeed configs/ds/zero{0}.json"),
+                ("DEEPSPEED_ZERO_STAGE", stage, "--deepspeed configs/ds/zero{0}.json"),
                 ("GRADIENT_CLIPPING", train.max_grad_norm, "--max_grad_norm {0}"),
             ]
             for name in ("optimizer", "param"):

@@ -20,14 +20,14 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llm_local.bench.gpu_bundle import PYTHON, BundleError, check_bundle, make_bundle
+from llm_local.bench.gpu_runs import NEEDS_GPU, ON_CPU, ROOT
 
-ROOT = Path(__file__).parents[2]
-OK, FAILED, OVER, NO_TIME, NEEDS_GPU = "ok", "failed", "over its limit", "no time", "needs a GPU"
+OK, FAILED, OVER, NO_TIME = "ok", "failed", "over its limit", "no time"
 DONE = (OK, NEEDS_GPU)  # not run again
 LEAST_SECONDS = 5.0  # with less left a step is not begun
 SLOWER = 4  # times the limits of a rehearsal, which two cores may have to do
@@ -125,7 +125,7 @@ class Day:
             MARK: mark,
         }
         if self.is_rehearsal:
-            ours |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+            ours |= ON_CPU
         return {**os.environ, **ours}
 
 
@@ -145,7 +145,7 @@ def run(day: Day, steps: Sequence[Step], again: Collection[str]) -> dict[str, Li
         else:
             print(f"{step.name}: {step.says} ...", flush=True)
             line = run_step(day, step, min(day.limit(step), left))
-        line = Line(**{**asdict(line), "rehearsal": day.is_rehearsal})
+        line = replace(line, rehearsal=day.is_rehearsal)
         with day.file.open("a") as file:
             file.write(json.dumps(asdict(line)) + "\n")
         before[step.name] = line

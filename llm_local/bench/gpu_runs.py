@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ERROR_LINES = 12
+NEEDS_GPU = "needs a GPU"  # of what a rehearsal leaves out
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
@@ -131,10 +132,8 @@ def train(job: Job, paths: Paths) -> Found:
     begun = time.monotonic()
     process, folder, log = start(job, paths)
     status = process.wait()
-    error = last_words(log) if status else ""
-    return Found(
-        folder, read_metrics(folder), time.monotonic() - begun, error or (f"status {status}" if status else "")
-    )
+    error = (last_words(log) or f"status {status}") if status else ""
+    return Found(folder, read_metrics(folder), time.monotonic() - begun, error)
 
 
 def last_words(log: Path) -> str:

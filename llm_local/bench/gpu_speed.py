@@ -62,14 +62,9 @@ def product_tflops(device: torch.device, size: int, repeats: int = 20) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - begun) / 1e12
 
 
-def device_name() -> str:
-    """'NVIDIA H200', or '2 cores (x86_64)'."""
-    return torch.get_device_module().get_device_name(0) if torch.accelerator.is_available() else describe_device()
-
-
 def peak_tflops() -> float | None:
     """The device's in bf16, if it is a known one."""
-    name = device_name()
+    name = describe_device()
     return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

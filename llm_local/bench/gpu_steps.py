@@ -25,10 +25,9 @@ from threading import Lock
 from typing import Any
 
 from llm_local.bench.gpu_bundle import REFERENCE, BundleError, install, train_tokenizer, write_text
-from llm_local.bench.gpu_runs import ROOT, Found, Job, Paths, difference, last_words, side_by_side, train
+from llm_local.bench.gpu_runs import NEEDS_GPU, ROOT, Found, Job, Paths, difference, last_words, side_by_side, train
 
 TOLERANCE = 1e-4
-NEEDS_GPU = "needs a GPU"
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "accelerate", "tokenizers", "safetensors")
 PACKAGES += ("numpy", "pyarrow", "sentencepiece", "huggingface_hub", "pydantic", "pytest")
 IMPORTS = ("deepspeed", "datasets", "sentencepiece", "llm_local.train", "llm_local.study.runs", "llm_local.plan.times")
@@ -115,11 +114,11 @@ def facts(context: Context) -> None:
         except Exception as error:  # of whatever library; the other imports are tried all the same
             report.problem(f"import {name}: {type(error).__name__}: {error}")
         report.add("import_seconds", {**report.figures.get("import_seconds", {}), name: time.monotonic() - begun})
-    from llm_local.bench.gpu_speed import device_name, product_tflops
-    from llm_local.device import local_device, supports
+    from llm_local.bench.gpu_speed import product_tflops
+    from llm_local.device import describe_device, local_device, supports
 
     device = local_device(0)
-    report.add("device", device_name())
+    report.add("device", describe_device())
     report.add("device_type", device.type)
     report.add("device_facts", _device_facts())
     report.add("supports", {name: supports(name) for name in ("bf16", "fp16")})

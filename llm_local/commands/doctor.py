@@ -89,20 +89,21 @@ def examine(ranks: int, num_stages: int, port: int, environ: Mapping[str, str]) 
     names = [DeviceName.of(device) for device in devices]
     place = Place(0, (ranks // num_stages,) * num_stages)
     config = from_flat({"config_name": "-", "num_stages": num_stages})
-    address = _address(socket.gethostname())
+    address, is_free, lacks = _address(socket.gethostname()), _is_free(port), missing_for_compile()
     found = {
         "versions": ", ".join([*_runtime(), *(f"{name} {version(name)}" for name in _PACKAGES)]),
         "devices": _devices(devices),
         "precisions": ", ".join(name for name in DTYPES if supports(name)),
-        "torch_compile": f"lacks {missing_for_compile()}" if missing_for_compile() else "works",
+        "torch_compile": f"lacks {lacks}" if lacks else "works",
         "compilers": f"{_tools()}; needed by --torch_compile and by optimizers of DeepSpeed's own",
         "memory": f"{psutil.virtual_memory().available / 2**30:.1f} GiB free of the host's",
-        "port": f"{port} is {'free' if _is_free(port) else 'in use'}",
+        "port": f"{port} is {'free' if is_free else 'in use'}",
         "address": f"{socket.gethostname()} is {address or 'not known by its name'}",
         "network": ", ".join(_interfaces()),
     }
     found |= {f"link {link}": _WAYS[way] for link, way in links(place, names).items()}
-    notes, mend = _network_notes(address, environ), _port_problems(port)
+    notes = _network_notes(address, environ)
+    mend = [] if is_free else [f"port {port} is in use; give the launcher --master_port with another"]
     if devices[0].type != "cpu":
         notes += device_warnings(place, names)
         mend += device_problems(config, place, names)
@@ -166,7 +167,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _port_problems(port: int) -> list[str]:
-    return [] if _is_free(port) else [f"port {port} is in use; give the launcher --master_port with another"]

@@ -244,8 +244,9 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
             raise WrongExport(folder, f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
     with torch.no_grad():
         again = model.eval()(input_ids=ids, use_cache=False).logits[:, : logits.shape[1]].float()
-    difference = relative_difference(again, logits.cpu().float())
-    if not difference <= tolerance and not _is_rounding(model, ids, again, logits.cpu().float()):
+    logits = logits.cpu().float()
+    difference = relative_difference(again, logits)
+    if not difference <= tolerance and not _is_rounding(model, ids, again, logits):
         raise WrongExport(folder, f"its logits differ from the pipeline's by {difference:.2g} of the largest")
     same = (
         "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"

@@ -104,12 +104,11 @@ def body_size(tensors: Iterable[Shaped]) -> int:
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of any device → their bytes in host memory, uint8."""
     shaped = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    devices = {tensor.device: None for tensor in tensors if is_queued(tensor.device)}
-    body = host_memory(body_size(shaped), next(iter(devices), torch.device("cpu")))
+    device = next((tensor.device for tensor in tensors if is_queued(tensor.device)), torch.device("cpu"))
+    body = host_memory(body_size(shaped), device)
     for place, tensor in zip(_places(body, shaped), tensors, strict=True):
         place.copy_(tensor, non_blocking=True)
-    for device in devices:
-        finish_queued_work(device)
+    finish_queued_work(device)
     return body
 
 
