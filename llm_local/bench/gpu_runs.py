@@ -6,7 +6,6 @@ Several run side by side. What they found is read from the metrics that they wro
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -92,12 +91,10 @@ class Found:
 
 
 def read_metrics(folder: Path) -> list[list[dict[str, Any]]]:
-    """The records of each stage; a last line that is half written is left out."""
-    stages = []
-    for path in sorted((folder / "metrics").glob("stage-*.jsonl")):
-        lines = path.read_text().split("\n")[:-1]  # what follows the last newline is not whole
-        stages.append([json.loads(line) for line in lines])
-    return stages
+    """The records of each stage, also of a run that has not ended."""
+    from llm_local.metrics import read_records  # what that imports may have to be installed by the first step
+
+    return [read_records(path) for path in sorted((folder / "metrics").glob("stage-*.jsonl"))]
 
 
 def command(job: Job, folder: Path, paths: Paths) -> list[str]:

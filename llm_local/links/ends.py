@@ -33,10 +33,12 @@ from llm_local.links.link import ReceivingEnd, SendingEnd, StepReceivingEnd
 from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
+from llm_local.rendezvous import fetch
 from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
 from llm_local.watchdog import LostPeer, Peer
 from llm_local.world import World
 
+_CLOSED = "closed"
 _HEADERS = 0  # their tag; bodies have the ones from 1 on
 # of a thread that waits for what comes every so many steps; the watchdog knows who is gone
 _PATIENCE = timedelta(days=365)
@@ -75,7 +77,7 @@ class _End:
         # of bodies
         self._capacity = 0
         self._tag = _HEADERS
-        prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}", world.store)
+        self._store = prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}", world.store)
         try:
             self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout, self._device)
             way = transport(world.device_names[place.rank], world.device_names[rank])
@@ -136,6 +138,7 @@ class Sender(_End):
         """
         self.send(*[Packet(END, step, 0)] * self._num_asked_for)
         self._bound(0)
+        self._store.set(_CLOSED, "1")
         self._close()
 
     def _hand_over(self, packets: Sequence[Packet]) -> Future[_Messages]:
@@ -227,6 +230,8 @@ class Receiver(_End):
         if packet.kind != END:
             self.bytes += num_bytes
             self._ask()
+        else:  # the sender may still wait for the other goodbyes to be taken, by a process that must not be gone
+            fetch(self._store, _CLOSED, self._timeout.total_seconds(), f"{self.peer} to close {self.name}")
         return packet
 
     def close(self, step: int) -> None:
