@@ -28,7 +28,7 @@ from llm_local.files import write_json, write_whole
 from llm_local.job_problems import not_listening
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
-from llm_local.jobs.channel import Channel
+from llm_local.jobs.channel import LINGER_SECONDS, Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.hello import Terms
@@ -48,6 +48,7 @@ from llm_local.world import World
 FINISHED = "finished"  # of a log: the stage behind needs nothing more
 RESCUE = "rescue"  # of a beat: the packet from which on a stage may want all again
 STATUS_SECONDS = 1.0
+LONG_SECONDS = 365 * 86400.0
 _SMALL = 1 << 20  # of a packet, beside its tensors
 
 
@@ -241,14 +242,22 @@ class Job:
                 channel.made_durable(positions.refreshed)
 
     def finish(self) -> None:
-        """Until the stages behind need nothing of this one, and the one before knows. Raises LostPeer, Unwritten."""
+        """Until the stages behind need nothing of any replica here, and the one before knows that these need nothing of
+        it. A neighbour may be away for long: who waits here is ended by the watchdog alone, with a replica that is
+        lost. Every replica must call. Raises LostPeer, Unwritten."""
         self.state = "finished"
         self._write_status()
         for channel in self._behind.values():
             channel.await_finish()
         for channel in self._before.values():
             channel.finish()
+        self._world.everybody("finished", LONG_SECONDS, "the other replicas to finish")
         write_whole(self._setup.config.output_dir / DONE, str(self._setup.config.train.max_steps))
+        for channel in self._channels:
+            channel.part()
+        end = time.monotonic() + LINGER_SECONDS
+        for channel in self._channels:
+            channel.await_parted(end - time.monotonic())
 
     def close(self) -> None:
         for channel in self._channels:

@@ -168,6 +168,14 @@ def take(channel: Channel, start: int, stop: int) -> None:
         assert found.numpy().tobytes() == packet(number), f"packet {number}"
 
 
+def part(*channels: Channel) -> None:
+    """As a job does once it has finished."""
+    for channel in channels:
+        channel.part()
+    for channel in channels:
+        assert channel._parted.wait(SECONDS), "never apart"  # in which it would have lingered
+
+
 class Relay:
     """Passes bytes on from `port` to another one, until it is told otherwise."""
 
@@ -176,6 +184,7 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.is_black_hole = False
+        self.loses = False  # what goes to the one that listens
         self.bytes_at_a_time, self.pause = 1 << 16, 0.0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -218,7 +227,8 @@ class Relay:
                         time.sleep(0.01)
                     if not (some := each.recv(self.bytes_at_a_time)):
                         return
-                    goes[each].sendall(some)
+                    if not (self.loses and each is one):
+                        goes[each].sendall(some)
                     time.sleep(self.pause)
 
 

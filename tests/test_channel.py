@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from channels import SIZE, Ends, Sending, Stranger, Waiting, ends, hello, packet, take, until
+from channels import SIZE, Ends, Sending, Stranger, Waiting, ends, hello, packet, part, take, until
 from ranks import free_port
 
 from llm_local.files import Unwritten
@@ -304,7 +304,52 @@ class TestTheEnd:
         second()
         waiting.join()
         assert ends.news == ["finished"]
+        part(sender, receiver)
         assert sender.take() is None
+
+    def test_a_receiver_to_whom_a_last_word_was_lost_hears_it_again(self, ends: Ends):
+        """The sender has written the end down, and would have gone."""
+        relay = ends.relay()
+        sender, receiver = ends.sender(port=relay.port), ends.receiver()
+        sender.send(packet(0))
+        take(receiver, 0, 1)
+        relay.loses = True
+        waiting = Waiting(receiver.finish)
+        sender.await_finish()
+        parting = Waiting(lambda: part(sender))
+        time.sleep(0.5)
+        relay.loses = False
+        relay.reset()
+        waiting.join()
+        part(receiver)
+        parting.join()
+        assert sender.num_connections == 2
+
+    def test_a_receiver_stays_until_its_matrices_are_saved(self, ends: Ends, tmp_path: Path):
+        """The stage before may go back after the last one has finished, and want them again."""
+        back = PacketLog(tmp_path / "back", 1 << 20, None)
+        sender, receiver = ends.sender(window=2), ends.receiver(log=back)
+        sender.send(packet(0))
+        take(receiver, 0, 1)
+        Sending(receiver, 0, 3).join()
+        waiting = Waiting(receiver.finish)
+        until(lambda: ends.news, "finished")
+        take(sender, 0, 2)
+        sender.close()
+        again = ends.sender(start_at=0, window=2, first=1)
+        again.knew()
+        again.send(packet(0))
+        take(again, 1, 3)
+        assert waiting.is_alive()
+        again.made_durable(3)
+        waiting.join()
+
+    def test_packets_that_nobody_wants_any_more_fill_no_log(self, ends: Ends):
+        room = 2 * record_bytes(SIZE)
+        sender = ends.sender(log=(room, 0))
+        sender.knew()
+        Sending(sender, 0, 20).join()
+        assert (ends.log.next, ends.log.num_bytes) == (20, 0)
 
     def test_a_receiver_that_comes_back_finishes_again(self, ends: Ends):
         """As it was killed before it knew that it is known."""
@@ -317,8 +362,10 @@ class TestTheEnd:
         receiver.wake()
         until(lambda: ends.news, "finished")
         receiver.close()
-        ends.receiver(first=1).finish()
+        again = ends.receiver(first=1)
+        again.finish()
         waiting.join()
+        part(sender, again)
         assert ends.news == ["finished"]
 
     def test_a_sender_that_comes_back_knows_and_lets_the_receiver_go(self, ends: Ends):
@@ -331,6 +378,7 @@ class TestTheEnd:
         again.knew()
         again.await_finish()
         waiting.join()
+        part(again, receiver)
         assert ends.news == []
 
 

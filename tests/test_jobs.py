@@ -69,7 +69,7 @@ class TestFrames:
         ("data", "said"),
         [
             (b"GET / HTTP/1.1\r\nHost: stage-1\r\n\r\n", "bytes that are no frame"),
-            (header(9), "a frame of unknown kind 9"),
+            (header(10), "a frame of unknown kind 10"),
             (header(0), "a frame of unknown kind 0"),
             (
                 header(PACKET, 0, 1 << 60),

@@ -30,6 +30,7 @@ from llm_local.jobs.frames import (
     DURABLE,
     FAREWELL,
     FINISHED,
+    GONE,
     HELLO,
     PACKET,
     REFUSAL,
@@ -49,9 +50,10 @@ from llm_local.watchdog import LostPeer
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0
 SIGN_SECONDS = 3.0  # in which one that is there has been heard
-LINGER_SECONDS = 20.0  # of a job that has finished, for the one behind it that may not know that it is known
+LINGER_SECONDS = 20.0  # for a last word that may be lost, and for the next life of one that has died before it
 SKIPPED = b"\0"  # in the place of a packet
 _SAY_AGAIN_SECONDS = 60.0
+_POLL_SECONDS = 0.1
 _READ_AT_A_TIME = 4 << 20
 
 
@@ -98,7 +100,7 @@ class Channel:
         self._is_connected, self._away_since = False, time.monotonic()
         self._is_finished = self._is_welcome = False
         self._peer_finished, self._peer_knows = threading.Event(), threading.Event()
-        self._farewell_said = threading.Event()
+        self._is_parting, self._parted = False, threading.Event()
         self._has_trained = False
         self._next: tuple[ssl.SSLSocket, Frame] | None = None
         self._said: dict[str, float] = {}
@@ -114,6 +116,10 @@ class Channel:
     @property
     def is_connected(self) -> bool:
         return self._is_connected
+
+    @property
+    def _is_over(self) -> bool:
+        return self._stopped.is_set() or self._parted.is_set() or self._failure is not None
 
     @property
     def taken(self) -> int:
@@ -135,6 +141,10 @@ class Channel:
     def send(self, *buffers: Any) -> None:
         """Puts a packet into the log, and waits as long as that is full. Raises as `check`, and Unwritten."""
         assert self._log is not None
+        if self._peer_finished.is_set():  # this end has gone back once more, and makes its last packets for nobody
+            self._log.append(SKIPPED)
+            self._log.trim(self._log.next)
+            return
         size = payload_bytes(buffers)
         while not self._log.wait_for_room(size, BEAT_SECONDS):
             self.check()
@@ -156,13 +166,13 @@ class Channel:
         self.wake()
 
     def take(self) -> torch.Tensor | None:
-        """The next packet, whose place it gives free; None where the other end has finished. Raises as `check`."""
+        """The next packet, whose place it gives free; None where the other end has gone. Raises as `check`."""
         while True:
             try:
                 found = self._ready.get(timeout=BEAT_SECONDS)
                 break
             except Empty:
-                if self._peer_finished.is_set():
+                if self._parted.is_set():
                     return None
                 self.check()
         self._has_trained = True
@@ -176,17 +186,30 @@ class Channel:
         self.wake()
 
     def await_finish(self) -> None:
-        """Until the other end needs nothing any more, and knows that this one knows. Raises as `check`."""
+        """Until the other end needs nothing any more. Raises as `check`."""
         while not self._peer_finished.wait(BEAT_SECONDS):
             self.check()
-        self._farewell_said.wait(LINGER_SECONDS)
 
     def finish(self) -> None:
-        """Says that this end needs nothing more, until the other one has that written down. Raises as `check`."""
+        """Says that this end needs nothing more, until the other one has that written down, and has saved what a next
+        life of it would want out of the log. Raises as `check`."""
         self._is_finished = True
         self.wake()
         while not self._peer_knows.wait(BEAT_SECONDS):
             self.check()
+        while self._log is not None and self._log.durable < self._log.next:
+            time.sleep(_POLL_SECONDS)
+            self.check()
+
+    def part(self) -> None:
+        """What both ends know to be over may end: the one that has finished says so and goes."""
+        self._is_parting = True
+        self.wake()
+
+    def await_parted(self, seconds: float) -> None:
+        """Until the one that has finished has gone, which may come again before; for so long without a connection."""
+        self._parted.wait(max(seconds, 0.0))
+        self._parted.set()
 
     def knew(self) -> None:
         """An earlier life of this end has written down that the other one has finished."""
@@ -205,14 +228,14 @@ class Channel:
     # from here on: the channel's thread
 
     def _run(self) -> None:
-        while not self._stopped.is_set() and self._failure is None:
+        while not self._is_over:
             try:
                 met, self._next = self._next or self._way.connection(self._hello, BEAT_SECONDS), None
                 if met is not None:
                     with met[0] as connection:
                         self._meet(connection, met[1])
             except (OSError, Garbled, UnicodeError) as error:
-                if not (self._stopped.is_set() or self._peer_finished.is_set()):  # who has finished goes
+                if not (self._stopped.is_set() or self._peer_finished.is_set() or self._parted.is_set()):
                     self.trouble = describe(error)
                     self._say(self.trouble, f"{self.name}: no connection to stage {self._terms.stage}: {self.trouble}")
             except Exception as error:  # DamagedLog and Unwritten among them: a thread alone would end unheard
@@ -303,7 +326,7 @@ class _Conversation:
     def __init__(self, channel: Channel, connection: ssl.SSLSocket, other: Hello, mine: Hello):
         self._channel, self._connection = channel, connection
         self._said_taken, self._said_durable, self._said_finish = mine.taken, mine.durable, mine.finished
-        self._said_farewell = mine.farewell
+        self._said_farewell, self._said_gone = mine.farewell, False
         self._standing, self._is_welcome = mine.standing, False
         self._cursor = 0 if other.wants is None else other.wants
         self._peer_taken, self._peer_window = other.taken, other.window
@@ -314,21 +337,26 @@ class _Conversation:
         self._beaten = 0.0
         if channel._log is not None:
             channel._log.trim(other.durable)
-        if mine.farewell:
-            channel._farewell_said.set()
         if other.finished:
             self._finished()
         if other.farewell:
             channel._peer_knows.set()
 
     def go_on(self) -> None:
-        """Raises OSError or Garbled when it is over."""
+        """Until it is over. Raises OSError or Garbled where it breaks."""
+        try:
+            self._go_on()
+        finally:
+            if self._said_gone:  # who closes before the other end has read that may take it back
+                self._channel._parted.set()
+
+    def _go_on(self) -> None:
         channel, connection = self._channel, self._connection
         connection.setblocking(False)
         waits = select.poll()  # select takes no file above 1023
         waits.register(connection)
         waits.register(channel._wake_read, select.POLLIN)
-        while not channel._stopped.is_set() and channel._failure is None:
+        while not channel._is_over:
             self._now = time.monotonic()
             self._read()
             if self._now - self._heard > channel._silence_seconds:
@@ -394,8 +422,9 @@ class _Conversation:
         if channel._peer_finished.is_set() and not self._said_farewell:
             self._said_farewell = True
             return [header(FAREWELL)]
-        if self._said_farewell:
-            channel._farewell_said.set()  # it has left, as the frame before this one
+        if channel._is_parting and channel._is_finished and not self._said_gone:
+            self._said_gone = True
+            return [header(GONE)]
         if self._now - self._beaten >= BEAT_SECONDS:
             self._beaten = self._now
             return [with_text(BEAT, channel._beat())]
@@ -435,6 +464,8 @@ class _Conversation:
             self._finished()
         elif frame.kind == FAREWELL:
             channel._peer_knows.set()
+        elif frame.kind == GONE:
+            channel._parted.set()
         elif frame.kind == HELLO:
             raise Garbled("a second hello")
 

@@ -107,7 +107,7 @@ class LogReceiver:
                 raise LostPeer(f"{self.name}: {packet.title} has come in a step that is skipped")
 
     def take(self) -> Packet:
-        """The next packet; END where the other job has finished. Raises LostPeer."""
+        """The next packet; END where the other job has gone. Raises LostPeer."""
         received, self._held = self._take(), None
         if received is None:
             return Packet(END, 0, 0)

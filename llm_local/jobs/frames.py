@@ -8,6 +8,7 @@
     BEAT      a sign of life, with what is to be known of this job (JSON)
     FINISHED  this job needs nothing more and will end
     FAREWELL  that is known and written down: it may end
+    GONE      it does, and the one that said farewell may, too; the last frame
 
 Nothing that comes is unpickled, and a header that claims more than its kind may have ends the connection.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-HELLO, REFUSAL, PACKET, TAKEN, DURABLE, BEAT, FINISHED, FAREWELL = range(1, 9)
+HELLO, REFUSAL, PACKET, TAKEN, DURABLE, BEAT, FINISHED, FAREWELL, GONE = range(1, 10)
 _WITH_TEXT = (HELLO, REFUSAL, BEAT)
 TEXT_BYTES = 1 << 20
 _HEADER = struct.Struct("<4sBxxxQQ")  # magic, kind, number, length
@@ -69,7 +70,7 @@ def parse(max_packet_bytes: int, room: Callable[[int], Any]) -> Iterator[Any]:
         magic, kind, number, length = _HEADER.unpack(head)
         if magic != _MAGIC:
             raise Garbled("bytes that are no frame")
-        if not HELLO <= kind <= FAREWELL:
+        if not HELLO <= kind <= GONE:
             raise Garbled(f"a frame of unknown kind {kind}")
         most = max_packet_bytes if kind == PACKET else TEXT_BYTES if kind in _WITH_TEXT else 0
         if length > most:
