@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from llm_local.model.heads.head import register_head as register_head
     from llm_local.run import Run as Run
     from llm_local.start import prepare as prepare
+    from llm_local.tasks.task import Task as Task
+    from llm_local.tasks.task import register_task as register_task
     from llm_local.trainer import LocalTrainer as LocalTrainer
     from llm_local.training_arguments import LocalTrainingArguments as LocalTrainingArguments
     from llm_local.watchdog import LostPeer as LostPeer
@@ -43,9 +45,11 @@ _HOMES = {
     "Run": "run",
     "Schedule": "methods.schedule",
     "StepResult": "engine",
+    "Task": "tasks.task",
     "prepare": "start",
     "register_head": "model.heads.head",
     "register_method": "methods.method",
+    "register_task": "tasks.task",
 }
 __all__ = list(_HOMES)
 

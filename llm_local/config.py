@@ -24,7 +24,8 @@ import yaml
 from llm_local.flags import FLAGS, SAVE_STEPS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.methods.method import Method
 from llm_local.program import program
-from llm_local.registry import METHODS
+from llm_local.registry import METHODS, TASKS
+from llm_local.tasks.task import Task
 from llm_local.trainer_flags import NOT_TAKEN, is_passed_over
 
 
@@ -138,6 +139,11 @@ class Config:
     def method(self) -> Method:
         """What trains; of an unknown name, which problems.py refuses, a plain one."""
         return METHODS.get(self.local.method) or Method()
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained for; of an unknown name, which problems.py refuses, the default's."""
+        return TASKS.get(self.model.task, TASKS["causal-lm"])
 
     @property
     def is_pipelined(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.assembly import Engine
 from llm_local.checkpoint.line import committed
@@ -71,7 +71,7 @@ def finish_part(run: Rank, checkpoint: Path) -> Path:
     config = run.setup.model_config()
     config.dtype = DTYPES[run.config.export_dtype]
     name = type(engine.bodies[0].model).__name__
-    model = Description(config, name, run.start.tokenizer, run.setup.generation, run.setup.code)
+    model = _described(run.setup, config, name, run.start)
     metrics = run.metrics.path if run.metrics else None
     write_part(checkpoint, export, model, (engine.check_ids, logits), metrics)
     run.progress.say(f"part: {export}; llm-local assemble makes the model of those of all stages")
@@ -121,8 +121,13 @@ def _export(run: Rank, export: Path) -> None:
 def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
     config, model_config = setup.config, setup.model_config()
     model_config.dtype = DTYPES[config.export_dtype]
-    model = Description(model_config, class_name, start.tokenizer, setup.generation, setup.code)
+    model = _described(setup, model_config, class_name, start)
     compose(export, setup.partition, config.head_layers_schedule, model, has_exits(config))
+
+
+def _described(setup: Setup, model_config: PretrainedConfig, class_name: str, start: Start) -> Description:
+    task = setup.config.task.name
+    return Description(model_config, class_name, start.tokenizer, setup.generation, setup.code, task)
 
 
 def slices_of(engine: Engine) -> tuple[list[Slice], Slice | None]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_local.registry import HEADS, METHODS
+from llm_local.registry import HEADS, METHODS, TASKS
 
 PARTITIONS = ("flops", "profile")
 PACKINGS = ("concat", "best_fit", "none")
@@ -67,6 +67,7 @@ def _option(default: Any, text: str, range: Range | None = None, **known: Any) -
 class ModelArguments:
     """The model."""
 
+    task: str = _option("causal-lm", "What the model is trained for: causal-lm.", choices=TASKS)
     model_name_or_path: str | None = _option(
         None, "Pretrained model to go on from: directory or hub name.", is_read=True
     )

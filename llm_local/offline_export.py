@@ -87,7 +87,7 @@ def described(config: Config) -> Description:
     """The run's model as its flags describe it. Raises ConfigError where what they name is not there."""
     model_config, tokenizer = run_model_config(config), load_tokenizer(config)
     generation = generation_values(config, model_config, tokenizer)
-    return Description(model_config, "", tokenizer, generation, read_code(model_config))
+    return Description(model_config, "", tokenizer, generation, read_code(model_config), config.task.name)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, exit: str | None, dtype: str, say: Say = lambda _line: None) -> None:

@@ -258,7 +258,8 @@ def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, 
     validation = [each.sequences for each in data.validation]
     train = config.train
     counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
-    return Feed(data.train, validation, place, train.per_device_train_batch_size, *counts, start, setup.documents)
+    rows, task = train.per_device_train_batch_size, config.task.name
+    return Feed(data.train, validation, place, rows, *counts, start, setup.documents, task)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a flag names, by its name: methods and heads. A new one is added by one call, before the flags are parsed.
+"""What a flag names, by its name: methods, heads, tasks. A new one is added by one call, before the flags are parsed.
 
 A package holds what comes with the library, a module each, and the first look reads it: this file knows none of them.
 """
@@ -48,3 +48,4 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 METHODS: Registry[Any] = Registry("method", "llm_local.methods")
 HEADS: Registry[Any] = Registry("head", "llm_local.model.heads")
+TASKS: Registry[Any] = Registry("task", "llm_local.tasks")

@@ -423,9 +423,11 @@ def test_the_public_names():
         "Run",
         "Schedule",
         "StepResult",
+        "Task",
         "prepare",
         "register_head",
         "register_method",
+        "register_task",
     ]
     for name in ll.__all__:
         assert getattr(ll, name).__doc__, name

@@ -35,6 +35,7 @@ from llm_local.export.model_folder import (
 )
 from llm_local.export.stages import trim_config
 from llm_local.files import Unwritten
+from llm_local.tasks.causal_lm import CausalLM
 
 IDS = torch.arange(8)[None]
 MIXTRAL = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}
@@ -65,7 +66,7 @@ def written(folder: Path, model: Any, **options: Any) -> Path:
         shards = [draft / shard_name(index, len(tensors)) for index in range(len(tensors))]
         for shard, part in zip(shards, tensors, strict=True):
             write_shard(shard, part)
-        complete(draft, shards, described, tied_names(config))
+        complete(draft, shards, described, tied_names(config, "causal-lm"))
     return folder
 
 
@@ -90,7 +91,7 @@ class TestWriteModel:
     def test_transformers_reads_it(self, tmp_path: Path, config: dict[str, Any]):
         model = made(config)
         folder = written(tmp_path / "model", model)
-        assert check_export(folder, IDS, logits(model), 0.0).endswith("logits equal the pipeline's")
+        assert check_export(folder, IDS, logits(model), 0.0, CausalLM()).endswith("logits equal the pipeline's")
         assert len(AutoTokenizer.from_pretrained(folder)) == 64
         assert json.loads((folder / "config.json").read_text())["architectures"] == [type(model).__name__]
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -101,7 +102,7 @@ class TestWriteModel:
         assert "model.layers.0.mlp.experts.gate_up_proj" in model.state_dict()
         assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in names
         assert original_names(model, {}) == {}
-        again = original_names(model_without_memory(model.config), model.state_dict())
+        again = original_names(model_without_memory(model.config, "causal-lm"), model.state_dict())
         assert again.keys() == names.keys()
         assert all(torch.equal(again[name], names[name]) for name in names)
 
@@ -136,7 +137,7 @@ class TestWriteModel:
         assert "File too large" in message
         assert "\n" not in message
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
-        check_export(folder, IDS, logits(model), 0.0)
+        check_export(folder, IDS, logits(model), 0.0, CausalLM())
 
     def test_an_error_that_is_not_the_disks_is_not_said_to_be(self, tmp_path: Path):
         class Broken:
@@ -169,7 +170,7 @@ class TestTied:
         again = AutoModelForCausalLM.from_pretrained(folder)
         assert again.config.tie_word_embeddings
         assert again.lm_head.weight is again.model.embed_tokens.weight
-        check_export(folder, IDS, logits(model), 0.0)
+        check_export(folder, IDS, logits(model), 0.0, CausalLM())
 
     def test_another_matrix_unties_the_model(self, tmp_path: Path):
         model = made(TINY | {"tie_word_embeddings": True})
@@ -189,11 +190,11 @@ class TestTied:
         assert not AutoConfig.from_pretrained(folder).tie_word_embeddings
 
     def test_names_are_the_checkpoints(self):
-        assert tied_names(AutoConfig.for_model(**TINY)) == {}
+        assert tied_names(AutoConfig.for_model(**TINY), "causal-lm") == {}
         gpt2 = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4)
-        assert tied_names(gpt2) == {"lm_head.weight": "transformer.wte.weight"}
+        assert tied_names(gpt2, "causal-lm") == {"lm_head.weight": "transformer.wte.weight"}
         deep = AutoConfig.for_model("gemma3", text_config={"hidden_size": 32, "num_hidden_layers": 1})
-        assert list(tied_names(deep).values()) == ["language_model.model.embed_tokens.weight"]
+        assert list(tied_names(deep, "causal-lm").values()) == ["language_model.model.embed_tokens.weight"]
 
 
 class TestCheckExport:
@@ -206,11 +207,11 @@ class TestCheckExport:
         return written(tmp_path / "model", model)
 
     def test_equal_logits_pass(self, export: Path, model: Any):
-        assert "no missing or unexpected key" in check_export(export, IDS, logits(model), 1e-4)
+        assert "no missing or unexpected key" in check_export(export, IDS, logits(model), 1e-4, CausalLM())
 
     def test_other_logits_are_an_error(self, export: Path, model: Any):
         with pytest.raises(WrongExport, match=r"its logits differ from the pipeline's by 0\.\d+ of the largest"):
-            check_export(export, IDS, logits(model) * 1.5, 1e-4)
+            check_export(export, IDS, logits(model) * 1.5, 1e-4, CausalLM())
 
     def test_what_bf16_rounds_away_is_no_error(self, tmp_path: Path):
         """Another kernel, as a GPU's, computes a deep model otherwise; a tensor that is wrong shows all the same."""
@@ -222,12 +223,12 @@ class TestCheckExport:
         folder = written(tmp_path / "deep", deep)
         deep.set_attn_implementation("eager")
         elsewhere = logits(deep)
-        said = check_export(folder, IDS, elsewhere, 1e-4)
+        said = check_export(folder, IDS, elsewhere, 1e-4, CausalLM())
         assert "logits differ from the pipeline's by" in said
         with torch.no_grad():
             deep.model.layers[30].mlp.down_proj.weight.mul_(-1)
         with pytest.raises(WrongExport, match=r"its logits differ from the pipeline's"):
-            check_export(folder, IDS, logits(deep), 1e-4)
+            check_export(folder, IDS, logits(deep), 1e-4, CausalLM())
 
     def test_a_missing_tensor_is_an_error(self, export: Path):
         shard = export / "model-00002-of-00002.safetensors"
@@ -237,19 +238,19 @@ class TestCheckExport:
         index = export / "model.safetensors.index.json"
         index.write_text(index.read_text().replace("model.norm.weight", "model.norm.wait"))
         with pytest.raises(WrongExport, match=r"missing keys \['model.norm.weight'\]"):
-            check_export(export, IDS, torch.zeros(1), 1e-4)
+            check_export(export, IDS, torch.zeros(1), 1e-4, CausalLM())
 
     def test_a_config_that_makes_no_model_is_an_error(self, export: Path):
         config = export / "config.json"
         config.write_text(config.read_text().replace('"silu"', '"nonsense"'))
         with pytest.raises(WrongExport, match=r"does not load \(\w+: .*nonsense") as caught:
-            check_export(export, IDS, torch.zeros(1), 1e-4)
+            check_export(export, IDS, torch.zeros(1), 1e-4, CausalLM())
         assert caught.value.reason.startswith("does not load")
 
     def test_a_file_that_cannot_be_read_is_the_machines_fault(self, export: Path):
         (export / "model-00002-of-00002.safetensors").unlink()
         with pytest.raises(OSError, match=r"model-00002-of-00002\.safetensors"):
-            check_export(export, IDS, torch.zeros(1), 1e-4)
+            check_export(export, IDS, torch.zeros(1), 1e-4, CausalLM())
 
 
 def test_lists_with_an_entry_a_layer_are_trimmed():

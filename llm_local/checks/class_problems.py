@@ -16,7 +16,7 @@ _IDS = torch.arange(8, 32).reshape(2, -1)
 
 
 def class_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
-    """Whether the class sets all of a new model's weights, and predicts a token without having seen it.
+    """Whether the class sets all of a new model's weights, and reads of a row what the task needs.
 
     [] where the small model cannot be made or run.
     """
@@ -25,15 +25,11 @@ def class_problems(config: Config, model_config: PretrainedConfig, anatomy: Anat
         model = small_model(config, model_config, anatomy)
         if not config.model.model_name_or_path:
             problems += _unset(config, model, anatomy)
-        moved = _moved_by_later_tokens(model)
+        moved = _moved_by_later_tokens(model, config)
     except Exception:  # of a class in sizes that it was not meant for
         return problems
-    if moved > TOLERANCE:
-        is_encoder = getattr(model_config, "is_decoder", None) is False
-        repair = "set is_decoder=true in config_overrides" if is_encoder else "use a causal one"
-        kind = model_config.model_type
-        problems.append(f"model type {kind!r} reads later tokens, so that predicting them is copying; {repair}")
-    return problems
+    problem = config.task.order_problem(model_config, moved > TOLERANCE)
+    return [*problems, problem] if problem else problems
 
 
 def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
@@ -46,9 +42,9 @@ def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str
 
 
 @torch.no_grad()
-def _moved_by_later_tokens(model: PreTrainedModel) -> float:
+def _moved_by_later_tokens(model: PreTrainedModel, config: Config) -> float:
     """How far another last token moves the logits before it, relative to the largest."""
     changed = _IDS.clone()
     changed[:, -1] += 40
-    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (_IDS, changed))
+    before, after = (model(input_ids=ids, **config.task.options).logits[:, :-1] for ids in (_IDS, changed))
     return float((after - before).abs().max() / before.abs().max())

@@ -64,7 +64,8 @@ def difference_at(config: Config, model_config: PretrainedConfig, anatomy: Anato
     trimmed = trim_config(whole.config, depth)
     ids = torch.arange(8, 24).reshape(2, -1)
     prune(whole, anatomy, Span(0, depth), has_head=True)
-    wanted = whole(input_ids=ids, use_cache=False).logits
+    options = config.task.options
+    wanted = whole(input_ids=ids, **options).logits
     try:
         made = _alone(type(whole), trimmed)
         kept = {k: v for k, v in whole.state_dict().items() if k not in unsaved(whole)}
@@ -73,7 +74,7 @@ def difference_at(config: Config, model_config: PretrainedConfig, anatomy: Anato
         for kind, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
                 return f"{kind} keys {sorted(names)[:3]}"
-        difference = relative_difference(made(input_ids=ids, use_cache=False).logits, wanted)
+        difference = relative_difference(made(input_ids=ids, **options).logits, wanted)
     except Exception as error:  # whatever it makes of fewer layers
         return f"does not load ({describe(error)})"
     return "" if difference <= TOLERANCE else f"its logits differ by {difference:.2g} of the largest"

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm_local.checkpoint.catalog import (
     BrokenCheckpoint,
@@ -246,7 +245,7 @@ def _support_problems(config: Config, model_config: PretrainedConfig) -> list[st
     problems = []
     if getattr(text, "layerdrop", 0) or getattr(text, "decoder_layerdrop", 0):
         problems.append("the model's config has layerdrop, which would skip a stage's border; set layerdrop=0.0")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    model_class = config.task.classes.get(type(model_config), None)
     if config.train.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
         problems.append(f"model type {model_config.model_type!r} does not support gradient_checkpointing; leave it off")
     if config.train.torch_compile and (missing := missing_for_compile()):

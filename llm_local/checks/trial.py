@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.adapters.hf_internals import attention_kernel_of
 from llm_local.checks.tiny import SIZES
@@ -44,7 +44,7 @@ def small_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
-        model = AutoModelForCausalLM.from_config(made, **options)
+        model = config.task.loader.from_config(made, **options)
         if kernel:
             model.set_attn_implementation(kernel)
         with torch.no_grad():  # so that nothing is a zero or an identity

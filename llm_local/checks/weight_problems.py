@@ -76,7 +76,8 @@ def _compare(
     config: Config, path: str, model_config: PretrainedConfig, files: dict[str, str], shapes: Shapes
 ) -> tuple[list[str], tuple[str, ...]]:
     """What transformers would say of the tensors when it loads them."""
-    skeleton: Any = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    skeleton: Any = model_without_weights(model_config, config.model.task, trust_remote_code=trusted)
     sources = sources_of(skeleton, shapes)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     tensors |= {source.key: tensors[source.name] for source in sources}

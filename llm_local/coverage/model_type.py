@@ -78,7 +78,7 @@ def examine(model_type: str) -> Finding:
     """Tries the type, untied and tied where it can be both."""
     try:
         config = tiny_config(model_type)
-        size = sum(parameter.numel() for parameter in model_without_memory(config).parameters())
+        size = sum(parameter.numel() for parameter in model_without_memory(config, "causal-lm").parameters())
     except Exception as error:  # whatever a class makes of sizes that it was not meant for
         return Finding(model_type, UNTRIED, f"no tiny model: {one_line(error)}")
     if size > MOST_PARAMETERS:

@@ -14,7 +14,8 @@ from llm_local.data.sequences import Sequences
 from llm_local.data.sets import SourceData
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.loss import count_scored
+from llm_local.registry import TASKS
+from llm_local.tasks.task import Task
 from llm_local.world import Place
 
 CHECK_TOKENS = 64
@@ -55,7 +56,8 @@ class Feed:
 
     A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
-    documents: how packed documents are kept apart, if they are; the first token of each is not scored then.
+    documents: how packed documents are kept apart, if they are; the first token of each is not scored then. task: what
+    the model is trained for, by name.
 
     tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
     were done before; step_tokens: what that one step had.
@@ -71,6 +73,7 @@ class Feed:
         eval_batches: int,
         start: tuple[int, int] = (0, 0),
         documents: DocumentMask | None = None,
+        task: str = "causal-lm",
     ):
         self._train = train
         self._validation = validation
@@ -80,6 +83,7 @@ class Feed:
         self._place = place
         self._rows = rows
         self._documents = documents
+        self._task: Task = TASKS[task]
         self._held: _Share | None = None
         self._counted = start[0]
         self.tokens = self.step_tokens = 0
@@ -131,5 +135,5 @@ class Feed:
             labels = self._documents.labels(parts["input_ids"], labels)
         if labels is None:
             return torch.ones(len(batch), dtype=torch.float64)
-        scored = count_scored(labels).double()
+        scored = self._task.count_scored(labels).double()
         return scored / (scored.mean() or 1.0)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_local.model.loss import IGNORED
+from llm_local.tasks.task import IGNORED
 
 CONCAT, BEST_FIT = "concat", "best_fit"
 GROUP = 1 << 16  # documents that are packed together: bounds memory, and costs one row that is not full

@@ -100,10 +100,10 @@ def _metadata(training: Training, stage: int | None) -> ModelCardData:
     loss = training.losses[-1 if stage is None else stage]
     results = []
     if loss is not None:
-        pairs = (("loss", round(loss, 6)), ("perplexity", round(perplexity(loss), 4)))
+        pairs = (("loss", round(loss, 6)), (config.task.score, round(perplexity(loss), 4)))
         results = [
             EvalResult(
-                task_type="text-generation",
+                task_type=config.task.pipeline_tag,
                 dataset_type=data or "text",
                 dataset_name=_data(config),
                 dataset_config=config.data.dataset_config_name if data else None,
@@ -122,7 +122,7 @@ def _metadata(training: Training, stage: int | None) -> ModelCardData:
     }
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=config.task.pipeline_tag,
         tags=["llm_local", training.model_type, config.local.method, *([] if stage is None else ["draft-model"])],
         **known,
     )
@@ -150,7 +150,7 @@ def _data(config: Config) -> str:
 
 def _what_it_is(training: Training, stage: int | None) -> str:
     config, partition = training.config, training.partition
-    kind = f"a causal language model of type `{training.model_type}`"
+    kind = f"a {config.task.title} of type `{training.model_type}`"
     if stage is not None and stage < partition.num_stages - 1:
         private = len(partition.private_layers(partition.stages[stage].stop - 1, config.head_layers_schedule))
         layers = partition.layers_of(stage).stop
@@ -168,19 +168,9 @@ def _use(training: Training, stage: int | None) -> str:
     exits = training.exits
     drafts = [stage] if stage is not None else [number for number in exits if number != max(exits)][:1]
     trust = ", trust_remote_code=True" if training.config.model.trust_remote_code else ""
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("export"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("export"{trust})',
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-    ]
-    options = "max_new_tokens=64"
-    for draft in drafts:
-        lines.append(f'draft = AutoModelForCausalLM.from_pretrained("export/exits/stage-{draft:02d}"{trust})')
-        options = f"assistant_model=draft, {options}"
-    lines += [f"output = model.generate(**inputs, {options})", "print(tokenizer.decode(output[0]))"]
-    note = "\n\nGreedy text is the same with the draft as without." if drafts else ""
+    task = training.config.task
+    lines = task.usage(trust, drafts)
+    note = "\n\nGreedy text is the same with the draft as without." if drafts and task.generates else ""
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
@@ -278,7 +268,7 @@ def _losses(training: Training, stage: int | None) -> str:
         f"| {name} | {loss:.4f} | {perplexity(loss):,.1f} |" for name, loss in _shown_losses(training, stage).items()
     ]
     held_out = "Of each stage's exit on held-out text, nats a token."
-    return "\n".join([held_out, "", "| exit | loss | perplexity |", "|---|---|---|", *rows])
+    return "\n".join([held_out, "", f"| exit | loss | {training.config.task.score} |", "|---|---|---|", *rows])
 
 
 def _reproduce(training: Training) -> str:

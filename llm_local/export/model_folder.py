@@ -19,7 +19,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -29,6 +29,8 @@ from llm_local.files import link_or_copy
 from llm_local.model.anatomy import text_config
 from llm_local.model.remote_code import write_code
 from llm_local.model.slices import model_without_weights
+from llm_local.registry import TASKS
+from llm_local.tasks.task import Task
 
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 
@@ -92,17 +94,17 @@ def original_names(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) 
     return {k: v.contiguous() for k, v in revert_weight_conversion(model, given).items()} if given else {}
 
 
-def model_without_memory(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that the config describes, on the meta device."""
+def model_without_memory(config: PretrainedConfig, task: str) -> PreTrainedModel:
+    """The model of a task that the config describes, on the meta device."""
     trusted = bool(getattr(config, "auto_map", None))  # load_model_config leaves it to code that may run
-    return model_without_weights(config, trust_remote_code=trusted)
+    return model_without_weights(config, task, trust_remote_code=trusted)
 
 
-def tied_names(config: PretrainedConfig) -> dict[str, str]:
+def tied_names(config: PretrainedConfig, task: str) -> dict[str, str]:
     """Original names of tensors that the config ties, with those that they are tied to: the output matrix's."""
     if not (config.tie_word_embeddings or text_config(config).tie_word_embeddings):
         return {}
-    model = model_without_memory(config)
+    model = model_without_memory(config, task)
     tied = model.all_tied_weights_keys or {}
     named = dict(model.named_parameters(remove_duplicate=False))
     # one at a time: two names of one tensor
@@ -127,8 +129,8 @@ def replaced(folder: Path) -> Iterator[Path]:
 class Description:
     """What transformers needs to load a model, beside its weights.
 
-    class_name: of the model. generation: what generation_config.json holds; default: as the config has it. code:
-    modules of the model's own, by file name.
+    class_name: of the model. generation: what generation_config.json holds; default: as the config has it; of a task
+    that writes no text there is none. code: modules of the model's own, by file name. task: its name.
     """
 
     config: PretrainedConfig
@@ -136,6 +138,7 @@ class Description:
     tokenizer: Any
     generation: Mapping[str, Any] | None = None
     code: Mapping[str, str] = field(default_factory=dict)
+    task: str = "causal-lm"
 
 
 def complete(folder: Path, shards: Sequence[Path], model: Description, tied: Mapping[str, str]) -> None:
@@ -163,10 +166,11 @@ def write_description(folder: Path, model: Description, is_tied: bool = True) ->
     with writing(folder / "config.json"):
         write_code(model.code, config, folder)
         config.save_pretrained(folder)
-    generation = model.generation
-    if generation is None:
-        generation = GenerationConfig.from_model_config(config).to_diff_dict()
-    write_text(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2) + "\n")
+    if TASKS[model.task].generates:
+        generation = model.generation
+        if generation is None:
+            generation = GenerationConfig.from_model_config(config).to_diff_dict()
+        write_text(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2) + "\n")
     with writing(folder / "tokenizer.json"):
         model.tokenizer.save_pretrained(folder)
 
@@ -220,7 +224,9 @@ def link(source: Path, target: Path) -> None:
         link_or_copy(source, target)
 
 
-def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, **model_args: Any) -> str:
+def check_export(
+    folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, task: Task, **model_args: Any
+) -> str:
     """Loads an export and compares its logits with the pipeline's (1, T', V), which may be those of the first positions
     alone; returns how that went.
 
@@ -232,9 +238,8 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
     free = psutil.virtual_memory().available
     if free < 1.5 * size:
         return f"not checked, {size >> 20} MiB of weights and {free >> 20} MiB of free memory"
-    loader: Any = AutoModelForCausalLM
     try:
-        model, info = loader.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
+        model, info = task.loader.from_pretrained(folder, output_loading_info=True, dtype="auto", **model_args)
     except (OSError, MemoryError):  # the machine's doing
         raise
     except Exception as error:  # whatever the model class makes of the config
@@ -243,10 +248,10 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
         if info[kind]:
             raise WrongExport(folder, f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
     with torch.no_grad():
-        again = model.eval()(input_ids=ids, use_cache=False).logits[:, : logits.shape[1]].float()
+        again = model.eval()(input_ids=ids, **task.options).logits[:, : logits.shape[1]].float()
     logits = logits.cpu().float()
     difference = relative_difference(again, logits)
-    if not difference <= tolerance and not _is_rounding(model, ids, again, logits):
+    if not difference <= tolerance and not _is_rounding(model, task, ids, again, logits):
         raise WrongExport(folder, f"its logits differ from the pipeline's by {difference:.2g} of the largest")
     same = (
         "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"
@@ -254,12 +259,12 @@ def check_export(folder: Path, ids: torch.Tensor, logits: torch.Tensor, toleranc
     return f"loads with no missing or unexpected key, logits {same}"
 
 
-def _is_rounding(model: Any, ids: torch.Tensor, again: torch.Tensor, logits: torch.Tensor) -> bool:
+def _is_rounding(model: Any, task: Task, ids: torch.Tensor, again: torch.Tensor, logits: torch.Tensor) -> bool:
     """Whether the pipeline's logits are about as far from the model's in float32 as the model's own are."""
     if model.dtype == torch.float32:
         return False
     with torch.no_grad():
-        exact = model.float()(input_ids=ids, use_cache=False).logits[:, : logits.shape[1]]
+        exact = model.float()(input_ids=ids, **task.options).logits[:, : logits.shape[1]]
     return relative_difference(logits, exact) <= 2 * relative_difference(again, exact)
 
 

@@ -151,7 +151,7 @@ def compose(
 
     last: stage whose exit is the whole, by default that of the model.
     """
-    last, tied = partition.num_stages - 1 if last is None else last, tied_names(model.config)
+    last, tied = partition.num_stages - 1 if last is None else last, tied_names(model.config, model.task)
 
     def completed(folder: Path, stage: int) -> None:
         shards = [folder / shard_name(index, stage + 2) for index in range(stage + 2)]
@@ -199,7 +199,8 @@ def check_exit(
 
 def _compare(config: Config, folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> str:
     tolerance = max(LOGITS_TOLERANCE[dtype] for dtype in (config.precision, config.export_dtype))
-    return check_export(folder, ids, logits, tolerance, trust_remote_code=config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    return check_export(folder, ids, logits, tolerance, config.task, trust_remote_code=trusted)
 
 
 def trimmed(model: Description, num_layers: int) -> Description:

@@ -1,4 +1,4 @@
-"""How a Hugging Face causal LM is put together, found out by watching one forward pass.
+"""How a Hugging Face model is put together, found out by watching one forward pass.
 
 `probe` runs the real model class under FakeTensorMode: no weights, no memory, seconds even for a 70B config. It sees
 which module list holds the layers, through which argument hidden states pass from layer to layer, and which modules
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from llm_local.adapters.hf_internals import attention_kernel_of, can_choose_experts_kernel, rope_kinds
@@ -44,6 +44,8 @@ from llm_local.model.observation import (
 from llm_local.model.overrides import overridden, parse_overrides
 from llm_local.model.remote_code import OF_CODE, UNTRUSTED, check_code, is_untrusted
 from llm_local.model.token_ids import check_token_ids
+from llm_local.registry import TASKS
+from llm_local.tasks.task import Task
 
 __all__ = ["Anatomy", "SliceError", "attention_kernel", "load_model_config", "probe", "text_config"]
 
@@ -57,6 +59,7 @@ class Anatomy:
     embedding, before, after: modules with parameters of their own, by dotted name; before and after the layers.
     tied: the output matrix is the embedding, which a class may do or not do whatever its config says.
     active_layer_parameters: of a layer's, on average, those that one token passes; fewer in a mixture of experts.
+    task: what the model is trained for, by name.
     """
 
     layers: str
@@ -71,6 +74,7 @@ class Anatomy:
     active_layer_parameters: int
     head_parameters: int
     tied: bool
+    task: str = "causal-lm"
 
     @property
     def base(self) -> str:
@@ -162,6 +166,8 @@ def probe(
     except SliceError as error:
         raise SliceError(f"model type {name!r} cannot be cut into stages: {error}") from error
     except Exception as error:
+        if not TASKS[model.task].has_class(config):
+            raise SliceError(_no_class(config, TASKS[model.task])) from error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if not isinstance(error, ImportError) and (blamed := _blamed(config, model)):
             raise SliceError(
@@ -170,15 +176,22 @@ def probe(
         raise SliceError(f"model type {name!r} cannot be cut into stages: its forward failed ({reason})") from error
 
 
+def _no_class(config: PretrainedConfig, task: Task) -> str:
+    others = [f"task={name}" for name, other in TASKS.items() if other.has_class(config)]
+    repair = f"train it with {' or '.join(others)}" if others else "use another model"
+    return f"task={task.name}: transformers has no {task.title} of model type {config.model_type!r}; {repair}"
+
+
 def _watched(
     config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
 ) -> Anatomy:
     from transformers.initialization import no_init_weights
 
+    task: Task = TASKS[model.task]
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with fake_tensors(), _unchanged_parameters_stay():
         with no_init_weights():
-            fake = AutoModelForCausalLM.from_config(
+            fake = task.loader.from_config(
                 _without_dynamic_rope(copy.deepcopy(config)),
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -190,7 +203,7 @@ def _watched(
             fake.set_attn_implementation("eager")
         if can_choose_experts_kernel(fake):
             fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
-        anatomy = _observe(fake)
+        anatomy = _observe(fake, task)
         if trial is not None:
             trial(fake, anatomy)
         return anatomy
@@ -241,9 +254,9 @@ def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, d
             yield name, values[name], default, copy.deepcopy(values) | {name: default}
 
 
-def _observe(model: PreTrainedModel) -> Anatomy:
-    name, layers = find_layers(model)
-    events = watch(model, layers)
+def _observe(model: PreTrainedModel, task: Task) -> Anatomy:
+    name, layers = find_layers(model, task.options)
+    events = watch(model, layers, task.options)
     ran = [int(what) for kind, what in events.order if kind == "layer"]
     if ran != list(range(len(layers))):
         raise SliceError(f"its layers are not called once each and in order, but {ran}")
@@ -278,6 +291,7 @@ def _observe(model: PreTrainedModel) -> Anatomy:
         active_layer_parameters=_count_active(layers, text_config(model.config)) // len(layers),
         head_parameters=sum(p.numel() for p in head.parameters()) if head is not None else 0,
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        task=task.name,
     )
 
 

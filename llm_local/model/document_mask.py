@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from llm_local.model.loss import IGNORED
+from llm_local.tasks.task import IGNORED
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from llm_local.adapters.torch_internals import modules_of, twin_of
 from llm_local.device import memory_bytes
 from llm_local.model.anatomy import SliceError
 from llm_local.model.slices import Slice
+from llm_local.tasks.task import IGNORED
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-IGNORED = -100
 _CHUNK_LOGITS = 1 << 22
 _GPU_CHUNK_LOGITS = 1 << 27
 
@@ -73,7 +73,7 @@ def without_layers(
 
 def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
-    return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, use_cache=False).logits
+    return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, **part.task.options).logits
 
 
 class LossLinear(nn.Linear):
@@ -111,20 +111,14 @@ class LossLinear(nn.Linear):
 
 
 def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """Mean next-token cross-entropy of (B, T, D) hidden states; labels default to the ids, -100 is ignored."""
-    targets = (input_ids if labels is None else labels)[:, 1:].reshape(-1)
+    """Mean cross-entropy of what the task scores of (B, T, D) hidden states, by ids and labels."""
+    states, targets = part.task.scored(normed, input_ids, labels)
     count = (targets != IGNORED).sum().clamp(min=1)
-    states = normed[:, :-1].reshape(-1, normed.shape[-1])
     output = part.model.get_output_embeddings()
     if isinstance(output, LossLinear):
         return output(states, targets) / count
     rows = chunk_rows(text_vocab_size(part.model), states.device)
     return _by_chunks(partial(_loss_of_head, part), states, targets, rows) / count
-
-
-def count_scored(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) → (B,), the positions of each row whose next token is in head_loss."""
-    return (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 def _loss_of_head(part: Slice, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -165,7 +159,7 @@ def fit_head(part: Slice) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = None if part.is_first else torch.randn(1, 8, part.anatomy.hidden_size, generator=generator)
     part.border.entering = hidden
-    logits = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=ids, **part.task.options).logits
     _, normed = part(hidden, input_ids=ids)
     if not torch.equal(head_logits(part, normed, ids), logits):
         kind = model.config.model_type

@@ -101,7 +101,8 @@ def rank_problems(config: Config, model_config: PretrainedConfig, anatomy: Anato
         return []
     if not private:
         return [f"head_rank={rank}: no head has private layers; set head_layers=1 or more, or leave it out"]
-    model = model_without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
+    trusted = config.model.trust_remote_code
+    model = model_without_weights(model_config, anatomy.task, trust_remote_code=trusted)
     sizes = {
         name: min(module.weight.shape)
         for layer in private

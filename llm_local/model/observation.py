@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,13 +67,13 @@ def _used_parameters(output: torch.Tensor | None) -> set[int]:
     return found
 
 
-def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost module list with num_hidden_layers entries."""
+def find_layers(model: PreTrainedModel, options: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
+    """The outermost module list with num_hidden_layers entries. options: of a forward pass, as for `watch`."""
     wanted = getattr(text_config(model.config), "num_hidden_layers", None)
     found = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     outer = [(k, m) for k, m in found if not any(k.startswith(f"{other}.") for other, _ in found)]
     if len(outer) > 1:  # one of them reads images or sound
-        outer = _called(model, outer)
+        outer = _called(model, outer, options)
     if len(outer) > 1:
         decoder_layers = layer_classes(model)
         outer = [(k, m) for k, m in outer if any(type(layer).__name__ in decoder_layers for layer in m)]
@@ -83,12 +83,14 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outer[0]
 
 
-def _called(model: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+def _called(
+    model: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]], options: Mapping[str, Any]
+) -> list[tuple[str, nn.ModuleList]]:
     """Those whose layers run on text."""
     ran: set[str] = set()
     handles = [layers[0].register_forward_pre_hook(lambda *_, key=key: ran.add(key)) for key, layers in lists]
     model.eval()
-    model(input_ids=_example(), use_cache=False)
+    model(input_ids=_example(), **options)
     for handle in handles:
         handle.remove()
     return [(key, layers) for key, layers in lists if key in ran]
@@ -98,7 +100,7 @@ def _example() -> torch.Tensor:
     return torch.full((ROWS, TOKENS), 3, dtype=torch.long)
 
 
-def watch(model: PreTrainedModel, layers: nn.ModuleList) -> Events:
+def watch(model: PreTrainedModel, layers: nn.ModuleList, options: Mapping[str, Any]) -> Events:
     events = Events()
     inside = {id(module) for module in layers.modules()}
     handles = []
@@ -128,7 +130,7 @@ def watch(model: PreTrainedModel, layers: nn.ModuleList) -> Events:
             handles.append(module.register_forward_pre_hook(enter_module(name)))
     model.eval()
     with torch.enable_grad():  # side inputs that depend on parameters show by requires_grad
-        events.logits = model(input_ids=_example(), use_cache=False).logits
+        events.logits = model(input_ids=_example(), **options).logits
     for handle in handles:
         handle.remove()
     return events

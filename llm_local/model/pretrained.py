@@ -38,7 +38,7 @@ def load_slice(
 
     Raises ConfigError naming the directory and the tensors that are missing.
     """
-    skeleton = model_without_weights(config, **model_args)
+    skeleton = model_without_weights(config, anatomy.task, **model_args)
     whole: Any = type(skeleton)
     files = tensor_files(path)
     sources = sources_of(skeleton, files)

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llm_local.adapters.torch_internals import modules_of
-from llm_local.model.loss import IGNORED, text_vocab_size, without_layers
+from llm_local.model.loss import text_vocab_size, without_layers
 from llm_local.model.slices import Slice
+from llm_local.tasks.task import IGNORED
 
 
 def wants_router_loss(config: PretrainedConfig) -> bool:

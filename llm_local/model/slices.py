@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from llm_local.adapters.hf_internals import forget_initialised, initialise, rows_as_they_stand
@@ -28,6 +28,8 @@ from llm_local.config import some_of
 from llm_local.model.anatomy import Anatomy, SliceError
 from llm_local.model.standins import Border, Seam, StandIn, prune, take_head
 from llm_local.partition import Span
+from llm_local.registry import TASKS
+from llm_local.tasks.task import Task
 
 _POSITIONED = {"position_ids", "attention_mask"}
 
@@ -44,6 +46,10 @@ class Slice:
     span: Span
     has_head: bool
     border: Border = field(compare=False)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.anatomy.task]
 
     @property
     def is_first(self) -> bool:
@@ -63,7 +69,7 @@ class Slice:
         border = self.border
         border.entering, border.leaving, border.running, border.seam = hidden, None, True, None
         with nullcontext() if inputs.keys() & _POSITIONED else rows_as_they_stand():
-            normed = self.base()(use_cache=False, **inputs)[0]
+            normed = self.base()(**self.task.options, **inputs)[0]
         leaving = border.leaving if len(self.span) else hidden
         assert leaving is not None, "the last layer of the slice was not called"
         border.entering, border.leaving, border.running = None, None, False
@@ -87,13 +93,13 @@ class Slice:
         self.model.get_submodule(f"{self.anatomy.layers}.{layer}").register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def model_without_weights(config: PretrainedConfig, **model_args: Any) -> PreTrainedModel:
-    """The model as its class makes it, with float32 parameters that have shapes and no memory.
+def model_without_weights(config: PretrainedConfig, task: str, **model_args: Any) -> PreTrainedModel:
+    """The model as its class for that task makes it, with float32 parameters that have shapes and no memory.
 
     Neither the config's dtype nor its attention kernel is used: the run's precision and kernel come later.
     """
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(
+        return TASKS[task].loader.from_config(
             copy.deepcopy(config), dtype=torch.float32, attn_implementation=None, **model_args
         )
 
@@ -114,7 +120,7 @@ def new_slice(
     output_of: layers below the head that the output matrix is to equal, where that is another one.
     What the model class leaves unset is NaN (check_set).
     """
-    model = model_without_weights(config, **model_args)
+    model = model_without_weights(config, anatomy.task, **model_args)
     border = prune(model, anatomy, span, has_head)
     _materialise(model)
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):

@@ -269,7 +269,8 @@ def _layer_matrices(model: ModelArguments, anatomy: Anatomy) -> list[tuple[int, 
 
     from llm_local.model.slices import model_without_weights
 
-    whole = model_without_weights(load_model_config(model), trust_remote_code=model.trust_remote_code)
+    trusted = model.trust_remote_code
+    whole = model_without_weights(load_model_config(model), model.task, trust_remote_code=trusted)
     layer = whole.get_submodule(f"{anatomy.layers}.0")
     return [(m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 

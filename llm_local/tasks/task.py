@@ -1,0 +1,80 @@
+"""What a task is: a file of this package each, and whatever else was registered."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llm_local.flags import TrainArguments
+from llm_local.registry import TASKS
+
+if TYPE_CHECKING:  # a command that needs only flags does not wait for torch
+    import torch
+    from transformers import PretrainedConfig
+
+IGNORED = -100  # the label of a position that is not scored
+
+
+class Task(ABC):
+    """What a model is trained for: what it is asked of a row, what of its answer is scored, and what it is called.
+
+    name: what --task calls it; `register_task` gives it. title: such a model, in a text. auto_class, auto_mapping: what
+    makes and loads them, and the table of its classes, in transformers. options: what each forward pass is told. score:
+    what exp(loss) is. pipeline_tag: of a model card. generates: it writes text.
+    """
+
+    name = ""
+    title: ClassVar[str]
+    auto_class: ClassVar[str]
+    auto_mapping: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+    score: ClassVar[str]
+    pipeline_tag: ClassVar[str]
+    generates: ClassVar[bool] = False
+
+    @abstractmethod
+    def scored(
+        self, states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a head reads (B, T, D), ids and labels (B, T) → (N, D), and the targets (N,) of its predictions, of
+        which those that are IGNORED count nothing."""
+
+    @abstractmethod
+    def count_scored(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) → (B,), the positions of each row that `scored` gives a target."""
+
+    @abstractmethod
+    def order_problem(self, config: PretrainedConfig, reads_ahead: bool) -> str:
+        """Why a model whose positions read those behind them, or do not, cannot be trained so; '' if it can."""
+
+    @abstractmethod
+    def usage(self, trust: str, drafts: Sequence[int]) -> list[str]:
+        """Lines of Python that use an export. trust: what from_pretrained is told beside the folder; drafts: stages
+        whose exits may help."""
+
+    def problems(self, train: TrainArguments) -> list[str]:
+        """What is wrong with the flags for this task."""
+        return []
+
+    @property
+    def loader(self) -> Any:
+        """The Auto class."""
+        return getattr(import_module("transformers"), self.auto_class)
+
+    @property
+    def classes(self) -> Mapping[type[PretrainedConfig], Any]:
+        """The model's class by that of its config."""
+        return getattr(import_module("transformers"), self.auto_mapping)
+
+    def has_class(self, config: PretrainedConfig) -> bool:
+        """Whether transformers, or the model's own code, has a class for such a model."""
+        return type(config) in self.classes or self.auto_class in (getattr(config, "auto_map", None) or {})
+
+
+def register_task(name: str, task: Task) -> None:
+    """Lets --task name it. Every rank must call, before its flags are checked. Raises ValueError for a name that is
+    taken."""
+    TASKS.add(name, task)
+    task.name = name
