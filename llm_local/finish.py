@@ -36,6 +36,7 @@ from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
 from llm_local.model.slices import Slice
 from llm_local.rank import Rank, Start
+from llm_local.report.facts import add_sample
 from llm_local.setup import Setup
 from llm_local.world import Place, World
 
@@ -173,7 +174,9 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
     for line in (*_better_exits(run, by_set, exits), *_spelled(start)):
         progress.say(f"llm_local: warning: {line}")
     if config.train.sample_prompt:
-        progress.say(f"{export} writes:\n{_sample(config, start.tokenizer, config.train.sample_prompt)}")
+        text = _sample(config, start.tokenizer, config.train.sample_prompt)
+        add_sample(config.output_dir, step, config.train.sample_prompt, text)
+        progress.say(f"{export} writes:\n{text}")
 
 
 def _spelled(start: Start) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from llm_local.progress import Progress
 from llm_local.recorder import Recorder
 from llm_local.rendezvous import Rendezvous, fetch_setup
 from llm_local.replicas import replicas_text
+from llm_local.report.facts import write_facts
 from llm_local.run_trace import begin_trace
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
@@ -129,6 +130,8 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)
         news = open_output(setup, launch.restart > 0)
+        sources = [source.facts() for source in data.sources] if data is not None else []
+        write_facts(setup, Place.of(0, setup.config, launch.world_size).replicas, sources)
         if config.is_job:
             write_identity(setup)
             news += _log_news(setup, launch)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,10 +35,12 @@ from llm_local.checkpoint.line import checkpoint_of
 from llm_local.config import Config, is_due
 from llm_local.engine import StepResult, skip_step
 from llm_local.evaluation import EvalSet, over_replicas
+from llm_local.files import Unwritten
 from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.rank import Rank
+from llm_local.report.page import REPORT, write_report
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
 from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
@@ -208,6 +210,19 @@ class Run:
         if self._rank.job is not None:
             self._rank.job.close()
         self._rank.world.finish()
+        if self._rank.start is not None and self._step:
+            self._report()
+
+    def _report(self) -> None:
+        """Writes the run's page. It is made of what is on disk, and the run is over: no failure is one of the run."""
+        path = self.output_dir / REPORT
+        try:
+            write_report([self.output_dir], path)
+            said = f"report: {path}"
+        except Exception as error:
+            said = f"llm_local: warning: {path} was not written: {' '.join(str(error).split())}"
+        with suppress(Unwritten):
+            self._rank.progress.say(said)
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks what has ended this one."""

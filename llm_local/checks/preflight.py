@@ -61,7 +61,7 @@ from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
 OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("tensorboard", "csv", TRACE, IDENTITY, STATUS, DONE, LOG, LOG_BACK)
+OURS += ("report.html", "tensorboard", "csv", TRACE, IDENTITY, STATUS, DONE, LOG, LOG_BACK)
 
 
 def preflight(given: Config, world_size: int) -> Setup:

@@ -16,20 +16,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.metrics import read_records
 from llm_local.program import program
+from llm_local.report.curves import smoothed
 
 NAME = program(__file__)
-
-WINDOWS = 15
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fifteenth of the values, without a bias at the start."""
-    keep = 1.0 - 1.0 / max(1.0, len(values) / WINDOWS)
-    averages, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1.0
-        averages.append(total / weight)
-    return averages
 
 
 def load(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,78 @@
+"""A page of one run, or of several side by side: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from llm_local.files import write_whole, writing
+from llm_local.report.charts import charts_of, to_json, token_axes
+from llm_local.report.library import UPLOT, uplot
+from llm_local.report.read import RunData, read_runs
+from llm_local.report.tables import alarms, headline, parts_of, tables_of
+from llm_local.report.timeline import timeline_of
+
+_FOLDER = Path(__file__).parent / "page"
+REPORT = "report.html"
+
+
+def write_report(folders: Sequence[Path], output: Path) -> list[str]:
+    """Writes the page; returns what could not be read, a line each. Raises ValueError for what is no run, NoCharts,
+    and Unwritten."""
+    runs = read_runs(list(folders))
+    text = render(runs)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, text)
+    return [fault for run in runs for fault in run.faults]
+
+
+def render(runs: Sequence[RunData], seconds: float = 0.0) -> str:
+    """The page. seconds: how often it asks its server for what is new; 0 of one that stands alone. Raises NoCharts."""
+    script, style = uplot()
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            title=", ".join(run.name for run in runs),
+            uplot=Markup(script),  # both are known byte for byte
+            uplot_style=Markup(style),
+            uplot_version=UPLOT,
+            style=Markup((_FOLDER / "page.css").read_text()),
+            script=Markup((_FOLDER / "page.js").read_text()),
+            content=content(runs),
+            seconds=seconds,
+        )
+    )
+
+
+def content(runs: Sequence[RunData]) -> dict[str, Any]:
+    """What changes as a run goes on: the page's sections, and the data of its charts, as text that is safe there."""
+    charts = charts_of(runs)
+    values = {"charts": to_json(charts), "tokens": token_axes(runs)}
+    main = (
+        _templates()
+        .get_template("main.html")
+        .render(
+            runs=runs,
+            charts=charts,
+            tables=tables_of(runs),
+            headlines=[headline(run) for run in runs],
+            cuts=[parts_of(run) for run in runs],
+            timelines=[timeline_of(run) for run in runs],
+            alarms=[alarms(run) for run in runs],
+        )
+    )
+    return {"main": Markup(main), "data": Markup(json.dumps(values, allow_nan=False).replace("<", "\\u003c"))}
+
+
+@cache
+def _templates() -> Environment:
+    loader = FileSystemLoader(_FOLDER)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
