@@ -33,7 +33,7 @@ from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.hello import Terms
 from llm_local.jobs.key import tls
-from llm_local.jobs.packet_log import PacketLog
+from llm_local.jobs.packet_log import PacketLog, durable_in
 from llm_local.jobs.positions import DONE, LOG, LOG_BACK, SKIPPED, STATUS, Positions
 from llm_local.jobs.ways import Address, Dial, Door, Way
 from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
@@ -104,7 +104,8 @@ class Job:
         local, mine = self._setup.config.local, f"replica-{self._world.place.replica:02d}"
         folder = self._setup.config.output_dir / name / (mine if len(peers) == 1 else f"{mine}-to-{peer:02d}")
         memory, disk = (int(size * GB / len(peers)) for size in (local.log_memory_gb, local.log_disk_gb))
-        log = PacketLog(folder, memory, disk)
+        # who waits for room for a matrix saves nothing, and the stage before keeps its older checkpoints
+        log = PacketLog(folder, memory, disk if name == LOG else None)
         log.start_at(number)
         return log
 
@@ -137,7 +138,9 @@ class Job:
         most = _matrix_bytes(self._setup) if refreshes else 0
         known, steps = log.folder / FINISHED, str(self._setup.config.train.max_steps)
         finished = partial(write_whole, known, steps)
-        channel = self._channel(way, terms, log, self.positions.refreshed if refreshes else 0, most, finished)
+        first = self.positions.refreshed if refreshes else 0
+        oldest = next(iter(committed(self._setup.config.output_dir)), None)
+        channel = self._channel(way, terms, log, first, most, finished, min(first, self._matrices_at(oldest)))
         if known.exists() and known.read_text() == steps:  # not of an end that has been put off since
             channel.knew()
         channel.goes_back = lambda number: self._goes_back(log, number)
@@ -156,14 +159,21 @@ class Job:
         return Terms(replace(mine, window=window), stage, (peer,))
 
     def _channel(
-        self, way: Way, terms: Terms, log: PacketLog | None, first: int, most: int, finished: Callable[[], None]
+        self,
+        way: Way,
+        terms: Terms,
+        log: PacketLog | None,
+        first: int,
+        most: int,
+        finished: Callable[[], None],
+        durable: int | None = None,
     ) -> Channel:
         stages = sorted((terms.stage, terms.mine.stage))
         ends = [terms.mine.replica, *terms.replicas]
         ends = ends if terms.stage == stages[1] else ends[::-1]
         name = f"link {stages[0]}→{stages[1]}, replica {'→'.join(str(end) for end in dict.fromkeys(ends))}"
         absent = self._setup.config.local.absent_peer_timeout
-        return Channel(name, way, terms, log, first, 4 * most + _SMALL, absent, self._beat, finished)
+        return Channel(name, way, terms, log, first, 4 * most + _SMALL, absent, self._beat, finished, durable=durable)
 
     def _make_links(self) -> Links:
         config, place, at = self._setup.config, self._world.place, self.positions
@@ -218,13 +228,17 @@ class Job:
         line, stage = committed(self._setup.config.output_dir), self._world.place.stage
         if not line or not self._behind:
             return line[-1] if line else None
-        wanted = min(map(self._wanted, self._behind))  # 0 of one that has told nothing yet: no file is read for it
+        told = [channel.neighbour.get(RESCUE) for channel in self._behind.values()]
+        known = [each if isinstance(each, int) else 0 for each in told]  # 0: no file is read for it
+        # of the other replicas' logs, too, any of which may be lost
+        wanted = min(*known, *map(durable_in, (self._setup.config.output_dir / LOG).glob("replica-*")))
         older = (path for path in reversed(line) if positions_at(path, stage).sent <= wanted) if wanted else ()
         return next(iter(older), line[0])
 
-    def _wanted(self, peer: int) -> int:
-        told, durable = self._behind[peer].neighbour.get(RESCUE), self._logs[peer].durable
-        return min(told, durable) if isinstance(told, int) else 0
+    def _matrices_at(self, checkpoint: Path | None) -> int:
+        """Matrices of a shared head that were due before it. Of the oldest one that this stage may have to go back to,
+        as a stage behind has lost its log: the next stage keeps those that follow, as it cannot make them again."""
+        return positions_at(checkpoint, self._world.place.stage).refreshed
 
     def persist(self, positions: Positions) -> None:
         """Forces to disk what was sent until there, as a checkpoint of it is to be committed. Raises Unwritten."""
@@ -239,7 +253,8 @@ class Job:
             channel.made_durable(positions.received)
         for peer, channel in self._behind.items():
             if self._shares and peer == self._world.place.dealing(self._world.place.stage + 1).source:
-                channel.made_durable(positions.refreshed)
+                with suppress(BrokenCheckpoint):  # it is being removed, for a newer one
+                    channel.made_durable(self._matrices_at(self.rescue()))
 
     def finish(self) -> None:
         """Until the stages behind need nothing of any replica here, and the one before knows that these need nothing of
@@ -249,6 +264,7 @@ class Job:
         self._write_status()
         for channel in self._behind.values():
             channel.await_finish()
+            channel.made_durable(channel.taken)  # nobody is left who could make this stage go back
         for channel in self._before.values():
             channel.finish()
         self._world.everybody("finished", LONG_SECONDS, "the other replicas to finish")

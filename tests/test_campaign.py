@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.timeout(600)
 def test_ten_faults_change_no_loss_and_end_no_other_stage(tmp_path: Path):
     """Each kind once, with links away for 3 s at most; what differs is printed."""
-    command = [sys.executable, "-m", "tests.campaign", "--kills", "10", "--steps", "200"]
+    command = [sys.executable, "-m", "tests.campaign", "--kills", "10", "--steps", "200", "--head", "shared"]
     command += ["--longest", "3", "--soon", "0.8"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run(

@@ -60,7 +60,8 @@ _READ_AT_A_TIME = 4 << 20
 class Channel:
     """One end. log: what it sends, if it does; terms: whom it takes for the other end; way: where that comes from.
 
-    first: the number of the first packet that it has not. absent_seconds: how long the other end may be away; None: for
+    first: the number of the first packet that it has not; durable: of the first that it may want again, if that is
+    another one. absent_seconds: how long the other end may be away; None: for
     ever. beat: what the other end is to know of this job; finished: called, once, when it needs nothing any more.
     silence_seconds: after which a connection counts as broken.
     """
@@ -77,6 +78,7 @@ class Channel:
         beat: Callable[[], dict[str, Any]],
         finished: Callable[[], None],
         silence_seconds: float = SILENCE_SECONDS,
+        durable: int | None = None,
     ):
         self.name = name
         self.neighbour: dict[str, Any] = {}  # what the other end's last beat says
@@ -92,7 +94,8 @@ class Channel:
         self._beat = beat
         self._on_finished = finished
         self._silence_seconds = silence_seconds
-        self._received = self._taken = self._durable = first
+        self._received = self._taken = first
+        self._durable = first if durable is None else durable
         self._window = terms.mine.window
         self._ready: Queue[torch.Tensor] = Queue()
         self._failure: Exception | None = None
@@ -181,7 +184,7 @@ class Channel:
         return found
 
     def made_durable(self, number: int) -> None:
-        """A checkpoint of this end holds what so many packets have taught."""
+        """A checkpoint of this end holds what so many packets have taught, and it goes back to none from before."""
         self._durable = max(self._durable, number)
         self.wake()
 

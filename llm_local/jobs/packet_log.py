@@ -38,6 +38,11 @@ def bytes_of(num_packets: int, packet_bytes: int) -> int:
     return num_packets * record_bytes(packet_bytes)
 
 
+def durable_in(folder: Path) -> int:
+    """Packets below this number have been trimmed from the log there, which may be another process's."""
+    return max(map(_number_of, folder.glob(f"*{DURABLE}")), default=0)
+
+
 class PacketLog:
     """Packets by number, 0 being the run's first, in a folder of their own.
 
@@ -58,7 +63,7 @@ class PacketLog:
             if not any(folder.glob(f"*{DURABLE}")):  # while there is room
                 (folder / f"{0:012}{DURABLE}").touch()
             self._segments = [Segment.found(path) for path in files]
-        self._durable = max(map(_number_of, folder.glob(f"*{DURABLE}")), default=0)
+        self._durable = durable_in(folder)
         self._next = max([self._durable, *(segment.stop for segment in self._segments)])
         self._state = Condition()  # guards all of these; nobody holds it while a packet is read or written
         self._stored = _Packets()  # in memory and on disk: older than those
