@@ -212,6 +212,12 @@ class LocalArguments:
         "DeepSpeed reduces gradients in each step.",
         NOT_NEGATIVE,
     )
+    replica_sync_fragments: int = _option(
+        1, "Parts of the weights that meet at steps of their own, so that less is sent at a time.", POSITIVE
+    )
+    replica_sync_delay: int = _option(
+        0, "Steps that the replicas train on while a part is on its way; 0: they wait for it.", NOT_NEGATIVE
+    )
     outer_learning_rate: float = _option(
         0.7, "Rate of the outer step, SGD on what the replicas have moved on average since they met.", POSITIVE
     )

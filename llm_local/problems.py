@@ -159,7 +159,7 @@ def _method_problems(config: Config) -> list[str]:
 def _replica_problems(config: Config, world_size: int) -> list[str]:
     local, steps, defaults = config.local, config.local.replica_sync_steps, Config().local
     if not steps:
-        names = ("outer_learning_rate", "outer_momentum")
+        names = ("replica_sync_fragments", "replica_sync_delay", "outer_learning_rate", "outer_momentum")
         given = [(name, value) for name in names if (value := getattr(local, name)) != getattr(defaults, name)]
         return [f"{name}={value} is of replicas that train apart; give replica_sync_steps" for name, value in given]
     named, problems = f"replica_sync_steps={steps}", []
@@ -170,6 +170,11 @@ def _replica_problems(config: Config, world_size: int) -> list[str]:
         )
     if max(replicas_of(config, world_size)) < 2:
         problems.append(f"{named} is for stages of two replicas or more; start more ranks, or leave it out")
+    for name, most in (("replica_sync_fragments", steps), ("replica_sync_delay", steps - 1)):
+        if (value := getattr(local, name)) > most:
+            problems.append(f"{name}={value}: with {named} it is at most {most}; lower it, or raise the other")
+        if head_of(config).shares_matrix and value != getattr(defaults, name):
+            problems.append(f"{name}={value}: replicas with head={local.head} meet with all weights; leave it out")
     if head_of(config).shares_matrix and local.head_refresh_steps % steps:
         problems.append(
             f"{named} with head={local.head}: replicas have one matrix to share when they meet, and "

@@ -8,8 +8,10 @@ ranks tell each other goes through the store of the launcher's rendezvous.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from llm_local.launch import Launch
 from llm_local.rendezvous import fetch
 from llm_local.replicas import Dealing, replicas_of, share
 from llm_local.watchdog import Peer, Watchdog, decode, encode
+
+_ELEMENTS_AT_A_TIME = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,21 @@ class World:
             dist.all_reduce(values, group=self.replicas)
             values = values / self.place.num_replicas
         return values
+
+    def begin_mean(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`mean_over_replicas` of values in host memory, in their place and beside the training: what it returns waits
+        for it, as often as it is called. Every replica must call both."""
+        chunks = values.split(_ELEMENTS_AT_A_TIME)
+        works = [dist.all_reduce(some, group=self.replicas, async_op=True) for some in chunks]
+
+        @cache
+        def finish() -> torch.Tensor:
+            for work in works:
+                assert work is not None, "this rank is a member"
+                work.wait()
+            return values.div_(self.place.num_replicas)
+
+        return finish
 
     def take_from_first_replica(self, values: torch.Tensor) -> None:
         """Puts replica 0's values of this stage, in host memory, in place of these; every replica must call."""

@@ -82,6 +82,35 @@ class TestSteps:
             assert torch.equal(flat(checkpoint(met, 2), replica), outer(checkpoint(met, 2), ANCHOR))
         torch.testing.assert_close(outer(checkpoint(met, 2), ANCHOR), anchor, rtol=0.0, atol=1e-6)
 
+    @pytest.mark.parametrize("delay", [0, 1])
+    def test_a_fragment_meets_by_itself_while_the_replicas_train_on(self, trainer: Trainer, delay: int):
+        """Of two, the second one is sent halfway between two meetings of the first. What replicas would have without it
+        is in a run in which they do not meet by then."""
+        common = {"num_stages": 1, "max_steps": 4, "save_steps": 1, "eval_batches": 0, "logging_steps": 1, "seed": 1}
+        apart = trainer.run("apart", 2, replica_sync_steps=9, **common)
+        streaming = {"replica_sync_steps": 4, "replica_sync_fragments": 2, "replica_sync_delay": delay}
+        met = trainer.run("met", 2, **common, **streaming, outer_learning_rate=0.5, outer_momentum=0.8)
+        step, began = 2 + delay, Catalog(checkpoint(apart, 2))
+        paths = (checkpoint(apart, 2), checkpoint(met, step), checkpoint(apart, step))
+        sent, now, alone = ([Catalog(path, (replica, 2)) for replica in (0, 1)] for path in paths)
+        num_met = 0
+        for name in now[0].weights:
+            own = [catalog.tensor(name) for catalog in alone]
+            if torch.equal(now[0].tensor(name), own[0]):
+                assert torch.equal(now[1].tensor(name), own[1]), name
+                continue
+            num_met += own[0].numel()
+            anchor = began.tensor(f"{name}{ANCHOR}")
+            gradient = anchor - (sent[0].tensor(name) + sent[1].tensor(name)) / 2
+            anchor = anchor - 0.5 * (gradient + 0.8 * gradient)
+            for mine, others in zip(now, own, strict=True):
+                expected = (anchor + others) / 2 if delay else anchor
+                torch.testing.assert_close(mine.tensor(name), expected, rtol=0.0, atol=1e-6)
+        held = sum(now[0].tensor(name).numel() for name in now[0].weights)
+        assert 0 < num_met < held
+        of_step = {record["step"]: record["sent_replica_bytes"] for record in records(met, 0)}
+        assert of_step == {1: 0, 2: 2 * 4 * num_met, 3: 0, 4: 2 * 4 * (held - num_met)}
+
     def test_between_meetings_the_model_is_the_mean(self, trainer: Trainer):
         """It is evaluated and exported so, which changes nothing in the training."""
         common = {"num_stages": 2, "replica_sync_steps": 3, "bf16": True, "export_dtype": "fp32", "save_steps": 5}
@@ -132,8 +161,9 @@ class TestCheckpoints:
             (4, {"num_stages": 2, "head": "shared", "head_refresh_steps": 4, "final_backprop_steps": 2}),
             (2, {"num_stages": 1, "method": "backprop", "outer_momentum": 0.0}),
             (3, {"num_stages": 2, "stage_replicas": "2,1", "gradient_accumulation_steps": 1}),
+            (2, {"num_stages": 1, "replica_sync_steps": 3, "replica_sync_fragments": 3, "replica_sync_delay": 2}),
         ],
-        ids=["zero1-bf16", "zero3-blocks", "offload", "overlapping", "shared", "backprop", "two and one"],
+        ids=["zero1-bf16", "zero3-blocks", "offload", "overlapping", "shared", "backprop", "two and one", "streaming"],
     )
     def test_resume_equals_never_having_stopped(self, trainer: Trainer, ranks: int, settings: dict):
         """From between two meetings, and from one."""
@@ -210,6 +240,26 @@ class TestProblems:
                 {"replica_sync_steps": 8, "num_stages": 2},
                 2,
                 "replica_sync_steps=8 is for stages of two replicas or more; start more ranks, or leave it out",
+            ),
+            (
+                {"replica_sync_steps": 8, "replica_sync_fragments": 9},
+                2,
+                "replica_sync_fragments=9: with replica_sync_steps=8 it is at most 8; lower it, or raise the other",
+            ),
+            (
+                {"replica_sync_steps": 8, "replica_sync_delay": 8},
+                2,
+                "replica_sync_delay=8: with replica_sync_steps=8 it is at most 7; lower it, or raise the other",
+            ),
+            (
+                {"replica_sync_steps": 10, "head": "shared", "replica_sync_fragments": 2},
+                2,
+                "replica_sync_fragments=2: replicas with head=shared meet with all weights; leave it out",
+            ),
+            (
+                {"replica_sync_delay": 2},
+                2,
+                "replica_sync_delay=2 is of replicas that train apart; give replica_sync_steps",
             ),
             ({"replica_sync_steps": -1}, 2, "replica_sync_steps=-1 must not be negative"),
             (

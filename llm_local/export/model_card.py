@@ -203,9 +203,11 @@ def _facts(training: Training) -> dict[str, str]:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
     if local.replica_sync_steps:
         momentum = f", Nesterov momentum {local.outer_momentum:g}" if local.outer_momentum else ""
+        fragments = f", {local.replica_sync_fragments} fragments" if local.replica_sync_fragments > 1 else ""
+        delay = f", {local.replica_sync_delay} steps on the way" if local.replica_sync_delay else ""
         facts["replicas"] = (
             f"apart for {local.replica_sync_steps} steps, then an outer step at rate {local.outer_learning_rate:g}"
-            f"{momentum}"
+            f"{momentum}{fragments}{delay}"
         )
     return facts
 
