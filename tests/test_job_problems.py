@@ -11,6 +11,7 @@ import pytest
 import torch
 from channels import Stranger, Waiting
 from conftest import Trainer
+from cryptography.hazmat.primitives import serialization
 from ranks import free_port
 
 from llm_local.checks.preflight import preflight
@@ -19,6 +20,7 @@ from llm_local.job import Job
 from llm_local.job_start import fingerprint, hello_of, identified, log_need, log_problems
 from llm_local.jobs.hello import Refusal
 from llm_local.jobs.key import make_key
+from llm_local.owner import claim_folder
 from llm_local.problems import static_problems
 from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
@@ -158,6 +160,24 @@ class TestSurroundings:
         assert self.problems(job(), tmp_path) == [
             f"run_key_file={key} can be read by others (mode 644); chmod 600 it, or make a new one"
         ]
+
+    def test_a_key_with_a_passphrase(self, job, key: Path, tmp_path: Path):
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+        protection = serialization.BestAvailableEncryption(b"secret")
+        key.write_bytes(
+            private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
+            + key.read_bytes().partition(b"-----END PRIVATE KEY-----\n")[2]
+        )
+        assert self.problems(job(), tmp_path) == [
+            f"run_key_file={key} has a passphrase, which no job can be asked for; use one of llm-local key, without"
+        ]
+
+    def test_the_folder_of_a_job_that_lives(self, trainer: Trainer, key: Path, tmp_path: Path, capfd):
+        """The same job, started twice."""
+        flags = {**MIDDLE, "receive_on": f"127.0.0.1:{free_port()}", "run_key_file": key}
+        with claim_folder(tmp_path / "run/stage-01"):
+            assert main(trainer.flags("run", **flags)) == REFUSED
+        assert f"output_dir={tmp_path / 'run/stage-01'} is in use by another run (pid " in capfd.readouterr().err
 
     def test_all_in_one_message_and_exit_status_2(self, trainer: Trainer, key: Path, tmp_path: Path, capfd):
         key.write_text("secret")

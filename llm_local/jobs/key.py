@@ -46,6 +46,8 @@ def key_problems(path: Path) -> list[str]:
             return [f"{named} can be read by others (mode {mode & 0o777:o}); chmod 600 it, or make a new one"]
         tls(path, server=True)
     except ssl.SSLError:
+        if b"ENCRYPTED" in path.read_bytes():
+            return [f"{named} has a passphrase, which no job can be asked for; use one of llm-local key, without"]
         return [f"{named} is no key of llm-local key; copy the file that the other jobs have"]
     except OSError as error:
         return [
@@ -60,7 +62,7 @@ def tls(path: Path, server: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(path)
+    context.load_cert_chain(path, password="")  # else OpenSSL asks the terminal for one
     context.load_verify_locations(path)
     if server:
         context.num_tickets = 0  # nobody comes back but with the key
