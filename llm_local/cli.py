@@ -30,6 +30,7 @@ COMMANDS = {
     "assemble": "make a model of the parts that each stage's job has left",
     "generate": "write text with an exported model, and measure an exit as its draft",
     "report": "make a page of a run, or of several side by side",
+    "watch": "show a run while it goes on, as a page on this machine",
     "plot": "draw the losses of every stage of one run or several",
     "probe": "look inside a trained run: local against true gradients, the loss of every exit",
     "timeline": "show what each stage of a traced run did when",

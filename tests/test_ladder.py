@@ -35,7 +35,7 @@ timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial
 checks: preflight
 job_status job_start job
-report: curves library facts read charts tables timeline page
+report: curves library facts read charts tables now timeline page
 examine assembly outer_optimizer run_trace recorder rank best finish
 training_arguments callbacks run start train trainer
 offline_export
@@ -45,7 +45,7 @@ plan: times machine memory model stages layouts splits failing report search
 bench: saved_bytes plain peers worker cases calibration relay
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate report
-commands: plot probe key doctor status up timeline study
+commands: plot probe key doctor status up watch timeline study
 cli
 """
 PACKAGE = Path(llm_local.__file__).parent

@@ -238,10 +238,12 @@ def _line(stage: dict[str, Any], first: int) -> str:
 
 def _assemble(config: Config) -> int:
     from llm_local.commands.assemble import main as assemble
+    from llm_local.commands.report import main as report
 
     folder = Path(config.train.output_dir)
     parts = [str(folder / f"stage-{stage:02d}") for stage in range(config.local.num_stages)]
-    return assemble([*parts, str(folder / "export")])
+    status = assemble([*parts, str(folder / "export")])
+    return status or report([str(folder)])
 
 
 if __name__ == "__main__":

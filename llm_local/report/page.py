@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from llm_local.files import write_whole, writing
 from llm_local.report.charts import charts_of, to_json, token_axes
 from llm_local.report.library import UPLOT, uplot
+from llm_local.report.now import now_of
 from llm_local.report.read import RunData, read_runs
 from llm_local.report.tables import alarms, headline, parts_of, tables_of
 from llm_local.report.timeline import timeline_of
@@ -36,43 +38,40 @@ def write_report(folders: Sequence[Path], output: Path) -> list[str]:
 def render(runs: Sequence[RunData], seconds: float = 0.0) -> str:
     """The page. seconds: how often it asks its server for what is new; 0 of one that stands alone. Raises NoCharts."""
     script, style = uplot()
-    return (
-        _templates()
-        .get_template("page.html")
-        .render(
-            title=", ".join(run.name for run in runs),
-            uplot=Markup(script),  # both are known byte for byte
-            uplot_style=Markup(style),
-            uplot_version=UPLOT,
-            style=Markup((_FOLDER / "page.css").read_text()),
-            script=Markup((_FOLDER / "page.js").read_text()),
-            content=content(runs),
-            seconds=seconds,
-        )
+    return _template("page.html").render(
+        title=", ".join(run.name for run in runs),
+        uplot=Markup(script),  # both are known byte for byte
+        uplot_style=Markup(style),
+        uplot_version=UPLOT,
+        style=Markup((_FOLDER / "page.css").read_text()),
+        script=Markup((_FOLDER / "page.js").read_text()),
+        content=content(runs, is_live=seconds > 0),
+        seconds=seconds,
     )
 
 
-def content(runs: Sequence[RunData]) -> dict[str, Any]:
-    """What changes as a run goes on: the page's sections, and the data of its charts, as text that is safe there."""
+def content(runs: Sequence[RunData], is_live: bool = False) -> dict[str, Any]:
+    """What changes as a run goes on: the page's sections, and the data of its charts, as text that is safe there.
+
+    is_live: with what the runs do now, and without their traces, which take long to read.
+    """
     charts = charts_of(runs)
     values = {"charts": to_json(charts), "tokens": token_axes(runs)}
-    main = (
-        _templates()
-        .get_template("main.html")
-        .render(
-            runs=runs,
-            charts=charts,
-            tables=tables_of(runs),
-            headlines=[headline(run) for run in runs],
-            cuts=[parts_of(run) for run in runs],
-            timelines=[timeline_of(run) for run in runs],
-            alarms=[alarms(run) for run in runs],
-        )
+    main = _template("main.html").render(
+        runs=runs,
+        charts=charts,
+        now=now_of(runs, time.time()) if is_live else None,
+        tables=tables_of(runs),
+        headlines=[headline(run) for run in runs],
+        cuts=[parts_of(run) for run in runs],
+        timelines=[] if is_live else [timeline_of(run) for run in runs],
+        alarms=[alarms(run) for run in runs],
     )
     return {"main": Markup(main), "data": Markup(json.dumps(values, allow_nan=False).replace("<", "\\u003c"))}
 
 
 @cache
-def _templates() -> Environment:
+def _template(name: str) -> Template:
     loader = FileSystemLoader(_FOLDER)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    return Environment(loader=loader, autoescape=True, **options).get_template(name)

@@ -24,6 +24,7 @@ class RunData:
 
     name: what tells it from the other runs of a page. flags: those of run.yaml. facts: of report/facts.py, {} where
     there are none. stages: records by stage, in order. status: of jobs. faults: what could not be read, a line each.
+    written: when the records of a stage were, seconds since 1970.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class RunData:
     status: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    written: dict[int, float] = field(default_factory=dict)
 
 
 class RunReader:
@@ -64,7 +66,9 @@ class RunReader:
 
     def _read_metrics(self, path: Path) -> None:
         start, number = self._read.get(path, (0, 0))
-        if path.stat().st_size < start:  # it was begun anew
+        found = path.stat()
+        self._run.written[_stage_of(path)] = found.st_mtime
+        if found.st_size < start:  # it was begun anew
             start, number = 0, 0
         if not start:
             self._run.stages.pop(_stage_of(path), None)

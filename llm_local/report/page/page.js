@@ -140,5 +140,55 @@ document.querySelector("main").addEventListener("change", (event) => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 addEventListener("resize", fit);
+
+// a chart that is zoomed into stays so
+function renew(chart) {
+  const old = drawn.get(chart.id);
+  const labels = (each) => each.curves.map((curve) => curve.label + curve.kind).join("\n");
+  if (!old || labels(old.chart) !== labels(chart)) return draw(chart);
+  const { min, max } = old.u.scales.x;
+  const x = old.u.data[0];
+  const isZoomed = min > x[0] || max < x[x.length - 1];
+  old.chart = chart;
+  old.u.setData(table(chart), !isZoomed);
+  if (isZoomed) old.u.redraw();
+  if (old.u.cursor.left < 0) showLast(old.u);
+}
+
+// what has not changed stays as it is, with its focus and what is open in it
+function takeUp(news) {
+  data = JSON.parse(news.data);
+  const fresh = document.createElement("template");
+  fresh.innerHTML = news.main;
+  const main = document.querySelector("main");
+  const names = (root) => [...root.querySelectorAll("[data-chart]")].map((each) => each.dataset.chart).join("\n");
+  const isSame = names(main) === names(fresh.content);
+  for (const part of [...fresh.content.children]) {
+    const old = document.getElementById(part.id);
+    if (!old) main.append(part);
+    else if (part.id === "charts" ? !isSame : old.innerHTML !== part.innerHTML) old.replaceWith(part);
+  }
+  if (isSame) return data.charts.forEach(renew);
+  drawn.forEach(({ u }) => u.destroy());
+  drawn.clear();
+  const chosen = main.querySelector(`input[value=${axis}]`);
+  if (chosen) chosen.checked = true;
+  drawAll();
+}
+
+async function poll() {
+  try {
+    const answer = await fetch("news");
+    if (!answer.ok) throw new Error(answer.statusText);
+    takeUp(await answer.json());
+    document.body.classList.remove("lost");
+  } catch {
+    document.body.classList.add("lost");
+  }
+  setTimeout(poll, 1000 * seconds);
+}
+
+const seconds = Number(document.body.dataset.seconds);
+if (seconds) setTimeout(poll, 1000 * seconds);
 drawAll();
 document.documentElement.dataset.drawn = String(drawn.size);
