@@ -48,7 +48,7 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device(name, index)
 
 
-def tell_deepspeed(device: torch.device) -> None:
+def set_deepspeed_device(device: torch.device) -> None:
     """Sets the variables from which DeepSpeed takes a device's index: it is not the rank's number on its host where
     ranks share a GPU, or each sees only its own. runtime/engine.py, zero/partition_parameters.py"""
     if device.type != "cpu":

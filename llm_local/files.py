@@ -73,18 +73,18 @@ def _of_system(error: BaseException) -> tuple[int | None, str]:
 def ends_with_a_line(*kinds: type[Exception]) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
     """A script's main that says in a line what failed in one of these ways, and returns 1."""
 
-    def told(main: Callable[_P, int]) -> Callable[_P, int]:
+    def wrap(main: Callable[_P, int]) -> Callable[_P, int]:
         @wraps(main)
-        def tells(*args: _P.args, **kwargs: _P.kwargs) -> int:
+        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> int:
             try:
                 return main(*args, **kwargs)
             except kinds as error:
                 print(f"{program(getfile(main))}: {error}", file=sys.stderr)
                 return 1
 
-        return tells
+        return wrapper
 
-    return told
+    return wrap
 
 
 def write_whole(path: Path, text: str) -> None:

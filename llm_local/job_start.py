@@ -178,14 +178,14 @@ def identified(setup: Setup, world_size: int) -> Setup:
     elif setup.config.reads_data:
         facts, life = Facts(uuid.uuid4().hex, setup.eval_sets), 1
     else:
-        facts, life = _told_facts(setup, place), 1
+        facts, life = _ask_for_facts(setup, place), 1
     setup = replace(setup, run=facts.run, eval_sets=facts.eval_sets, life=life)
     if problems := log_problems(setup, place):
         raise ConfigError(problems)
     return setup
 
 
-def _told_facts(setup: Setup, place: Place) -> Facts:
+def _ask_for_facts(setup: Setup, place: Place) -> Facts:
     local = setup.config.local
     address = Address.of(local.receive_on or "")
     mine, before = hello_of(setup, place), place.stage - 1

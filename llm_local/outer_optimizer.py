@@ -108,8 +108,8 @@ class OuterOptimizer:
         self._world.take_from_first_replica(self._anchor)
         self._put(self._anchor)
 
-    def take_up(self, catalog: Catalog) -> None:
-        """Goes on from a checkpoint that the engines have taken up; what it has no anchor of has met there."""
+    def restore(self, catalog: Catalog) -> None:
+        """Goes on from a checkpoint that the engines were restored from; what it has no anchor of has met there."""
         self._is_apart = catalog.replica is not None
         kept = {**self._kept, MOVED: torch.zeros_like(self._anchor)}
         wanted: dict[str, Stretch] = {}
@@ -234,13 +234,12 @@ class OuterOptimizer:
 def make_outer(
     local: LocalArguments, world: World, engines: Sequence[DeepSpeedEngine], catalog: Catalog | None
 ) -> OuterOptimizer | None:
-    """Of a new run, or one that has taken up a checkpoint; None where replicas don't train apart. Every replica must
-    call."""
+    """Of a new run, or one restored from a checkpoint; None where replicas don't train apart. Every replica must call."""
     if not world.is_apart:
         return None
     outer = OuterOptimizer(engines, world, local)
     if catalog is None:
         outer.begin()
     else:
-        outer.take_up(catalog)
+        outer.restore(catalog)
     return outer

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_local.assembly import Engine, make_engine
 from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
 from llm_local.checkpoint.line import after_restart
-from llm_local.checkpoint.loader import load_shared_head, take_up
+from llm_local.checkpoint.loader import load_shared_head, restore
 from llm_local.checkpoint.saver import Saver
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs
@@ -94,13 +94,13 @@ class Rank:
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0 alone has. data: where the launch reads any. news: lines for a person. folder: the output folder's
-    lock, held as long as this object lives."""
+    """What rank 0 alone has. data: where the launch reads any. messages: lines for a person. folder: the lock of the
+    output folder, held as long as this object lives."""
 
     setup: Setup
     tokenizer: PreTrainedTokenizerBase
     data: Data | None
-    news: tuple[str, ...]
+    messages: tuple[str, ...]
     folder: TextIO
 
 
@@ -129,13 +129,13 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
             setup = identified(setup, launch.world_size) if config.is_job else setup
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)
-        news = open_output(setup, launch.restart > 0)
+        messages = open_output(setup, launch.restart > 0)
         sources = [source.facts() for source in data.sources] if data is not None else []
         write_facts(setup, Place.of(0, setup.config, launch.world_size).replicas, sources)
         if config.is_job:
             write_identity(setup)
-            news += _log_news(setup, launch)
-    return Start(setup, tokenizer, data, news, folder)
+            messages += _log_messages(setup, launch)
+    return Start(setup, tokenizer, data, messages, folder)
 
 
 def _with_devices(setup: Setup, launch: Launch, meeting: Rendezvous) -> Setup:
@@ -150,7 +150,7 @@ def _with_devices(setup: Setup, launch: Launch, meeting: Rendezvous) -> Setup:
     return replace(setup, warnings=setup.warnings + device_warnings(place, names))
 
 
-def _log_news(setup: Setup, launch: Launch) -> tuple[str, ...]:
+def _log_messages(setup: Setup, launch: Launch) -> tuple[str, ...]:
     place = Place.of(0, setup.config, launch.world_size)
     return () if place.is_last_stage else (f"the log for the next stage needs {log_need(setup, place)[1]}",)
 
@@ -182,12 +182,12 @@ def build(
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
     data = start.data if start is not None else None
     feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
-    news = start.news if start is not None else ()
+    messages = start.messages if start is not None else ()
     warnings_of_data = _go_on_reading(feed, catalog, data)
     job = Job(setup, world, launch.local_rank) if config.is_job else None
     engine, links = make_engine(setup, world, feed, job)
     tracer = begin_trace(config, world, engine, links)
-    news += take_up(catalog, config, layout, world, engine.engines) if catalog else ()
+    messages += restore(catalog, config, layout, world, engine.engines) if catalog else ()
     outer = make_outer(config.local, world, engine.engines, catalog)
     refresher = make_refresher(
         config, setup.partition, world, links, engine.blocks, job.positions.refreshed if job else 0
@@ -199,7 +199,7 @@ def build(
         samples = first_step * engine.engines[-1].train_batch_size()
         metrics = MetricsFile(config.output_dir, place.stage, engine.engines[-1].monitor, first_step, samples)
     progress = Progress(world, config.train.max_steps, first_step)
-    _say_what_begins(progress, setup, place, data, warnings_of_data, news)
+    _say_what_begins(progress, setup, place, data, warnings_of_data, messages)
     saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages), job)
     recorder = Recorder(config, world, layout, links, refresher, outer, saver, metrics, progress)
     return Rank(
@@ -226,11 +226,11 @@ def build(
 
 
 def _say_what_begins(
-    progress: Progress, setup: Setup, place: Place, data: Data | None, warnings: Sequence[str], news: Sequence[str]
+    progress: Progress, setup: Setup, place: Place, data: Data | None, warnings: Sequence[str], messages: Sequence[str]
 ) -> None:
     for warning in (*setup.warnings, *warnings, *(data.warnings if data is not None else ())):
         progress.say(f"llm_local: warning: {warning}")
-    for line in news:
+    for line in messages:
         progress.say(f"llm_local: {line}")
     stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
     apart = setup.config.local.replica_sync_steps

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from llm_local.aside import DeviceClock
 from llm_local.config import Config
-from llm_local.device import DeviceName, collective_backend, local_device, prepare_cpu, tell_deepspeed
+from llm_local.device import DeviceName, collective_backend, local_device, prepare_cpu, set_deepspeed_device
 from llm_local.launch import Launch
 from llm_local.rendezvous import fetch
 from llm_local.replicas import Dealing, replicas_of, share
@@ -246,7 +246,7 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
         world.replicas = groups[place.stage]
     # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-    tell_deepspeed(world.device)
+    set_deepspeed_device(world.device)
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)

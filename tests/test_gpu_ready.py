@@ -25,7 +25,7 @@ from llm_local.checkpoint.loader import step_device
 from llm_local.checkpoint.shards import shards
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.config import from_flat
-from llm_local.device import local_device, tell_deepspeed
+from llm_local.device import local_device, set_deepspeed_device
 from llm_local.ds_config import load_json, resolve
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.links.transports import transport
@@ -60,7 +60,7 @@ def find_device(variables: dict[str, str]) -> tuple[str, dict[str, str]]:
     real_accelerator.set_accelerator(OneGpu())
     os.environ.update(variables)
     device = local_device(int(os.environ["LOCAL_RANK"]))
-    tell_deepspeed(device)
+    set_deepspeed_device(device)
     return str(device), {name: os.environ[name] for name in ("LOCAL_RANK", *variables)}
 
 

@@ -16,7 +16,7 @@ from llm_local.config import from_flat
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import probe
-from llm_local.model.head_start import SHARE, quieten
+from llm_local.model.head_start import SHARE, shrink_logits
 from llm_local.model.slices import Slice, new_slice
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Costs, Span, make_partition
@@ -175,7 +175,7 @@ def test_a_quiet_heads_output_is_a_share_of_what_it_was(kind: str):
         output: Any = part.model.get_output_embeddings()
         matrix = output.weight.clone()
         before = part(hidden, input_ids=ids)[1]
-        assert quieten(part)
+        assert shrink_logits(part)
         torch.testing.assert_close(part(hidden, input_ids=ids)[1], SHARE * before, rtol=1e-5, atol=1e-5)
     assert torch.equal(output.weight, matrix)
     assert not part.model.training
@@ -183,7 +183,7 @@ def test_a_quiet_heads_output_is_a_share_of_what_it_was(kind: str):
 
 def test_a_norm_without_weights_is_left_as_it_is():
     part = head("olmo")
-    assert not quieten(part)
+    assert not shrink_logits(part)
 
 
 def test_early_heads_of_a_pretrained_model_are_quiet_and_the_last_one_is_its_own(tmp_path: Path):

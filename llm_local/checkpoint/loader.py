@@ -34,7 +34,7 @@ from llm_local.replicas import replicas_text
 from llm_local.world import World
 
 
-def take_up(
+def restore(
     catalog: Catalog, config: Config, layout: Layout, world: World, engines: Sequence[DeepSpeedEngine]
 ) -> tuple[str, ...]:
     """Fills the engines, and tells rank 0 what heads of the checkpoint this run has not, or the other way round.
@@ -46,12 +46,12 @@ def take_up(
     if gone:
         raise BrokenCheckpoint(catalog.path, f"it lacks {some_of(gone)}, of the model's own tensors")
     if world.place.is_recorder:
-        world.publish(f"taken-up/{world.place.stage}", json.dumps([sorted(read), sorted(missing)]))
+        world.publish(f"restored/{world.place.stage}", json.dumps([sorted(read), sorted(missing)]))
     if world.place.rank > 0:
         return ()
     seconds = float(config.train.ddp_timeout)
     for stage in world.place.stages[1:]:
-        parts = json.loads(world.fetch(f"taken-up/{stage}", seconds, f"stage {stage} to read the checkpoint"))
+        parts = json.loads(world.fetch(f"restored/{stage}", seconds, f"stage {stage} to read the checkpoint"))
         read, missing = read | set(parts[0]), missing | set(parts[1])
     left = [name for name in catalog.weights if name.startswith(EXITS) and name not in read]
     changes = ", ".join(layout_changes(catalog.manifest, layout, config.flat()))

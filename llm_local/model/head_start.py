@@ -19,7 +19,7 @@ CHANGES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda p: SHARE *
 
 
 @torch.no_grad()
-def quieten(head: Slice) -> bool:
+def shrink_logits(head: Slice) -> bool:
     """Makes the logits of a copied head smaller, in its norm and in place; False if no change of weights does so."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 8, head.anatomy.hidden_size, generator=generator)

@@ -15,7 +15,7 @@ from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
-from llm_local.model.head_start import quieten
+from llm_local.model.head_start import shrink_logits
 from llm_local.model.heads.head import Head, head_of
 from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
@@ -208,7 +208,7 @@ def build_slice(
     if has_head:
         fit_head(part)
         if config.model.model_name_or_path and span.stop < anatomy.num_layers:
-            quieten(part)
+            shrink_logits(part)
     if kernel := attention_kernel(config.model, model_config):
         # only now: the head is looked at on the CPU, where not every kernel runs
         part.model.set_attn_implementation(kernel)
