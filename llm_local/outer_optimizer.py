@@ -234,7 +234,7 @@ class OuterOptimizer:
 def make_outer(
     local: LocalArguments, world: World, engines: Sequence[DeepSpeedEngine], catalog: Catalog | None
 ) -> OuterOptimizer | None:
-    """Of a new run, or one restored from a checkpoint; None where replicas don't train apart. Every replica must call."""
+    """Of a new run or a restored one; None where replicas don't train apart. Every replica must call."""
     if not world.is_apart:
         return None
     outer = OuterOptimizer(engines, world, local)
