@@ -179,6 +179,15 @@ class TestSurroundings:
             assert main(trainer.flags("run", **flags)) == REFUSED
         assert f"output_dir={tmp_path / 'run/stage-01'} is in use by another run (pid " in capfd.readouterr().err
 
+    def test_the_folder_of_jobs_for_one_launch(self, trainer: Trainer, tmp_path: Path, capfd):
+        """`auto` would find no checkpoint there, and begin anew."""
+        folder = tmp_path / "run"
+        (folder / "stage-01").mkdir(parents=True)
+        (folder / "stage-01/job.json").write_text("{}")
+        assert main(trainer.flags("run", resume_from_checkpoint="auto")) == REFUSED
+        said = capfd.readouterr().err
+        assert f"output_dir={folder} holds a run whose stages are jobs (stage-01); train it as jobs (" in said
+
     def test_all_in_one_message_and_exit_status_2(self, trainer: Trainer, key: Path, tmp_path: Path, capfd):
         key.write_text("secret")
         flags = {**MIDDLE, "send_to": "a..b:1", "receive_on": "192.0.2.1:7001", "run_key_file": key}

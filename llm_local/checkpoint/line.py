@@ -17,6 +17,7 @@ import yaml
 
 from llm_local.checkpoint.catalog import MANIFEST, read_manifest
 from llm_local.config import Config, ConfigError, from_here
+from llm_local.jobs.positions import IDENTITY
 
 FOLDER, METRICS = "checkpoints", "metrics"
 AUTO = "auto"
@@ -83,6 +84,9 @@ def is_own(output_dir: Path, checkpoint: Path | None) -> bool:
 def another_run(config: Config, checkpoint: Path | None) -> list[str]:
     """Why a run that begins anew, or with the checkpoint of another one, cannot do so in output_dir."""
     folder, wanted = config.output_dir, config.train.resume_from_checkpoint
+    if jobs := sorted(path.parent.name for path in folder.glob(f"stage-*/{IDENTITY}")):
+        how = "as jobs (--stage, or llm-local up)"
+        return [f"output_dir={folder} holds a run whose stages are jobs ({jobs[0]}); train it {how}, or choose another"]
     if is_own(folder, checkpoint) or not ((folder / "run.yaml").exists() or committed(folder)):
         return []
     others = "replace it (--overwrite_output_dir), or choose another folder"
