@@ -30,7 +30,7 @@ data: source_problems sources objects sequences tokenizer_training streams prepa
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages parts model_card
-metrics progress evaluation setup
+metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial
 checks: preflight

@@ -137,6 +137,7 @@ def test_jobs_of_a_run_are_one_run(tmp_path: Path):
     assert [each["life"] for each in run.status] == [1, 2]
     alone = one(tmp_path / "stage-01")
     assert list(alone.stages) == [1]
+    assert best_exit(one(tmp_path / "stage-00")) is None, "it knows nothing of the others"
 
 
 def test_what_came_since_is_read_and_no_more(tmp_path: Path):

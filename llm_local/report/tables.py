@@ -69,7 +69,9 @@ def best_exit(run: RunData) -> tuple[int, float, bool] | None:
     losses = {stage: loss for stage, r in _last(run, EVAL).items() if (loss := finite(r["loss"])) is not None}
     if not losses:
         return None
-    whole, best = max(run.stages), min(losses, key=lambda stage: losses[stage])
+    whole, best = len(run.facts.get("stages", run.stages)) - 1, min(losses, key=lambda stage: losses[stage])
+    if whole not in run.stages:  # those of one job, which says nothing of the others
+        return None
     if whole in losses and losses[whole] - losses[best] <= DEPTH_TOLERANCE:
         best = whole
     return best, losses[best], best == whole
