@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - gloo as such
 
 from llm_local.bench.cases import Spread, arguments_of, table, write
-from llm_local.jobs.channel import Channel
+from llm_local.jobs.channel import LINGER_SECONDS, Channel
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
@@ -73,6 +73,8 @@ def job_end(folder: Path, stage: int, port: int, size: int, said: Queue[float]) 
                 end.made_durable(number)  # else the log would grow
         said.put(time.perf_counter() - start)
         end.finish()
+    end.part()
+    end.await_parted(LINGER_SECONDS)
     end.close()
 
 
