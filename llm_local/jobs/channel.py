@@ -133,7 +133,8 @@ class Channel:
         """Raises LostPeer where the other end has refused this one or is away for too long, DamagedLog, Unwritten."""
         if self._failure is not None:
             raise self._failure
-        away = 0.0 if self._is_connected else time.monotonic() - self._away_since
+        is_missed = not (self._is_connected or self._peer_finished.is_set())
+        away = time.monotonic() - self._away_since if is_missed else 0.0
         if self._absent_seconds is not None and away > self._absent_seconds:
             limit = f"{self._absent_seconds:g}"
             raise LostPeer(
