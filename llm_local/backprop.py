@@ -83,7 +83,9 @@ class PipeSlice(nn.Module):
         self.model = self.part.model
         self.documents = documents
         self.pads = config.data.packing != CONCAT
-        self.num_integers = 2 if self.pads or documents else 1  # with padding or documents micro-batches have weights
+        self.sends_labels = config.task.sends_labels
+        self.has_weight = self.pads or documents is not None or self.sends_labels  # of micro-batches
+        self.num_integers = 1 + self.has_weight + self.sends_labels
         self.return_logits = False
         self.begin()
         for parameter in self.parameters():
@@ -95,8 +97,9 @@ class PipeSlice(nn.Module):
         self.tokens: int | torch.Tensor = 0
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """ids (B, T, 1) on the first stage, or `with_weight`; `with_ids` behind it → `with_ids`, or at the end the loss
-        times its weight, as DeepSpeed takes the mean of micro-batches. Padding is marked as in packing.py.
+        """ids (B, T, 1) on the first stage, or `with_weight`, or that and labels; `with_ids` behind it → `with_ids`, or
+        at the end the loss times its weight, as DeepSpeed takes the mean of micro-batches. Padding is marked as in
+        packing.py.
         """
         hidden, integers = parted(inputs, self.num_integers) if inputs.is_floating_point() else (None, inputs)
         rows = integers[..., 0].contiguous()
@@ -105,14 +108,14 @@ class PipeSlice(nn.Module):
         documents = None if self.return_logits else self.documents  # as in a Block
         told = documents.inputs(self.part.base(), ids, told) if documents else told
         leaving, normed = self.part(hidden, input_ids=ids, **told)
-        labels = documents.labels(ids, labels) if documents else labels
+        labels = documents.labels(ids, labels) if documents else integers[..., -1] if self.sends_labels else labels
         self.tokens = self.tokens + ((rows >= 0).sum() if self.pads else rows.numel())
         if not self.part.is_last:
             return with_ids(leaving, integers)
         if self.return_logits:
             return head_logits(self.part, normed, ids)
         loss = head_loss(self.part, normed, ids, labels)
-        return loss * weight_of(integers) if self.num_integers > 1 else loss
+        return loss * weight_of(integers) if self.has_weight else loss
 
 
 class Pipeline(PipelineModule):
@@ -203,7 +206,10 @@ class BackpropEngine:
                 packet = self._load(kind, step, index)
                 assert packet.input_ids is not None
                 rows = marked(packet.input_ids, packet.attention_mask)
-                rows = with_weight(rows, packet.weight) if self.part.num_integers > 1 else rows.unsqueeze(-1)
+                rows = with_weight(rows, packet.weight) if self.part.has_weight else rows.unsqueeze(-1)
+                if self.part.sends_labels:
+                    labels = packet.input_ids if packet.labels is None else packet.labels
+                    rows = torch.cat([rows, labels.unsqueeze(-1)], dim=-1)
             yield rows, nothing
             index += 1
 

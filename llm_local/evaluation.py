@@ -23,11 +23,12 @@ DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
 @dataclass(frozen=True)
 class EvalSet:
     """A validation set, by its name. split: under which its records go; 'eval' is the first one's. bytes_per_token: of
-    its text, by the tokens that are predicted."""
+    its text, by the tokens that are predicted; 0: of it only some are. score: what exp(loss) is called."""
 
     name: str
     split: str
     bytes_per_token: float
+    score: str = "perplexity"
 
     def bits_per_byte(self, loss: float) -> float:
         """Of the set's text, from nats a predicted token: (predicted tokens / bytes) · loss / ln 2.
@@ -41,7 +42,7 @@ class EvalSet:
         """A line for a person."""
         on = "" if self.name == "validation" else f" on {self.name}"
         bits = f", {self.bits_per_byte(loss):.3f} bits a byte" if self.bytes_per_token else ""
-        return f"validation loss{on} {loss:.4f}, perplexity {perplexity(loss):,.1f}{bits}"
+        return f"validation loss{on} {loss:.4f}, {self.score} {perplexity(loss):,.1f}{bits}"
 
     def record(self, step: int, stage: int, losses: Sequence[float], tokens: int, padding: float = 0.0) -> Record:
         """What the stage's exit scored, whose loss is the last of its blocks'."""
@@ -105,6 +106,6 @@ def split_of(number: int, name: str) -> str:
     return f"eval_{name}" if number else "eval"
 
 
-def eval_sets(sets: Sequence[ValidationSet]) -> tuple[EvalSet, ...]:
+def eval_sets(sets: Sequence[ValidationSet], score: str) -> tuple[EvalSet, ...]:
     """The validation sets without their text, as all ranks know them."""
-    return tuple(EvalSet(each.name, split_of(n, each.name), each.bytes_per_token) for n, each in enumerate(sets))
+    return tuple(EvalSet(each.name, split_of(n, each.name), each.bytes_per_token, score) for n, each in enumerate(sets))

@@ -71,6 +71,8 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     method = manifest.layout.method
     if not METHODS[method].has_local_losses:
         raise ValueError(f"{folder} was trained with method={method}: one loss for all layers, no local gradient")
+    if config.task.sends_labels:
+        raise ValueError(f"{folder} was trained with task={config.task.name}; a probe reads models of causal-lm alone")
     catalog = Catalog(folder)
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)

@@ -67,7 +67,7 @@ def _option(default: Any, text: str, range: Range | None = None, **known: Any) -
 class ModelArguments:
     """The model."""
 
-    task: str = _option("causal-lm", "What the model is trained for: causal-lm.", choices=TASKS)
+    task: str = _option("causal-lm", "What the model is trained for: causal-lm or masked-lm.", choices=TASKS)
     model_name_or_path: str | None = _option(
         None, "Pretrained model to go on from: directory or hub name.", is_read=True
     )
@@ -135,6 +135,9 @@ class DataArguments:
         False,
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
         "is then read and not predicted; losses are means over the other tokens of a step.",
+    )
+    mlm_probability: float = _option(
+        0.15, "Share of the tokens that are masked, and predicted (task masked-lm).", SHARE
     )
     preprocessing_num_workers: int = _option(1, "Processes that read text files and tokenise.", POSITIVE, decides=WATCH)
     cache_dir: str | None = _option(

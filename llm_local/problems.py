@@ -30,7 +30,7 @@ def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_
         value_problems(config)
         + _source_problems(config)
         + _model_problems(config)
-        + config.task.problems(config.train)
+        + config.task.problems(config.model, config.data, config.local, config.train)
         + _best_problems(config)
         + _layout_problems(config, world_size)
         + _method_problems(config)

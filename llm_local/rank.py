@@ -125,7 +125,7 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
             tokenizer, data = load_tokenizer(setup.config), None
             if config.reads_data:
                 data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
-                setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation))
+                setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation, config.task.score))
             setup = identified(setup, launch.world_size) if config.is_job else setup
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)
@@ -181,7 +181,7 @@ def build(
     catalog = open_checkpoint(Path(setup.checkpoint), config.local, place) if setup.checkpoint else None
     first_step, first_row = (catalog.manifest.step, catalog.manifest.rows) if catalog else (0, 0)
     data = start.data if start is not None else None
-    feed = _make_feed(setup, place, data, (first_step, first_row)) if place.is_first_stage else None
+    feed = _make_feed(setup, place, start, (first_step, first_row)) if place.is_first_stage else None
     messages = start.messages if start is not None else ()
     warnings_of_data = _go_on_reading(feed, catalog, data)
     job = Job(setup, world, launch.local_rank) if config.is_job else None
@@ -248,21 +248,25 @@ def _say_other_flags(setup: Setup, config: Config, launch: Launch) -> None:
         print(f"llm_local: warning: {said}", file=sys.stderr, flush=True)
 
 
-def _make_feed(setup: Setup, place: Place, data: Data | None, start: tuple[int, int]) -> Feed:
+def _make_feed(setup: Setup, place: Place, start: Start | None, done: tuple[int, int]) -> Feed:
     """Rank 0 has prepared the data before it published the setup; the other replicas find it in the cache, or prepare
-    their host's, which must be the same."""
+    their host's, which must be the same. done: steps and rows."""
     config = setup.config
-    if data is None:
+    if start is not None:
+        tokenizer, data = start.tokenizer, start.data
+    else:
         with writing(config.cache_dir, reads=True):
             tokenizer = load_tokenizer(config)
             data = prepare_all(config, tokenizer)
         if problem := setup.other_data(tokenizer_key(tokenizer), data.counts()):
             raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
+    assert data is not None, "the first stage reads data"
     validation = [each.sequences for each in data.validation]
     train = config.train
     counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
-    rows, task = train.per_device_train_batch_size, config.task.name
-    return Feed(data.train, validation, place, rows, *counts, start, setup.documents, task)
+    asked = (config.task.name, config.task.asker(tokenizer, config.data), train.seed)
+    rows = train.per_device_train_batch_size
+    return Feed(data.train, validation, place, rows, *counts, done, setup.documents, *asked)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:

@@ -31,6 +31,19 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TINY_BERT = {
+    "model_type": "bert",
+    "vocab_size": 4160,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "tie_word_embeddings": False,
+}
+MODELS = {"causal-lm": TINY, "masked-lm": TINY_BERT}  # by task
 
 
 VERSIONS = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "sentencepiece", "safetensors", "numpy")
@@ -49,12 +62,13 @@ def _train(arguments: list[str]) -> int:
 class Trainer:
     """Trains tiny models in folders of their own and reads what they wrote."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path, cache: Path, task: str = "causal-lm"):
         self.folder = folder
         self.cache = cache
+        self.task = task
         self.text = folder / "text.txt"
         self.text.write_text((inspect.getsource(textwrap) + inspect.getsource(string)) * 2)
-        self.model(TINY)
+        self.config = self.model(MODELS[task])
 
     def model(self, config: dict[str, Any]) -> Path:
         path = self.folder / f"{config['model_type']}.json"
@@ -63,7 +77,8 @@ class Trainer:
 
     def flags(self, name: str, **settings: Any) -> list[str]:
         defaults = {
-            "config_name": self.folder / "llama.json",
+            "task": self.task,
+            "config_name": self.config,
             "train_file": self.text,
             "cache_dir": self.cache,
             "output_dir": self.folder / name,
@@ -99,8 +114,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, cache: Path) -> Trainer:
-    return Trainer(tmp_path, cache)
+def trainer(request: pytest.FixtureRequest, tmp_path: Path, cache: Path) -> Trainer:
+    """Of causal-lm, unless a test asks for another task."""
+    return Trainer(tmp_path, cache, getattr(request, "param", "causal-lm"))
 
 
 def records(output: Path, stage: int, split: str = "train") -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Trainer, block_losses, records, weights
+from conftest import MODELS, TINY, Trainer, block_losses, records, weights
 
 pytestmark = pytest.mark.processes
+of_each_task = pytest.mark.parametrize("trainer", MODELS, indirect=True)
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 
 
@@ -17,6 +18,7 @@ def close(ours: list[list[float]], theirs: list[list[float]], rtol: float) -> No
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=rtol, atol=0.0)
 
 
+@of_each_task
 def test_a_stage_does_not_notice_the_stages_behind_it(trainer: Trainer):
     """Locality: the first two layers and their head train to the same bits with and without two more behind."""
     whole = trainer.run("whole", 2, num_stages=2)
@@ -27,6 +29,7 @@ def test_a_stage_does_not_notice_the_stages_behind_it(trainer: Trainer):
     assert [r["loss"] for r in records(whole, 0)] == [r["loss"] for r in records(alone, 0)]
 
 
+@of_each_task
 def test_the_same_blocks_train_alike_on_any_number_of_stages(trainer: Trainer):
     """Placement: four blocks on 1, 2 and 4 stages, clipping and gradient accumulation included."""
     settings = {"layers_per_block": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "eval_steps": 2}
@@ -46,6 +49,7 @@ def test_greedy_is_chunked_with_blocks_of_one_layer(trainer: Trainer):
     assert block_losses(greedy, 2) == block_losses(chunked, 2)
 
 
+@of_each_task
 def test_replicas_share_the_same_global_batch(trainer: Trainer):
     """Placement: one replica with 8 rows a step, or two with 4, or two with two micro-batches of 2."""
     one = trainer.run("one", 2, num_stages=2, per_device_train_batch_size=8)
@@ -87,6 +91,7 @@ def test_nothing_goes_backward_and_what_goes_forward_is_counted(trainer: Trainer
     assert all(record["received_bytes"] == 0 for record in records(output, 0))
 
 
+@of_each_task
 def test_backprop_is_the_unsliced_model(trainer: Trainer):
     """Stock PipelineEngine over the slices trains as one process does over one block: the same model, undivided."""
     settings = {"gradient_accumulation_steps": 2, "eval_steps": 2, "max_grad_norm": 0.5}

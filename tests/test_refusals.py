@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Trainer
+from conftest import TINY, TINY_BERT, Trainer
 from launching import by_hand, deepspeed, job
 from transformers.utils import is_flash_attn_2_available
 
@@ -130,6 +130,39 @@ def test_a_model_that_cannot_be_cut(problems, write, model: dict[str, Any], reas
     assert len(found) == 1, found
     assert found[0].startswith(reason)
     assert len(found[0]) > len(reason) + 20, "no reason was given"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("task", "model", "reason"),
+    [
+        (
+            "masked-lm",
+            TINY,
+            "task=masked-lm: transformers has no masked language model of model type 'llama'; train it with "
+            "task=causal-lm",
+        ),
+        (
+            "causal-lm",
+            {"model_type": "modernbert"},
+            "task=causal-lm: transformers has no causal language model of model type 'modernbert'; train it with "
+            "task=masked-lm",
+        ),
+        (
+            "masked-lm",
+            TINY_BERT | {"is_decoder": True},
+            "task=masked-lm: model type 'bert' does not read later tokens; set is_decoder=false in config_overrides",
+        ),
+        (
+            "causal-lm",
+            TINY_BERT,
+            "model type 'bert' reads later tokens, so that predicting them is copying; set is_decoder=true in "
+            "config_overrides, or task=masked-lm",
+        ),
+    ],
+)
+def test_a_model_of_another_task_is_refused(problems, write, task: str, model: dict[str, Any], reason: str):
+    assert problems(task=task, config_name=write("model.json", model)) == [reason]
 
 
 @pytest.mark.processes

@@ -191,9 +191,9 @@ def plan_partition(
     """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
     ValueError where it leaves a stage without a layer."""
     local = config.local
-    costs = costs or estimate_costs(
-        anatomy.active_layer_parameters, anatomy.head_parameters, anatomy.hidden_size, config.data.seq_length
-    )
+    head = round(anatomy.head_parameters * config.task.scored_share(config.data))
+    sizes = (anatomy.active_layer_parameters, head, anatomy.hidden_size, config.data.seq_length)
+    costs = costs or estimate_costs(*sizes)
     by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
     return make_partition(
         num_layers=anatomy.num_layers,

@@ -23,6 +23,7 @@ from llm_local.model.loss import head_loss
 from llm_local.model.slices import model_without_weights
 from llm_local.model.stage import build_slice
 from llm_local.partition import Costs, Span
+from llm_local.tasks.task import IGNORED
 
 WARMUP, PASSES = 2, 5
 _NUMBERED = ("layer_idx", "layer_id", "layer_number")
@@ -64,12 +65,14 @@ def _measure(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, s
     model.to(device, DTYPES[config.precision]).train()
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    scored = torch.rand(shape, device=device) < config.task.scored_share(config.data)
+    labels = ids.masked_fill(~scored, IGNORED)
     hidden = torch.randn(*shape, anatomy.hidden_size, device=device, dtype=DTYPES[config.precision])
     entering = None if part.is_first else hidden.requires_grad_()
 
     def once() -> None:
         leaving, normed = part(entering, input_ids=ids)
-        loss = head_loss(part, normed, ids, None) if has_head else leaving.float().sum()
+        loss = head_loss(part, normed, ids, labels) if has_head else leaving.float().sum()
         loss.backward()
         part.model.zero_grad()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -93,6 +94,11 @@ def check(given: argparse.Namespace) -> None:
 def check_export(folder: Path) -> None:
     """Raises ValueError naming what the folder lacks, and the export if the folder is its run."""
     if (folder / "config.json").is_file():
+        kind = "".join(json.loads((folder / "config.json").read_text()).get("architectures") or [])
+        if kind.endswith("ForMaskedLM"):
+            raise ValueError(
+                f"--export {folder} is a {kind}, which writes no text; use transformers' pipeline('fill-mask')"
+            )
         return
     meant = folder / "export"
     hint = f"; did you mean {meant}?" if (meant / "config.json").is_file() else ""

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=NAME,
         description=__doc__,
-        epilog="All other flags are those of pretrain that name data.",
+        epilog="All other flags are those of pretrain that name data; with --task masked-lm a mask token is added.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -74,7 +74,8 @@ def main(arguments: list[str]) -> int:
         start = time.monotonic()
         with writing(config.cache_dir, reads=True):
             texts = _counted(sample_texts(config, given.characters), given.characters)
-            train_tokenizer(texts, given.kind, given.vocab_size, given.output, progress=sys.stderr.isatty())
+            shown, special = sys.stderr.isatty(), config.task.new_tokens
+            train_tokenizer(texts, given.kind, given.vocab_size, given.output, shown, special)
     except (ConfigError, OSError) as error:
         return refused(NAME, error)
     seconds = time.monotonic() - start

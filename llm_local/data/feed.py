@@ -12,10 +12,11 @@ import torch
 from llm_local.data.packing import PackedSource, inputs_of
 from llm_local.data.sequences import Sequences
 from llm_local.data.sets import SourceData
+from llm_local.head_plan import seed_of
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
 from llm_local.registry import TASKS
-from llm_local.tasks.task import Task
+from llm_local.tasks.task import Ask, Parts, Task
 from llm_local.world import Place
 
 CHECK_TOKENS = 64
@@ -31,10 +32,11 @@ def trained_tokens(state: Mapping[str, Any], rows: int, seq_length: int) -> int:
 @dataclass(frozen=True)
 class _Share:
     """A replica's part of a step. rows: (rows · micro-batches, T); weights: of its micro-batches, as a Packet's;
-    tokens: of all replicas, without padding. key: of which step."""
+    tokens: of all replicas, without padding. key: of which step. seeds: of the rows."""
 
     key: tuple[int, int, int]
     rows: torch.Tensor
+    seeds: list[int]
     weights: list[float]
     tokens: int
 
@@ -57,7 +59,8 @@ class Feed:
     A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
     documents: how packed documents are kept apart, if they are; the first token of each is not scored then. task: what
-    the model is trained for, by name.
+    the model is trained for, by name. ask: what it makes of a row, by seed and the row's number in the whole run; an
+    evaluation asks the same in every run.
 
     tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
     were done before; step_tokens: what that one step had.
@@ -74,6 +77,8 @@ class Feed:
         start: tuple[int, int] = (0, 0),
         documents: DocumentMask | None = None,
         task: str = "causal-lm",
+        ask: Ask | None = None,
+        seed: int = 0,
     ):
         self._train = train
         self._validation = validation
@@ -84,6 +89,8 @@ class Feed:
         self._rows = rows
         self._documents = documents
         self._task: Task = TASKS[task]
+        self._ask = ask
+        self._seed = seed
         self._held: _Share | None = None
         self._counted = start[0]
         self.tokens = self.step_tokens = 0
@@ -92,11 +99,12 @@ class Feed:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
         if kind in self._micro_batches:
             share = self._share(kind, step)
-            rows = share.rows[index * self._rows : (index + 1) * self._rows]
+            these = slice(index * self._rows, (index + 1) * self._rows)
             if kind == TRAIN and step > self._counted:
                 self._counted, self.step_tokens = step, share.tokens
                 self.tokens += share.tokens
-            return Packet(kind, step, index, weight=share.weights[index], **inputs_of(rows))
+            parts = self._parts(share.rows[these], share.seeds[these])
+            return Packet(kind, step, index, weight=share.weights[index], **parts)
         rows = (self._held or self._share(TRAIN, self._start[0] + 1)).rows
         ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
@@ -121,15 +129,28 @@ class Feed:
             source = self._train if kind == TRAIN else self._validation[self._number]
             replicas = self._place.num_replicas
             done, first = self._start if kind == TRAIN else (step - 1, 0)
-            batch = source.batch(step - 1 - done, self._rows * self._micro_batches[kind] * replicas, first)
+            count = self._rows * self._micro_batches[kind] * replicas
+            batch, seeds = source.batch(step - 1 - done, count, first), self._seeds(kind, step - 1 - done, count, first)
             mine = slice(self._place.replica, None, replicas)
-            weights = self._weights(batch)[mine].view(-1, self._rows).mean(dim=1).tolist()
-            self._held = _Share(key, batch[mine].contiguous(), weights, int((batch >= 0).sum()))
+            weights = self._weights(batch, seeds)[mine].view(-1, self._rows).mean(dim=1).tolist()
+            self._held = _Share(key, batch[mine].contiguous(), seeds[mine], weights, int((batch >= 0).sum()))
         return self._held
 
-    def _weights(self, batch: torch.Tensor) -> torch.Tensor:
+    def _seeds(self, kind: int, index: int, count: int, first: int) -> list[int]:
+        """Of the rows first + index*count and so on."""
+        if self._ask is None:
+            return []
+        whose = f"train:{self._seed}" if kind == TRAIN else "eval"
+        start = first + index * count
+        return [seed_of(f"mask:{whose}:{number}") for number in range(start, start + count)]
+
+    def _parts(self, rows: torch.Tensor, seeds: list[int]) -> Parts:
+        parts = inputs_of(rows)
+        return parts if self._ask is None else self._ask(parts, seeds)
+
+    def _weights(self, batch: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """A step's rows (B, T) → (B,) float64: the scored positions of each, over their mean."""
-        parts = inputs_of(batch)
+        parts = self._parts(batch, seeds)
         labels = parts.get("labels")
         if self._documents is not None:
             labels = self._documents.labels(parts["input_ids"], labels)

@@ -239,7 +239,9 @@ def _validate_on(documents: Documents, tokenizer: PreTrainedTokenizerBase, confi
         _require_a_sequence(found.sequences, f"{documents.source} (validation)", config)
     predicted, tokens = _predicted(found, config), found.sequences.num_tokens
     places = tokens if found.pieces is None else found.packed.rows * found.packed.room
-    bytes_per_token = found.tokens.text_bytes / max(1, predicted)
+    # of a text of which only a share is predicted there are no bits a byte
+    whole = config.task.scored_share(config.data) == 1
+    bytes_per_token = found.tokens.text_bytes / max(1, predicted) if whole else 0.0
     return _HeldOut(found.sequences, bytes_per_token, predicted / max(1, places), found.tokens)
 
 

@@ -63,7 +63,7 @@ def token_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str,
             named = f"config_name={config.model.config_name}"
             said.append(f"the tokenizer's ids replace those of {named}: {', '.join(other)}; config_overrides would win")
     end, ends = load_tokenizer(config).eos_token_id, token_id(model_config, EOS)
-    if end not in (ends if isinstance(ends, list) else [ends]):
+    if config.task.generates and end not in (ends if isinstance(ends, list) else [ends]):
         said.append(f"{EOS}={ends} in config_overrides, but the data's documents end with {end}: generate() runs on")
     return tuple(said)
 

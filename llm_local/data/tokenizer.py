@@ -25,6 +25,7 @@ from llm_local.data.sentencepieces import EXACT, chunks, from_model, read_model,
 from llm_local.files import writing
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.remote_code import UNTRUSTED, is_untrusted
+from llm_local.program import program
 
 VOCAB_SIZE = 4096
 REVISION = 1  # counts changes of this file that change the result but not SETTINGS
@@ -40,6 +41,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     built-in one; it begins a text with BOS as add_bos says. Raises ConfigError if there is none, or it cannot do that.
     """
     tokenizer, wanted = _load(config), config.data.add_bos
+    for token, instead in config.task.delimiters.items():
+        if getattr(tokenizer, token) is None and getattr(tokenizer, instead) is not None:
+            setattr(tokenizer, token, getattr(tokenizer, instead))
     if wanted is not None and wanted != (first_token(tokenizer) is not None):
         ends: Any = tokenizer("a")["input_ids"]
         told: Any = tokenizer  # what ends a text is kept: these write the whole template
@@ -63,10 +67,19 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
         name = weights_path(config)
     if name is None:
         folder = builtin_tokenizer_dir(config.cache_dir)
-        return read_tokenizer(folder, f"the built-in tokenizer, {folder},")
+        made = read_tokenizer(folder, f"the built-in tokenizer, {folder},")
+        made.add_special_tokens(dict(config.task.new_tokens))
+        return made
     if field == "tokenizer_name" and name.endswith(".model") and not Path(name).is_dir():
-        return read_model(Path(name), f"{field}={name!r}")
-    return read_tokenizer(name, f"{field}={name!r}", model.trust_remote_code)
+        found = read_model(Path(name), f"{field}={name!r}")
+    else:
+        found = read_tokenizer(name, f"{field}={name!r}", model.trust_remote_code)
+    task, needed = config.task.name, config.task.needed_token
+    if needed and getattr(found, needed) is None:
+        train = f"{program('train_tokenizer.py')} --task {task}"
+        lacks = f"task={task}: the tokenizer of {field}={name!r} has no {needed}"
+        raise ConfigError([f"{lacks}; choose one that has, or train one with {train}"])
+    return found
 
 
 def read_tokenizer(name: str | Path, named: str, trusted: bool = False) -> PreTrainedTokenizerBase:

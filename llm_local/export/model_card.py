@@ -30,6 +30,7 @@ from llm_local.partition import Partition
 from llm_local.replicas import replicas_text, sequences_per_step
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
+DRAFTS = " As it has layers and vocabulary from the whole model, it also drafts for it (speculative decoding)."
 DATA = "built-in corpus: the sources of Python's own library"
 
 
@@ -120,10 +121,11 @@ def _metadata(training: Training, stage: int | None) -> ModelCardData:
         "model_name": _name(training, stage),
         "eval_results": results or None,
     }
+    drafts = stage is not None and config.task.generates
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=config.task.pipeline_tag,
-        tags=["llm_local", training.model_type, config.local.method, *([] if stage is None else ["draft-model"])],
+        tags=["llm_local", training.model_type, config.local.method, *(["draft-model"] if drafts else [])],
         **known,
     )
 
@@ -156,8 +158,8 @@ def _what_it_is(training: Training, stage: int | None) -> str:
         layers = partition.layers_of(stage).stop
         return textwrap.fill(
             f"An exit: the first {layers} of {partition.num_layers} layers of {kind}, with stage {stage}'s own head"
-            f"{f' (private layers: {private})' if private else ''}. It is a smaller and faster model by itself. "
-            "As it has layers and vocabulary from the whole model, it also drafts for it (speculative decoding).",
+            f"{f' (private layers: {private})' if private else ''}. It is a smaller and faster model by itself."
+            f"{DRAFTS if config.task.generates else ''}",
             120,
         )
     how = config.method.describe(len(partition.blocks))

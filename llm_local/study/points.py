@@ -248,7 +248,8 @@ def _measures(config: Config) -> tuple[Shape, Setting]:
     partition = plan_partition(config, load_model_config(config.model), anatomy)
     if problems := cut_problems(config, partition):
         raise ConfigError(problems)
-    shape = Shape(anatomy.hidden_size, config.data.seq_length, anatomy.active_layer_parameters, anatomy.head_parameters)
+    head = round(anatomy.head_parameters * config.task.scored_share(config.data))
+    shape = Shape(anatomy.hidden_size, config.data.seq_length, anatomy.active_layer_parameters, head)
     low_rank = None
     if local.head_rank is not None:
         low_rank = low_rank_parameters(_layer_matrices(config.model, anatomy), local.head_rank)

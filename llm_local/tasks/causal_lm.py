@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.tasks.task import IGNORED, Task, register_task
 
 if TYPE_CHECKING:
@@ -32,11 +33,18 @@ class CausalLM(Task):
     def count_scored(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels[:, 1:] != IGNORED).sum(dim=1)
 
+    def problems(
+        self, model: ModelArguments, data: DataArguments, local: LocalArguments, train: TrainArguments
+    ) -> list[str]:
+        if data.mlm_probability == DataArguments().mlm_probability:
+            return []
+        return [f"mlm_probability={data.mlm_probability:g} is for task=masked-lm; leave it out"]
+
     def order_problem(self, config: PretrainedConfig, reads_ahead: bool) -> str:
         if not reads_ahead:
             return ""
         is_encoder = getattr(config, "is_decoder", None) is False
-        repair = "set is_decoder=true in config_overrides" if is_encoder else "use a causal one"
+        repair = "set is_decoder=true in config_overrides, or task=masked-lm" if is_encoder else "use a causal one"
         return f"model type {config.model_type!r} reads later tokens, so that predicting them is copying; {repair}"
 
     def usage(self, trust: str, drafts: Sequence[int]) -> list[str]:

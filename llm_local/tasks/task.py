@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from llm_local.flags import TrainArguments
+from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.registry import TASKS
 
 if TYPE_CHECKING:  # a command that needs only flags does not wait for torch
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a position that is not scored
+
+Parts: TypeAlias = "dict[str, torch.Tensor]"  # tensors (B, T) of a micro-batch, by the names that models give them
+Ask: TypeAlias = "Callable[[Parts, Sequence[int]], Parts]"  # with a seed for each row
 
 
 class Task(ABC):
@@ -22,7 +25,9 @@ class Task(ABC):
 
     name: what --task calls it; `register_task` gives it. title: such a model, in a text. auto_class, auto_mapping: what
     makes and loads them, and the table of its classes, in transformers. options: what each forward pass is told. score:
-    what exp(loss) is. pipeline_tag: of a model card. generates: it writes text.
+    what exp(loss) is. pipeline_tag: of a model card. generates: it writes text. sends_labels: they are not to be had
+    from the ids. needed_token: of a tokenizer. new_tokens: special ones of a new tokenizer, as they are spelt.
+    delimiters: what begins and ends a text instead, where a tokenizer lacks that.
     """
 
     name = ""
@@ -33,6 +38,10 @@ class Task(ABC):
     score: ClassVar[str]
     pipeline_tag: ClassVar[str]
     generates: ClassVar[bool] = False
+    sends_labels: ClassVar[bool] = False
+    needed_token: ClassVar[str] = ""
+    new_tokens: ClassVar[Mapping[str, str]] = {}
+    delimiters: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def scored(
@@ -54,9 +63,19 @@ class Task(ABC):
         """Lines of Python that use an export. trust: what from_pretrained is told beside the folder; drafts: stages
         whose exits may help."""
 
-    def problems(self, train: TrainArguments) -> list[str]:
+    def problems(
+        self, model: ModelArguments, data: DataArguments, local: LocalArguments, train: TrainArguments
+    ) -> list[str]:
         """What is wrong with the flags for this task."""
         return []
+
+    def asker(self, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Ask | None:
+        """Makes of the parts of rows what a model is asked, by a seed for each; None: they are as they stand."""
+        return None
+
+    def scored_share(self, data: DataArguments) -> float:
+        """Of the positions, about."""
+        return 1.0
 
     @property
     def loader(self) -> Any:

@@ -1,0 +1,219 @@
+"""Masked language models: what is masked, what is scored, what is refused, and what others make of the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_BERT, Trainer, records, weights
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase, pipeline
+
+from llm_local.checks.tiny import tiny_config
+from llm_local.commands import generate
+from llm_local.commands import probe as probe_command
+from llm_local.config import ConfigError, parse
+from llm_local.data.feed import Feed
+from llm_local.data.packing import mark_of, pack
+from llm_local.data.sequences import FittedTokens, PackedTokens, StoredSequences
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.tokenizer_training import train_tokenizer
+from llm_local.flags import DataArguments, ModelArguments
+from llm_local.links.packet import EVAL, TRAIN
+from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.loss import fit_head, head_loss
+from llm_local.model.slices import new_slice, try_slices
+from llm_local.partition import Span
+from llm_local.registry import TASKS
+from llm_local.tasks.task import IGNORED
+from llm_local.world import Place
+
+MASKED = ModelArguments(task="masked-lm")
+DATA = DataArguments(mlm_probability=0.3)
+ROW, ROWS = 64, 24
+CONFIGS = Path(__file__).parent.parent / "configs"
+MODERNBERT = {"global_attn_every_n_layers": 2, "local_attention": 16, "cls_token_id": 1, "sep_token_id": 2}
+MODERNBERT |= {name: value for name, value in TINY_BERT.items() if "dropout" not in name} | {"model_type": "modernbert"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cache: Path) -> PreTrainedTokenizerBase:
+    """The built-in one."""
+    return load_tokenizer(parse(["--task", "masked-lm", "--cache_dir", str(cache)]))
+
+
+def rows() -> StoredSequences:
+    """Documents of 40 to 63 tokens, each in a padded row of its own; 1 begins and 2 ends each."""
+    lengths = np.arange(40, 40 + ROWS)
+    generator = np.random.default_rng(0)
+    documents = [np.concatenate([[1], generator.integers(300, 4096, n - 2), [2]]) for n in lengths]
+    tokens = PackedTokens([np.concatenate(documents)], ROW)
+    return StoredSequences(FittedTokens(tokens, pack(lengths, ROW, "none"), mark_of(2)), seed=1)
+
+
+def asked(
+    tokenizer: PreTrainedTokenizerBase, replicas: int, size: int, kind: int = TRAIN, start=(0, 0), seed: int = 7
+) -> list[dict[str, torch.Tensor]]:
+    """The twelve rows of a step after `start`, in the order of the global batch, as a model is asked them."""
+    ask, count = TASKS["masked-lm"].asker(tokenizer, DATA), 12 // replicas // size
+    found: list[dict[str, torch.Tensor]] = [{}] * 12
+    for replica in range(replicas):
+        place = Place(replica, (replicas,))
+        feed = Feed(rows(), [rows()], place, size, count, count, start, task="masked-lm", ask=ask, seed=seed)
+        for index in range(count):
+            packet = feed(kind, start[0] + 1, index)
+            for n in range(size):
+                parts = {name: part[n] for name, part in packet.integer_parts().items()}
+                found[(index * size + n) * replicas + replica] = parts
+    return found
+
+
+def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
+    return all(
+        torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in ("input_ids", "labels")
+    )
+
+
+def test_what_a_row_is_asked_does_not_depend_on_the_layout(tokenizer: PreTrainedTokenizerBase):
+    plain = asked(tokenizer, 1, 12)
+    for replicas, size in ((1, 4), (2, 3), (4, 1)):
+        assert same(asked(tokenizer, replicas, size), plain)
+    assert not same(asked(tokenizer, 1, 12, seed=8), plain)
+    later = asked(tokenizer, 1, 12, start=(2, 24))
+    assert same(asked(tokenizer, 3, 2, start=(5, 24)), later), "a step of other size, from the same row on"
+    assert not same(later, plain), "the second time in another way"
+    evaluated = asked(tokenizer, 1, 6, kind=EVAL)
+    assert same(asked(tokenizer, 2, 6, kind=EVAL, start=(3, 36), seed=8), evaluated), "in every run the same"
+
+
+def test_tokens_are_masked_and_no_padding_and_no_special_token(tokenizer: PreTrainedTokenizerBase):
+    found = asked(tokenizer, 1, 12)
+    truth = [rows().batch(0, 12)[n] for n in range(12)]
+    scored = masked = 0
+    for parts, row in zip(found, truth, strict=True):
+        at = parts["labels"] != IGNORED
+        ids = torch.where(row < 0, ~row, row)
+        assert torch.equal(parts["labels"][at], ids[at])
+        assert torch.equal(parts["input_ids"][~at], ids[~at])
+        assert not at[row < 0].any()
+        assert not at[(ids == 1) | (ids == 2)].any()
+        scored += int(at.sum())
+        masked += int((parts["input_ids"] == tokenizer.mask_token_id).sum())
+    assert 0.2 < scored / sum(int((row >= 0).sum()) for row in truth) < 0.4
+    assert 0.65 < masked / scored < 0.95
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "distilbert", "electra", "deberta-v2"])
+def test_slices_and_loss_are_the_models_own(kind: str):
+    config = tiny_config(kind)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = False
+    anatomy = probe(config, MASKED, try_slices)
+    cut = [new_slice(config, anatomy, span, 0, has_head=span.stop == 6) for span in (Span(0, 2), Span(2, 6))]
+    whole = new_slice(config, anatomy, Span(0, 6), 0)
+    output: Any = whole.model.get_output_embeddings()
+    embedding: Any = whole.model.get_input_embeddings()
+    output.weight = torch.nn.Parameter(cut[1].model.get_output_embeddings().weight.detach().clone())  # untied
+    assert output.weight is not embedding.weight
+    for part in (*cut, whole):
+        part.model.eval()
+    fit_head(cut[1])
+    ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(12) % 5 == 1, ids, IGNORED)
+    leaving, _ = cut[0](None, input_ids=ids)
+    _, normed = cut[1](leaving, input_ids=ids)
+    theirs = whole.model(input_ids=ids, labels=labels)
+    ours = head_loss(cut[1], normed, ids, labels)
+    torch.testing.assert_close(ours, theirs.loss, rtol=1e-5, atol=0.0)
+    nothing = torch.full_like(labels, IGNORED)
+    assert head_loss(cut[1], normed, ids, nothing) == 0, "a micro-batch in which nothing is masked"
+
+
+def test_relative_positions_that_all_layers_train_are_refused():
+    config = tiny_config("deberta-v2")
+    config.relative_attention, config.position_buckets, config.pos_att_type = True, 8, ["p2c", "c2p"]
+    with pytest.raises(SliceError, match=r"it uses deberta.encoder.rel_embeddings.weight without calling the module"):
+        probe(config, MASKED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--document_mask true", "document_mask=True with task=masked-lm: its masks are causal; leave it out"),
+        (
+            "--head shared",
+            "head=shared with task=masked-lm: a layer stands between its temperature and the output matrix; use "
+            "head=linear or decoder",
+        ),
+        (
+            "--head_token_fraction 0.5",
+            "head_token_fraction=0.5 with task=masked-lm: a head reads the masked tokens alone already; leave it out",
+        ),
+        (
+            "--distillation_weight 1",
+            "distillation_weight=1 with task=masked-lm: soft targets are of what comes next; leave it out",
+        ),
+        ("--gguf_file a.gguf", "gguf_file=a.gguf with task=masked-lm: GGUF holds causal models; use safetensors"),
+        ("--sample_prompt x", "sample_prompt='x' with task=masked-lm: such a model writes no text; leave it out"),
+    ],
+)
+def test_flags_that_mean_nothing_to_it_are_refused(flags: str, reason: str):
+    config = parse(["--task", "masked-lm", *flags.split()])
+    assert config.task.problems(config.model, config.data, config.local, config.train) == [reason]
+
+
+def test_a_share_of_masked_tokens_is_refused_elsewhere():
+    config = parse(["--mlm_probability", "0.3"])
+    said = config.task.problems(config.model, config.data, config.local, config.train)
+    assert said == ["mlm_probability=0.3 is for task=masked-lm; leave it out"]
+
+
+def test_a_tokenizer_without_a_mask_is_refused_and_a_new_one_has_it(tmp_path: Path):
+    texts = ["some words of a text that is short, and some more\n"] * 50
+    for name, special in (("plain", None), ("masking", TASKS["masked-lm"].new_tokens)):
+        train_tokenizer(texts, "byte_bpe", 280, tmp_path / name, special_tokens=special)
+    flags = ["--task", "masked-lm", "--tokenizer_name"]
+    with pytest.raises(
+        ConfigError, match=r"has no mask_token; choose one that has, or train one with .* --task masked-"
+    ):
+        load_tokenizer(parse([*flags, str(tmp_path / "plain")]))
+    assert load_tokenizer(parse([*flags, str(tmp_path / "masking")])).mask_token_id == 280
+
+
+@pytest.mark.parametrize("trainer", ["masked-lm"], indirect=True)
+@pytest.mark.processes
+def test_it_learns_resumes_and_is_what_fill_mask_loads(trainer: Trainer, capsys: pytest.CaptureFixture[str]):
+    settings = {"num_stages": 2, "max_steps": 12, "learning_rate": 1e-2, "head": "decoder", "head_layers": 1}
+    settings |= {"config_name": trainer.model(MODERNBERT), "deepspeed": CONFIGS / "ds" / "zero3.json"}
+    straight = trainer.run("straight", 4, save_steps=6, **settings)
+    losses = [[record["loss"] for record in records(straight, stage)] for stage in (0, 1)]
+    whole = trainer.run("whole", 4, **settings | {"deepspeed": CONFIGS / "ds" / "zero1.json"})
+    for stage in (0, 1):
+        assert [record["loss"] for record in records(whole, stage)] == pytest.approx(losses[stage], rel=1e-4)
+    assert all(found[-1] < found[0] - 0.1 for found in losses)
+    evaluated = records(straight, 1, "eval")[-1]
+    assert evaluated["perplexity"] == pytest.approx(np.exp(evaluated["loss"]))
+    assert evaluated["bits_per_byte"] is None, "of a part of the text"
+    resumed = trainer.run("resumed", 4, resume_from_checkpoint=straight / "checkpoints/step-00000006", **settings)
+    assert [[record["loss"] for record in records(resumed, stage)] for stage in (0, 1)] == [f[6:] for f in losses]
+    mine, theirs = weights(resumed / "export"), weights(straight / "export")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    for folder in (straight / "export", straight / "export/exits/stage-00"):
+        _, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert not (folder / "generation_config.json").exists()
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["ModernBertForMaskedLM"]
+        card = (folder / "README.md").read_text()
+        assert "pipeline_tag: fill-mask" in card
+        assert "| exit | loss | pseudo-perplexity |" in card
+        assert "draft" not in card
+    found: Any = pipeline("fill-mask", model=str(straight / "export"))("import <mask>\n")
+    assert len(found) == 5
+    assert generate.main(["--export", str(straight / "export"), "--prompt", "import "]) == 2
+    assert "is a ModernBertForMaskedLM, which writes no text" in capsys.readouterr().err
+    assert probe_command.main([str(straight)]) == 2
+    assert "was trained with task=masked-lm; a probe reads models of causal-lm alone" in capsys.readouterr().err
