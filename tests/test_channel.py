@@ -414,7 +414,7 @@ class TestAnotherPeer:
             until(lambda: wrong.check(), "refused")
         assert reason in str(caught.value)
         wrong.close()
-        assert reason in receiver.trouble
+        until(lambda: reason in receiver.trouble, "trouble")
         sending = Sending(ends.sender(), 0, 5)
         take(receiver, 0, 5)
         sending.join()
