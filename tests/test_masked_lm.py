@@ -142,6 +142,10 @@ def test_relative_positions_that_all_layers_train_are_refused():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
+        (
+            "--seq_length 2",
+            "seq_length=2 with task=masked-lm: a document's begin and end leave nothing to mask; use 3 or more",
+        ),
         ("--document_mask true", "document_mask=True with task=masked-lm: its masks are causal; leave it out"),
         (
             "--head shared",

@@ -166,6 +166,16 @@ def test_a_model_of_another_task_is_refused(problems, write, task: str, model: d
 
 
 @pytest.mark.processes
+def test_rows_longer_than_the_positions_behind_padding(problems, write):
+    model = write("model.json", TINY_BERT | {"model_type": "roberta"})
+    flags = {"task": "masked-lm", "config_name": model, "config_overrides": "pad_token_id=1"}
+    said = (
+        "seq_length=63 is longer than the model's 62 positions, which begin behind pad_token_id=1; shorten it, or set "
+    )
+    assert problems(seq_length=63, **flags) == [f"{said}max_position_embeddings=65 in config_overrides"]
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("in_config", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "reason"), [("flash_attention_2", "FlashAttention2"), ("flesh_attention", "is not supported")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.checks.trial import small_model
 from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, SliceError
-from llm_local.model.slices import check_set, new_slice
+from llm_local.model.slices import check_set, model_without_weights, new_slice
 from llm_local.partition import Span
 
 TOLERANCE = 1e-4  # of the logits' size: what rounding alone may do
@@ -30,6 +31,17 @@ def class_problems(config: Config, model_config: PretrainedConfig, anatomy: Anat
         return problems
     problem = config.task.order_problem(model_config, moved > TOLERANCE)
     return [*problems, problem] if problem else problems
+
+
+def skipped_positions(config: Config, model_config: PretrainedConfig, positions: int) -> int:
+    """How many of its positions a class leaves to padding, as RoBERTa does, where the run's rows then have too few."""
+    pad = getattr(model_config, "pad_token_id", None)
+    if not isinstance(pad, int) or config.data.seq_length + pad + 1 <= positions:
+        return 0
+    model = model_without_weights(model_config, config.model.task, trust_remote_code=config.model.trust_remote_code)
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.num_embeddings == positions]
+    words = model.get_input_embeddings()
+    return pad + 1 if any(table.padding_idx == pad for table in tables if table is not words) else 0
 
 
 def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:

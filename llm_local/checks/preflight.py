@@ -21,7 +21,7 @@ from llm_local.checkpoint.catalog import (
     read_manifest,
 )
 from llm_local.checkpoint.line import another_run, documents_begin, find_checkpoint, is_own, set_aside
-from llm_local.checks.class_problems import class_problems
+from llm_local.checks.class_problems import class_problems, skipped_positions
 from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
@@ -218,6 +218,12 @@ def _size_problems(config: Config, model_config: PretrainedConfig) -> list[str]:
         problems.append(
             f"seq_length={config.data.seq_length} is longer than the model's {positions} positions; shorten it, or set "
             f"max_position_embeddings={config.data.seq_length} in config_overrides"
+        )
+    elif positions is not None and (skipped := skipped_positions(config, model_config, positions)):
+        problems.append(
+            f"seq_length={config.data.seq_length} is longer than the model's {positions - skipped} positions, which "
+            f"begin behind pad_token_id={skipped - 1}; shorten it, or set "
+            f"max_position_embeddings={config.data.seq_length + skipped} in config_overrides"
         )
     try:
         highest = highest_id(load_tokenizer(config))

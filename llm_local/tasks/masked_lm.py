@@ -76,6 +76,10 @@ class MaskedLM(Task):
     ) -> list[str]:
         head = HEADS.get(local.head)
         wrong = {
+            f"seq_length={data.seq_length}": (
+                data.seq_length < 3,
+                "a document's begin and end leave nothing to mask; use 3 or more",
+            ),
             f"document_mask={data.document_mask}": (data.document_mask, "its masks are causal; leave it out"),
             f"head={local.head}": (
                 head is not None and head.shares_matrix,
