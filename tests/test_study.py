@@ -416,6 +416,7 @@ def test_a_study_is_trained_once_and_goes_on_where_it_was(files: Files, tmp_path
     assert [len(run["curve"]) for point in found["points"] for run in point["runs"]] == [2, 2]
     assert found["versions"]["torch"]
     assert "| chunked-2-linear | 2 |" in (output / "study.md").read_text()
+    assert "chunked-2-linear-seed1" in (output / "report.html").read_text()
     assert (output / "study.png").read_bytes().startswith(b"\x89PNG")
 
     # as a run that was stopped leaves its folder

@@ -90,6 +90,19 @@ def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float)
         print(f"{NAME}: no picture ({error}); pip install matplotlib", file=sys.stderr)
 
 
+def page(folders: list[Path], output: Path) -> None:
+    """The runs side by side, as far as they can be shown."""
+    from llm_local.report.library import NoCharts
+    from llm_local.report.page import REPORT, write_report
+
+    try:
+        if folders:
+            write_report(folders, output / REPORT)
+            print(f"report: {output / REPORT}")
+    except (ValueError, NoCharts) as error:
+        print(f"{NAME}: no report: {error}", file=sys.stderr)
+
+
 def run(path: Path, output: Path, jobs: int) -> int:
     """Trains what is missing and writes the comparison. Returns 1 if a run failed."""
     from tqdm import tqdm
@@ -112,6 +125,7 @@ def run(path: Path, output: Path, jobs: int) -> int:
     comparison = compare(study, results)
     write(comparison, output, path, time.monotonic() - start)
     print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")
+    page([run.folder for run in runs if run.is_finished and run.seed == study.seeds[0]], output)
     for line in failures:
         print(f"{NAME}: {line}", file=sys.stderr)
     return 1 if failures else 0

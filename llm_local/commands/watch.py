@@ -38,20 +38,21 @@ class Watch:
         self._lock = threading.Lock()
         self._at = -SECONDS
         self._runs: list[RunData] = []
-        self.runs()
+        self._read()
 
-    def runs(self) -> list[RunData]:
-        with self._lock:
-            if time.monotonic() - self._at >= SECONDS / 2:
-                self._runs = [reader.read() for reader in self._readers]
-                self._at = time.monotonic()
-            return self._runs
+    def _read(self) -> list[RunData]:
+        if time.monotonic() - self._at >= SECONDS / 2:
+            self._runs = [reader.read() for reader in self._readers]
+            self._at = time.monotonic()
+        return self._runs
 
     def page(self) -> str:
-        return render(self.runs(), SECONDS)
+        with self._lock:
+            return render(self._read(), SECONDS)
 
     def news(self) -> str:
-        return json.dumps(content(self.runs(), is_live=True))
+        with self._lock:
+            return json.dumps(content(self._read(), is_live=True))
 
 
 class Server(ThreadingHTTPServer):

@@ -202,5 +202,6 @@ def _places(runs: Sequence[RunData]) -> list[_Place]:
             if len(runs) == 1:
                 found.append(_Place(number, stage, records, f"stage {stage}", stage, stage))
             else:
-                found.append(_Place(number, stage, records, f"{run.name}, stage {stage}", number, stage))
+                name = f"{run.name}, stage {stage}" if len(run.stages) > 1 else run.name
+                found.append(_Place(number, stage, records, name, number, stage + number // NUM_COLOURS))
     return found

@@ -39,7 +39,7 @@ def render(runs: Sequence[RunData], seconds: float = 0.0) -> str:
     """The page. seconds: how often it asks its server for what is new; 0 of one that stands alone. Raises NoCharts."""
     script, style = uplot()
     return _template("page.html").render(
-        title=", ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs[:3]) + (", ..." if len(runs) > 3 else ""),
         uplot=Markup(script),  # both are known byte for byte
         uplot_style=Markup(style),
         uplot_version=UPLOT,

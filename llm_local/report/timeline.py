@@ -8,7 +8,7 @@ from llm_local.report.read import RunData
 from llm_local.timeline.measured import Row, StageTime, measured, read_trace, stage_times
 from llm_local.trace import FOLDER
 
-MOST_BYTES = 100 * 10**6  # a longer trace takes too long to read
+MOST_BYTES = 30 * 10**6  # a longer trace takes too long to read
 MOST_BARS = 3000
 STEPS = 6
 
