@@ -47,8 +47,8 @@ _MUST_MATCH = ("replica_sync_steps", "replica_sync_fragments", "replica_sync_del
 def open_checkpoint(checkpoint: Path, local: LocalArguments, place: Place) -> Catalog:
     """With the rank's own weights, where the run goes on with replicas that were apart; else with those of all, or with
     their mean. Raises BrokenCheckpoint."""
-    manifest = read_manifest(checkpoint)
-    is_alike = all(manifest.flags.get(name) == getattr(local, name) for name in _MUST_MATCH)
+    manifest, before = read_manifest(checkpoint), LocalArguments()  # what a flag is that there was not yet
+    is_alike = all(manifest.flags.get(name, getattr(before, name)) == getattr(local, name) for name in _MUST_MATCH)
     return Catalog(checkpoint, (place.replica, place.num_replicas) if manifest.apart and is_alike else None)
 
 

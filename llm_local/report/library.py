@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, files
 
 UPLOT = "1.6.31"
 _PACKAGE = "youplot"
-_REPAIR = f"pip install --force-reinstall {_PACKAGE}==1.0.0"
+_REPAIR = f"pip install --force-reinstall {_PACKAGE}==1.0.0, which is the extra 'report'"
 _FILES = {
     "uplot.iife.min.js": "2d27e8ad3d228164525ce213f9dc716f39b4e3aee0cc773fb3491c96cf4921a2",
     "uplot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
