@@ -265,8 +265,10 @@ class Campaign:
     def verdict(self) -> dict[str, Any]:
         """All figures."""
         stages = self.scene.stages
-        # a stage trains on what those before it send
-        bounds = [min(self._loosened.get(k, self.max_steps) for k in range(s + 1)) for s in range(NUM_STAGES)]
+        # a stage trains on what those before it send, and with a shared head on the matrix of the last one
+        behind = NUM_STAGES if "shared" in self.flags else 1
+        stages_of = [range(min(stage + behind, NUM_STAGES)) for stage in range(NUM_STAGES)]
+        bounds = [min(self._loosened.get(k, self.max_steps) for k in of) for of in stages_of]
         losses = compare(stages, self.folder / "reference", bounds)
         complaint = compare_models(stages, self.folder / "reference", self.folder / "model", bool(self._loosened))
         self.wrong += [complaint] if complaint else []

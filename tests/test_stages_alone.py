@@ -100,6 +100,7 @@ def test_the_middle_one_is_killed_under_llm_local_up(trainer: Trainer):
     with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
         folders = [folder / f"stage-{stage:02d}" for stage in range(3)]
         until_saved(folders[1], up)
+        until(lambda: all(status(folders[stage], stage) for stage in range(3)), SECONDS, lambda: "all say so")
         pids = [status(folders[stage], stage)["pid"] for stage in range(3)]
         os.kill(pids[1], signal.SIGKILL)
         up.ends_well()

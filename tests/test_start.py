@@ -132,7 +132,8 @@ def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
     config = parse(trainer.flags("run", train_file="not there"))
     data = Data(Rows(), (ValidationSet("validation", Rows(), 1.0),))
     setup: Any = SimpleNamespace(config=config, documents=None)
-    feed = _make_feed(setup, Place(0, (1,)), data, (0, 0))
+    start: Any = SimpleNamespace(tokenizer=None, data=data)
+    feed = _make_feed(setup, Place(0, (1,)), start, (0, 0))
     assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
     with pytest.raises(ConfigError, match="does not exist"):
         _make_feed(setup, Place(0, (1,)), None, (0, 0))
