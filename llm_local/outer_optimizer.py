@@ -140,7 +140,7 @@ class OuterOptimizer:
         self._is_apart = True
         for each in self._fragments:
             if each.meetings.is_sent(step):
-                each.moved = self._send(each.part)
+                each.moved = self._send(each)
             if each.moved is not None and each.meetings.is_due(step):
                 each.anchor.grad, each.moved = each.moved(), None
                 self._sgd.step()
@@ -188,8 +188,7 @@ class OuterOptimizer:
     def _go_on_from(self, fragment: _Fragment) -> None:
         """From its new anchor; from halfway to it where the replicas have trained meanwhile."""
         if fragment.meetings.delay:
-            own = self._weights()[fragment.part]
-            self._put(torch.lerp(fragment.anchor, own, _OWN_SHARE), fragment)
+            self._put(torch.lerp(fragment.anchor, self._weights(fragment), _OWN_SHARE), fragment)
         else:
             self._put(fragment.anchor, fragment)
             self._is_apart = len(self._fragments) > 1
@@ -202,9 +201,9 @@ class OuterOptimizer:
                 yield shard, slice(start, start + shard.master.numel)
                 start += shard.master.numel
 
-    def _weights(self) -> torch.Tensor:
-        """A copy of this replica's, flat."""
-        masters = [shard.master for shard, _ in self._parts()]
+    def _weights(self, fragment: _Fragment | None = None) -> torch.Tensor:
+        """A copy of this replica's, flat; of a fragment's, given one."""
+        masters = [shard.master for shard, part in self._parts() if fragment is None or fragment.has(part)]
         return torch.cat([each.values.to("cpu", torch.float32) for each in masters if each is not None])
 
     @torch.no_grad()
@@ -221,11 +220,11 @@ class OuterOptimizer:
 
     def _mean(self) -> torch.Tensor:
         """The replicas' weights, on average."""
-        return self._anchor - self._send(slice(None))()
+        return self._anchor - self._send()()
 
-    def _send(self, part: slice) -> Callable[[], torch.Tensor]:
-        """How far the replicas are from the anchor in that part, on average, once it has come."""
-        moved = self._anchor[part] - self._weights()[part]
+    def _send(self, fragment: _Fragment | None = None) -> Callable[[], torch.Tensor]:
+        """How far the replicas are from the anchor, or from a fragment's, on average, once it has come."""
+        moved = (fragment.anchor if fragment else self._anchor) - self._weights(fragment)
         replicas = self._world.place.num_replicas
         self._sent_bytes += 2 * (replicas - 1) * moved.nbytes // replicas  # of a ring
         return self._world.begin_mean(moved)
