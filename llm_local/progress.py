@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_local.bars import Bars
 from llm_local.files import writing
 from llm_local.world import World
+
+if TYPE_CHECKING:  # most ranks draw none
+    from llm_local.bars import Bars
 
 
 class Progress:
@@ -27,6 +30,8 @@ class Progress:
         self._untold: dict[int, list[int]] = {stage: [] for stage in world.place.stages}  # steps, for its bar
         self.listener: Callable[[str, int, list[float]], None] | None = None  # to split, step, losses by stage
         if self._shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from llm_local.bars import Bars
+
             self._bars = Bars(world.place.stages, max_steps, first_step)
 
     def say(self, text: str) -> None:

@@ -40,7 +40,6 @@ from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.rank import Rank
-from llm_local.report.page import REPORT, write_report
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
 from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
@@ -215,6 +214,8 @@ class Run:
 
     def _report(self) -> None:
         """Writes the run's page. It is made of what is on disk, and the run is over: no failure is one of the run."""
+        from llm_local.report.page import REPORT, write_report  # one rank needs it, at the end
+
         path = self.output_dir / REPORT
         try:
             write_report([self.output_dir], path)

@@ -8,7 +8,7 @@ from statistics import median
 
 from llm_local.report.charts import TRAIN, of_split
 from llm_local.report.read import RunData
-from llm_local.report.tables import NONE, Table
+from llm_local.report.tables import NONE, Table, named
 
 RECENT = 20  # records that say how fast a stage is
 STALE_SECONDS = 120.0
@@ -20,7 +20,7 @@ def now_of(runs: Sequence[RunData], now: float) -> Table:
     Of jobs as they tell it, and of a launch by its records.
     """
     rows = [
-        (f"stage {stage}" if len(runs) == 1 else f"{run.name}, stage {stage}", *cells)
+        (named(runs, run, stage), *cells)
         for run in runs
         for stage, cells in (_jobs(run, now) or _stages(run, now)).items()
     ]

@@ -87,7 +87,7 @@ def _seconds(run: RunData, stage: int) -> float | None:
     return median(times) if times else None
 
 
-def _named(runs: Sequence[RunData], run: RunData, stage: int) -> str:
+def named(runs: Sequence[RunData], run: RunData, stage: int) -> str:
     return f"stage {stage}" if len(runs) == 1 else f"{run.name}, stage {stage}"
 
 
@@ -107,7 +107,7 @@ def _exits(runs: Sequence[RunData]) -> Table:
             marked += [len(rows)] if is_kept else []
             rows.append(
                 (
-                    _named(runs, run, stage),
+                    named(runs, run, stage),
                     _layers(run, stage),
                     _number(losses[-1] if losses else None, ".4f"),
                     _number(found.get("loss"), ".4f"),
@@ -139,7 +139,7 @@ def _speed(runs: Sequence[RunData]) -> Table:
             tokens, sent = finite(record.get("tokens")), finite(record.get("sent_bytes"))
             rows.append(
                 (
-                    _named(runs, run, stage),
+                    named(runs, run, stage),
                     _number(seconds, ".3f"),
                     _number(tokens / seconds if tokens and seconds else None, ",.0f"),
                     _number(100 * median(waits) / seconds if waits and seconds else None, ".1f"),
@@ -190,7 +190,7 @@ def _cut(runs: Sequence[RunData]) -> Table:
             parameters += heads * facts["head_parameters"]
             rows.append(
                 (
-                    _named(runs, run, number),
+                    named(runs, run, number),
                     parts_of(run)[number].layers,
                     _heads(run, number),
                     str(stage["replicas"]),
