@@ -47,7 +47,6 @@ lock:  ## requirements.lock anew: the newest versions that pyproject.toml allows
 pretrain: setup  ## train the quickstart model on two stages; OUTPUT_DIR=folder, ARGS="--name value ..."
 	$(DEVICE) $(BIN)/deepspeed --quiet --num_gpus 2 scripts/pretrain.py configs/quickstart.yaml \
 		--output_dir $(OUTPUT_DIR) $(if $(filter runs/quickstart,$(OUTPUT_DIR)),--overwrite_output_dir) $(ARGS)
-	@echo "report: $(OUTPUT_DIR)/report.html"
 
 study: setup  ## the small study of methods and heads, half an hour on two cores; ARGS="--jobs 2"
 	$(BIN)/python scripts/study.py configs/studies/cpu.yaml $(ARGS)
