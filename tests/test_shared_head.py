@@ -165,11 +165,18 @@ def test_the_temperature_has_no_weight_decay():
 
 def test_a_tied_model_unties_its_first_head():
     first, *_ = built("gpt2")
-    embedding = first.body.model.get_input_embeddings().weight
-    assert installed(first.head) is not embedding
-    assert not torch.equal(installed(first.head), embedding)
+    assert installed(first.head) is not first.body.model.get_input_embeddings().weight
     tied = built("gpt2", head="linear")[0]
     assert tied.head.model.get_output_embeddings().weight is tied.body.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("head", ["linear", "shared"])
+def test_a_tied_models_matrices_begin_as_its_embedding(head: str):
+    first, *others = built("gpt2", head=head)
+    embedding = first.body.model.get_input_embeddings().weight
+    for block in (first, *others):
+        assert torch.equal(block.head.model.get_output_embeddings().weight, embedding)
+    assert others[-1].head.model.get_output_embeddings().weight.requires_grad
 
 
 def test_a_pretrained_models_matrix_is_read_by_all(tmp_path: Path):

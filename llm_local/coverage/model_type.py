@@ -141,11 +141,12 @@ class _Trial:
         """One slice of all layers and the stages' slices have the same new weights and buffers."""
         whole = new_slice(self.config, self.anatomy, Span(0, self.anatomy.num_layers), _SEED)
         wanted = _tensors(whole.model)
-        tied = f"{_name_of(whole.model, whole.model.get_output_embeddings())}." if self.anatomy.tied else None
+        if self.anatomy.tied:  # a slice is not; what a tied matrix is at first is its embedding
+            embedding: Any = whole.model.get_input_embeddings()
+            wanted[f"{_name_of(whole.model, whole.model.get_output_embeddings())}.weight"] = embedding.weight
         found: dict[str, torch.Tensor] = dict(_parts(self.blocks))
         for name in sorted(wanted.keys() | found.keys()):
-            if tied is None or not name.startswith(tied):
-                _same(f"new weights {name}", found.get(name), wanted.get(name))
+            _same(f"new weights {name}", found.get(name), wanted.get(name))
 
     def copy_weights(self) -> None:
         """Noisy weights of the undivided model for the stages; the heads of earlier stages get noise of their own."""

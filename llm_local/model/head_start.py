@@ -1,21 +1,38 @@
-"""A first head for an early block of a pretrained model, which has a norm and an output matrix for its last block only.
+"""What heads begin with that are not drawn by themselves.
 
-Copies of these read hidden states that they were not made for: they are sure of the wrong tokens, and their loss is far
-above that of a guess, 20 nats where a uniform guess has 10.8. With logits a quarter as large it is 8 at every depth.
+In a new model whose output matrix is its embedding, that of each block equals it at first, though it is trained apart:
+otherwise the last stage of a small ModernBERT is behind the first (docs/LOG.md).
+
+A pretrained model has a norm and an output matrix for its last block only. Copies of these in an early block read
+hidden states that they were not made for: they are sure of the wrong tokens, and their loss is far above that of a
+guess, 20 nats where a uniform guess has 10.8. With logits a quarter as large it is 8 at every depth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from llm_local.model.slices import Slice
+from llm_local.model.slices import Slice, new_slice
+from llm_local.partition import Span
 
 SHARE = 0.25  # measured on SmolLM2-135M, docs/LOG.md; a power of two, so that nothing is rounded
 
 # what makes a norm's output smaller: its weights times the share, or those of a class that adds 1 to them (Gemma)
 CHANGES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda p: SHARE * p, lambda p: SHARE * (1 + p) - 1)
+
+
+@torch.no_grad()
+def begin_as_embedding(head: Slice, body: Slice, config: PretrainedConfig, seed: int, trusted: bool) -> None:
+    """Copies the new embedding, drawn again where the body has none, into the head's output matrix."""
+    if not body.is_first:
+        body = new_slice(config, body.anatomy, Span(0, 0), seed, has_head=False, trust_remote_code=trusted)
+    output: Any = head.model.get_output_embeddings()
+    embedding: Any = body.model.get_input_embeddings()
+    output.weight.copy_(embedding.weight)
 
 
 @torch.no_grad()

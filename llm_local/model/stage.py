@@ -15,7 +15,7 @@ from llm_local.config import Config
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
-from llm_local.model.head_start import shrink_logits
+from llm_local.model.head_start import begin_as_embedding, shrink_logits
 from llm_local.model.heads.head import Head, head_of
 from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
@@ -241,6 +241,8 @@ def build_block(
         body.add_seam(span.stop - partition.overlap)
     if config.local.head_rank is not None:
         make_low_rank(head, config.local.head_rank, config.train.seed, is_new=not config.model.model_name_or_path)
+    if anatomy.tied and not config.model.model_name_or_path:
+        begin_as_embedding(head, body, model_config, config.train.seed, config.model.trust_remote_code)
     kind.connect(config, head, body)
     mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
     return Block(body, head, kind, mixes, documents, wants_router_loss(model_config))
