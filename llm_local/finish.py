@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from llm_local.assembly import Engine
 from llm_local.checkpoint.line import committed
 from llm_local.config import Config
-from llm_local.data.encoding import prompt_ids
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.engine import LocalEngine
@@ -22,6 +20,7 @@ from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, write_cards
 from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
 from llm_local.export.parts import write_part
+from llm_local.export.sample import sample
 from llm_local.export.stages import (
     CHECK_FILE,
     check_exit,
@@ -39,8 +38,6 @@ from llm_local.rank import Rank, Start
 from llm_local.report.facts import add_sample
 from llm_local.setup import Setup
 from llm_local.world import Place, World
-
-SAMPLE_TOKENS = 80
 
 
 def finish(run: Rank, step: int, is_evaluated: bool) -> None:
@@ -174,7 +171,7 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
     for line in (*_better_exits(run, by_set, exits), *_spelled(start)):
         progress.say(f"llm_local: warning: {line}")
     if config.train.sample_prompt:
-        text = _sample(config, start.tokenizer, config.train.sample_prompt)
+        text = sample(export, config.train.sample_prompt, config.train.seed, config.model.trust_remote_code)
         add_sample(config.output_dir, step, config.train.sample_prompt, text)
         progress.say(f"{export} writes:\n{text}")
 
@@ -220,23 +217,3 @@ def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tup
         places=run.rows_after(step) * config.data.seq_length,
         sources=run.sources,
     )
-
-
-def _sample(config: Config, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt and what the exported model writes after it, by seeded sampling."""
-    export = config.output_dir / "export"
-    loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(export, trust_remote_code=config.model.trust_remote_code).float()
-    ids = torch.tensor([prompt_ids(prompt, tokenizer)])
-    torch.manual_seed(config.train.seed)
-    eos = tokenizer.eos_token_id
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=SAMPLE_TOKENS,
-        do_sample=True,
-        temperature=0.7,
-        top_k=50,
-        pad_token_id=eos,
-    )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))

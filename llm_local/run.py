@@ -40,6 +40,7 @@ from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.rank import Rank
+from llm_local.report.facts import note_end
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
 from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
@@ -57,6 +58,8 @@ class Run:
         self._is_training = self._is_open = True
         if rank.job is not None:
             rank.job.state, rank.job.step = "training", self._step
+        if rank.start is not None:
+            rank.world.watchdog.last_act = self._write_page
         self._callbacks = Callbacks(rank, callbacks)
         rank.progress.listener = self._callbacks.of_all_stages
 
@@ -209,21 +212,30 @@ class Run:
         if self._rank.job is not None:
             self._rank.job.close()
         self._rank.world.finish()
-        if self._rank.start is not None and self._step:
-            self._report()
+        self._say_page()
 
-    def _report(self) -> None:
-        """Writes the run's page. It is made of what is on disk, and the run is over: no failure is one of the run."""
+    def _say_page(self, cause: str = "") -> None:
+        if said := self._write_page(cause):
+            with suppress(Unwritten):
+                self._rank.progress.say(said)
+
+    def _write_page(self, cause: str) -> str:
+        """On rank 0; returns a line on it. cause: of an end before the time.
+
+        It is made of what is on disk, and the run is over: no failure is one of the run.
+        """
+        if self._rank.start is None or not self._step:
+            return ""
         from llm_local.report.page import REPORT, write_report  # one rank needs it, at the end
 
         path = self.output_dir / REPORT
         try:
+            if cause:
+                note_end(self.output_dir, cause)
             write_report([self.output_dir], path)
-            said = f"report: {path}"
+            return f"report: {path}"
         except Exception as error:
-            said = f"llm_local: warning: {path} was not written: {' '.join(str(error).split())}"
-        with suppress(Unwritten):
-            self._rank.progress.say(said)
+            return f"llm_local: warning: {path} was not written: {' '.join(str(error).split())}"
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks what has ended this one."""
@@ -231,6 +243,7 @@ class Run:
             self._is_open = False
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._rank.world.watchdog.announce(reason)
+            self._write_page(reason)
 
     def __enter__(self) -> Run:
         return self
@@ -289,6 +302,7 @@ class Run:
             self.save()
         self._end_training()
         rank.world.everybody("stopped", self.config.train.signal_save_seconds, "the others to save")
+        self._say_page(f"{stop.reason} at step {step}")
         rank.progress.say(
             f"llm_local: {stop.reason}: stopped and saved at step {step}; --resume_from_checkpoint auto goes on"
         )

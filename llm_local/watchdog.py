@@ -36,6 +36,7 @@ from llm_local.stopping import CALLBACK, REQUEST, SIGNALS, Stop
 
 POLL_SECONDS = 1.0
 EXPLANATION_SECONDS = 4.0  # a beat is missed up to two polls late
+LAST_ACT_SECONDS = 5.0
 LAST_WORDS_SECONDS = 1.5  # rank 0 may serve the store: one more poll of the others
 SIGTERM_SECONDS = 2.0  # launchers kill what does not end soon
 SAME_SIGNAL_SECONDS = 3.0  # a scheduler that signals all processes, and a launcher that passes its own on
@@ -120,12 +121,16 @@ class _Pulse:
 
 
 class Watchdog:
-    """Start it early, `watch` the peers once they are known, `done` before a good exit."""
+    """Start it early, `watch` the peers once they are known, `done` before a good exit.
+
+    last_act: what rank 0 does with what ends a run before its time, for a few seconds at most.
+    """
 
     def __init__(self, rank: int):
         self.rank = rank
         self.step = 0
         self.stop = Stop()
+        self.last_act: Callable[[str], object] = lambda _cause: None
         self._save_seconds = 0.0
         self._signalled: float | None = None
         self._stopping: float | None = None
@@ -289,8 +294,12 @@ class Watchdog:
             return
         with suppress(OSError):  # what is printed may go to a full disk
             print(f"\nllm_local: {self._name} ends: {cause}", file=sys.stderr, flush=True)
-        if self.rank == 0 and self._line is not None and code != 128 + signal.SIGINT:
-            time.sleep(LAST_WORDS_SECONDS)
+        if self.rank == 0 and self._line is not None:
+            end = time.monotonic() + (LAST_WORDS_SECONDS if code != 128 + signal.SIGINT else 0)
+            act = threading.Thread(target=self.last_act, args=(cause,), daemon=True)  # its disk may be what hangs
+            act.start()
+            act.join(LAST_ACT_SECONDS)
+            time.sleep(max(0.0, end - time.monotonic()))
         leave(code)
 
     def _cause(self) -> str | None:

@@ -54,6 +54,8 @@ def test_a_killed_rank_is_named_by_all_others_without_a_launchers_help(trainer: 
         until_step(2, tmp_path / "run", stages, lambda: texts(ranks))
         ranks[victim].send(signal.SIGKILL)
         assert_ended(ranks, victim, 15, f"lost {name.format(ranks[victim].pid)}: its process is gone")
+    page = tmp_path / "run/report.html"
+    assert victim == 0 or f"the run ended before its time: lost {name.format(ranks[victim].pid)}" in page.read_text()
 
 
 @pytest.mark.parametrize("place", ["first-of-3", "last-of-3", "last-of-2x2"])
@@ -118,6 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(trai
     assert "Traceback" not in texts(ranks)
     assert checkpoints(tmp_path / "run")[0] == "step-00000001"
     first = losses(tmp_path / "run", 2)
+    assert f"the run ended before its time: {said[0]}" in (tmp_path / "run/report.html").read_text()
 
     again = trainer.flags(
         "run", **spoiling, num_stages=2, resume_from_checkpoint=tmp_path / "run/checkpoints/step-00000001"

@@ -24,12 +24,12 @@ model: gguf_header gguf_cache observation remote_code overrides token_ids anatom
 model: router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
-head_problems job_problems problems
+run_costs head_problems job_problems problems
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources objects sequences tokenizer_training streams prepared sets feed
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
-export: masters model_folder stages parts model_card
+export: masters model_folder stages parts model_card sample
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ def test_a_run_exports_plain_models_resumes_and_does_not_depend_on_the_stages(tr
     settings = SETTINGS | {"layers_per_block": 2, "deepspeed": f"configs/ds/zero{zero}.json", "save_steps": 2}
     two = trainer.run("two", 4, num_stages=2, per_device_train_batch_size=1, **settings)
     one = trainer.run("one", 1, **(settings | {"stage_layers": "4"}))
+    layer, attention, of_rank_4 = 9216 + 2 * 32, 12 * 32 * 32, 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    flops = 2 * (6 * layer + attention) + 6 * of_rank_4 + attention + 6 * 4096 * 32
+    assert json.loads((two / "metrics/run.json").read_text())["stages"][0]["flops"] == flops
     losses = torch.tensor(block_losses(one, 1))
     torch.testing.assert_close(torch.tensor(block_losses(two, 2)), losses, rtol=1e-4, atol=0.0)
     exit = weights(two / "export/exits/stage-00")

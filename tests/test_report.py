@@ -275,6 +275,18 @@ def test_a_run_leaves_its_page(trainer: Any):
 
 
 @pytest.mark.processes
+def test_checkpoints_write_for_the_page(trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = trainer.run("run", 2, num_stages=2, save_steps=2, sample_prompt="def ")
+    assert main([str(run), "--sample_prompt", "import "]) == 0
+    assert [(each["step"], each["prompt"]) for each in one(run).samples] == [(2, "import "), (4, "import ")]
+    assert all(each["text"] for each in one(run).samples)
+    assert "<b>import </b>" in (run / "report.html").read_text()
+    none = make_run(tmp_path / "none")
+    assert main([str(none), "--sample_prompt", "import "]) == 2
+    assert "has no complete checkpoint to write with" in capsys.readouterr().err
+
+
+@pytest.mark.processes
 def test_a_page_that_cannot_be_written_does_not_fail_a_run(trainer: Any, capfd: pytest.CaptureFixture[str]):
     (trainer.folder / "run" / "report.html").mkdir(parents=True)
     run = trainer.run("run", 1)

@@ -62,7 +62,7 @@ def test_a_signal_to_one_rank_saves_the_run_which_goes_on_bit_for_bit(trainer: T
     assert codes == [128 + signal.SIGUSR1] * 2, "\n".join(rank.text for rank in ranks)
     step = saved_step(output)
     said = f"llm_local: SIGUSR1: stopped and saved at step {step}; --resume_from_checkpoint auto goes on\n"
-    assert ranks[0].text.endswith(said)
+    assert ranks[0].text.endswith(f"report: {output / 'report.html'}\n{said}")
     assert [records(output, stage)[-1]["step"] for stage in (0, 1)] == [step, step]
     settings = {**STEADY, "max_steps": step + 5}
     trainer.run("run", 2, **settings, resume_from_checkpoint="auto")

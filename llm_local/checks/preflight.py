@@ -56,6 +56,7 @@ from llm_local.partition import Costs, Partition, estimate_costs, make_partition
 from llm_local.problems import parse_stage_layers, static_problems
 from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
+from llm_local.run_costs import run_shape
 from llm_local.setup import Setup, model_values
 from llm_local.trace import FOLDER as TRACE
 
@@ -191,8 +192,8 @@ def plan_partition(
     """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
     ValueError where it leaves a stage without a layer."""
     local = config.local
-    head = round(anatomy.head_parameters * config.task.scored_share(config.data))
-    sizes = (anatomy.active_layer_parameters, head, anatomy.hidden_size, config.data.seq_length)
+    shape = run_shape(config, anatomy)
+    sizes = (shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
     costs = costs or estimate_costs(*sizes)
     by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
     return make_partition(

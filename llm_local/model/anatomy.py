@@ -59,6 +59,7 @@ class Anatomy:
     embedding, before, after: modules with parameters of their own, by dotted name; before and after the layers.
     tied: the output matrix is the embedding, which a class may do or not do whatever its config says.
     active_layer_parameters: of a layer's, on average, those that one token passes; fewer in a mixture of experts.
+    layer_matrices: rows and columns of the matrices of the first layer.
     task: what the model is trained for, by name.
     """
 
@@ -74,6 +75,7 @@ class Anatomy:
     active_layer_parameters: int
     head_parameters: int
     tied: bool
+    layer_matrices: tuple[tuple[int, int], ...] = ()
     task: str = "causal-lm"
 
     @property
@@ -291,6 +293,7 @@ def _observe(model: PreTrainedModel, task: Task) -> Anatomy:
         active_layer_parameters=_count_active(layers, text_config(model.config)) // len(layers),
         head_parameters=sum(p.numel() for p in head.parameters()) if head is not None else 0,
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        layer_matrices=tuple((m.out_features, m.in_features) for m in layers[0].modules() if isinstance(m, nn.Linear)),
         task=task.name,
     )
 

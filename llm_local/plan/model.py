@@ -72,7 +72,6 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
     head = anatomy.head_parameters or sum(p.numel() for p in model.get_input_embeddings().parameters())
     outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
     width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
-    first = layers.get_submodule("0").modules()
     return ModelSizes(
         num_layers=num_layers,
         hidden_size=anatomy.hidden_size,
@@ -86,7 +85,7 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
         is_gated=is_gated,
         num_attention_heads=int(getattr(text, "num_attention_heads", 0) or 0),
         max_positions=getattr(text, "max_position_embeddings", None),
-        layer_matrices=tuple((m.out_features, m.in_features) for m in first if isinstance(m, nn.Linear)),
+        layer_matrices=anatomy.layer_matrices,
         model_type=model.config.model_type,
     )
 

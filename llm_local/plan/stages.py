@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config
-from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters, setting_of
+from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters
 from llm_local.head_problems import cut_problems
 from llm_local.methods.method import local_methods
 from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
@@ -37,6 +37,7 @@ from llm_local.plan.memory import (
 )
 from llm_local.plan.times import Link, Pipe, StageSeconds
 from llm_local.registry import HEADS
+from llm_local.run_costs import run_setting
 
 PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
 CHUNKS = 2  # of a stage of the interleaved schedule
@@ -214,18 +215,13 @@ class Stages:
 
     def _passes(self) -> tuple[Passes, ...]:
         """FLOPs of a token through each block. Of backpropagation the last head is the only one."""
-        sizes, local = self.sizes, self.config.local
+        sizes = self.sizes
         shape = Shape(
             sizes.hidden_size, self.config.data.seq_length, sizes.active_layer_parameters, sizes.head_parameters
         )
         if not self.layout.is_local:
             return count_passes(shape, Setting(self.partition.blocks, token_fraction=0.0))
-        options = {
-            "private_parameters": None if local.head_rank is None else self._private_parameters(),
-            "frozen_heads": head_of(self.config).shares_matrix,
-            "token_fraction": local.head_token_fraction,
-        }
-        return count_passes(shape, setting_of(self.partition, self.config.head_layers_schedule, **options))
+        return count_passes(shape, run_setting(self.config, self.partition, sizes.layer_matrices))
 
     def _seconds(self) -> tuple[StageSeconds, ...]:
         passes = self._passes()

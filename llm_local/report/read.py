@@ -11,8 +11,8 @@ import yaml
 
 from llm_local.job_status import read_status
 from llm_local.jobs.positions import STATUS
-from llm_local.metrics import FOLDER, read_records
-from llm_local.report.facts import FORMAT, SAMPLES, facts_path
+from llm_local.metrics import FOLDER
+from llm_local.report.facts import FORMAT, facts_path, read_samples
 
 Record = dict[str, Any]
 _NEEDED = {"step": int, "split": str, "stage": int, "loss": (int, float)}
@@ -58,7 +58,7 @@ class RunReader:
         run.facts = next((facts for facts in found if facts["sources"]), found[0] if found else {})
         run.status = read_status(run.folder if any(run.folder.glob(f"stage-*/{STATUS}")) else run.folder.parent)
         run.status = run.status if any((part / STATUS).exists() for part in parts) else []
-        run.samples = [each for part in parts for each in read_records(part / FOLDER / SAMPLES)]
+        run.samples = [each for part in parts for each in read_samples(part)]
         if not any(run.stages.values()) and not run.flags:
             raise ValueError(f"{run.folder} has no metrics/stage-*.jsonl with a record; name the --output_dir of a run")
         run.stages = dict(sorted(run.stages.items()))

@@ -32,7 +32,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """A stage in the picture of the cut. share: of all FLOPs, or of the layers where these are not known."""
+    """A stage in the picture of the cut. share: of all FLOPs."""
 
     name: str
     layers: str
@@ -117,7 +117,9 @@ def _exits(runs: Sequence[RunData]) -> Table:
                     "keep" if is_kept else "",
                 )
             )
-    columns = ("exit", "layers", "training loss", "validation loss", "perplexity", "bits a byte", "step", "")
+    scores = {run.facts.get("score", "perplexity") for run in runs}
+    score = scores.pop() if len(scores) == 1 else "exp(loss)"
+    columns = ("exit", "layers", "training loss", "validation loss", score, "bits a byte", "step", "")
     note = f"Keep the whole model, but where an earlier exit is more than {DEPTH_TOLERANCE} nats better."
     return Table("exits", "Exits", columns, rows, tuple(marked), 2, note if marked else "")
 
@@ -154,18 +156,15 @@ def _speed(runs: Sequence[RunData]) -> Table:
 def parts_of(run: RunData) -> list[Part]:
     """The stages side by side, as wide as what they compute."""
     stages = run.facts.get("stages", [])
-    weights = [stage["flops"] or 0.0 for stage in stages]
-    if not all(weights):
-        weights = [float(sum(stop - start for start, stop in stage["blocks"])) for stage in stages]
-    whole = sum(weights) or 1.0
+    weights = [stage["flops"] or 1.0 for stage in stages]  # versions before 2026-11-29 did not always know
     return [
         Part(
             f"stage {number}",
-            ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in stage["blocks"]),
+            ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in stages[number]["blocks"]),
             _heads(run, number),
-            weight / whole,
+            weight / sum(weights),
         )
-        for number, (stage, weight) in enumerate(zip(stages, weights, strict=True))
+        for number, weight in enumerate(weights)
     ]
 
 
@@ -195,7 +194,7 @@ def _cut(runs: Sequence[RunData]) -> Table:
                     _heads(run, number),
                     str(stage["replicas"]),
                     f"{parameters / 1e6:,.2f}",
-                    _number(stage["flops"] / 1e6 if stage["flops"] else None, ",.1f"),
+                    _number(stage["flops"] and stage["flops"] / 1e6, ",.1f"),
                 )
             )
     columns = ("", "layers by block", "heads", "replicas", "parameters, million", "training MFLOPs a token")
@@ -253,7 +252,7 @@ def _versions(runs: Sequence[RunData]) -> Table:
 
 def alarms(run: RunData) -> list[str]:
     """What a reader should know before anything else, a line each."""
-    found = []
+    found = [f"the run ended before its time: {run.facts['ended']}"] if "ended" in run.facts else []
     for stage, records in run.stages.items():
         bad = next((r for r in records if not math.isfinite(r["loss"])), None)
         if bad is not None:

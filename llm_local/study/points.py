@@ -30,14 +30,14 @@ import yaml
 
 from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config, ConfigError, parse
-from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
+from llm_local.costs import Setting, Shape
 from llm_local.device import supports
 from llm_local.flags import AMOUNT, LAYOUT, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
-from llm_local.model.heads.head import head_of
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS, METHODS
+from llm_local.run_costs import run_setting, run_shape
 
 KEYS = ("base", "seeds", "grid", "points", "builtin_vocab_size")
 GRID_KEYS = ("method", "head", "blocks", "head_layers")
@@ -244,36 +244,11 @@ def _anatomy(model: ModelArguments) -> Anatomy:
 
 def _measures(config: Config) -> tuple[Shape, Setting]:
     """What the costs of a run depend on. Raises ValueError where the model cannot be had, or cut as wanted."""
-    anatomy, local = _anatomy(config.model), config.local
+    anatomy = _anatomy(config.model)
     partition = plan_partition(config, load_model_config(config.model), anatomy)
     if problems := cut_problems(config, partition):
         raise ConfigError(problems)
-    head = round(anatomy.head_parameters * config.task.scored_share(config.data))
-    shape = Shape(anatomy.hidden_size, config.data.seq_length, anatomy.active_layer_parameters, head)
-    low_rank = None
-    if local.head_rank is not None:
-        low_rank = low_rank_parameters(_layer_matrices(config.model, anatomy), local.head_rank)
-    setting = setting_of(
-        partition,
-        config.head_layers_schedule,
-        private_parameters=low_rank,
-        frozen_heads=head_of(config).shares_matrix,
-        token_fraction=local.head_token_fraction,
-        final_backprop_share=local.final_backprop_steps / config.train.max_steps,
-    )
-    return shape, setting
-
-
-def _layer_matrices(model: ModelArguments, anatomy: Anatomy) -> list[tuple[int, int]]:
-    """Rows and columns of the linear modules of the first layer."""
-    import torch
-
-    from llm_local.model.slices import model_without_weights
-
-    trusted = model.trust_remote_code
-    whole = model_without_weights(load_model_config(model), model.task, trust_remote_code=trusted)
-    layer = whole.get_submodule(f"{anatomy.layers}.0")
-    return [(m.out_features, m.in_features) for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    return run_shape(config, anatomy), run_setting(config, partition, anatomy.layer_matrices)
 
 
 def _vocabulary_problems(pieces: int | None, config: Config) -> list[str]:
