@@ -222,20 +222,18 @@ class Run:
     def _write_page(self, cause: str) -> str:
         """On rank 0; returns a line on it. cause: of an end before the time.
 
-        It is made of what is on disk, and the run is over: no failure is one of the run.
+        It is made of what is on disk, and the run is over.
         """
         if self._rank.start is None or not self._step:
             return ""
-        from llm_local.report.page import REPORT, write_report  # one rank needs it, at the end
+        from llm_local.report.page import REPORT, report_problem  # one rank needs it, at the end
 
         path = self.output_dir / REPORT
-        try:
-            if cause:
+        if cause:
+            with suppress(Unwritten, OSError, ValueError):
                 note_end(self.output_dir, cause)
-            write_report([self.output_dir], path)
-            return f"report: {path}"
-        except Exception as error:
-            return f"llm_local: warning: {path} was not written: {' '.join(str(error).split())}"
+        problem = report_problem([self.output_dir], path)
+        return f"llm_local: {problem}" if problem else f"report: {path}"
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks what has ended this one."""

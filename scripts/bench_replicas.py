@@ -20,6 +20,7 @@ from llm_local.config import Config
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.files import ends_with_a_line
 from llm_local.metrics import read_records
+from llm_local.report.page import report_problem
 
 ROWS, TOKENS = 4, 128
 NAMES = (
@@ -88,7 +89,7 @@ def train(folder: Path, steps: int, seed: int, flags: dict[str, Any]) -> None:
 @ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
     parser = arguments_of(__doc__, repeats=1, steps=800)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/replicas", help="folder of the runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/replicas", help="folder of the runs and their page")
     given = parser.parse_args(arguments)
     found: dict[tuple[float, ...], dict[str, Any]] = {}
     for run in RUNS:
@@ -118,6 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = f"; means over {given.repeats} seeds" if given.repeats > 1 else ""
     said = INTRODUCTION.format(steps=given.steps, seeds=seeds)
     data = {"-".join(map(str, run)): one for run, one in found.items()}
+    page = given.runs / "report.html"
+    folders = [given.runs / f"{'-'.join(map(str, run))}-{given.steps}-42" for run in RUNS]
+    print(report_problem(folders, page) or f"report: {page}", file=sys.stderr)
     write(given.output, "replicas", f"{said}\n{table(header, rows)}", {"steps": given.steps, "runs": data})
     return 0
 

@@ -92,15 +92,12 @@ def write(comparison: dict[str, Any], output: Path, study: Path, seconds: float)
 
 def page(folders: list[Path], output: Path) -> None:
     """The runs side by side, as far as they can be shown."""
-    from llm_local.report.library import NoCharts
-    from llm_local.report.page import REPORT, write_report
+    from llm_local.report.page import REPORT, report_problem
 
-    try:
-        if folders:
-            write_report(folders, output / REPORT)
-            print(f"report: {output / REPORT}")
-    except (ValueError, NoCharts) as error:
-        print(f"{NAME}: no report: {error}", file=sys.stderr)
+    if problem := report_problem(folders, output / REPORT):
+        print(f"{NAME}: {problem}", file=sys.stderr)
+    else:
+        print(f"report: {output / REPORT}")
 
 
 def run(path: Path, output: Path, jobs: int) -> int:
@@ -125,7 +122,8 @@ def run(path: Path, output: Path, jobs: int) -> int:
     comparison = compare(study, results)
     write(comparison, output, path, time.monotonic() - start)
     print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")
-    page([run.folder for run in runs if run.is_finished and run.seed == study.seeds[0]], output)
+    if shown := [run.folder for run in runs if run.is_finished and run.seed == study.seeds[0]]:
+        page(shown, output)
     for line in failures:
         print(f"{NAME}: {line}", file=sys.stderr)
     return 1 if failures else 0

@@ -35,6 +35,15 @@ def write_report(folders: Sequence[Path], output: Path) -> list[str]:
     return [fault for run in runs for fault in run.faults]
 
 
+def report_problem(folders: Sequence[Path], output: Path) -> str:
+    """Writes the page, as the last thing of longer work that has gone well without it; why it could not, or ''."""
+    try:
+        write_report(folders, output)
+    except Exception as error:
+        return f"warning: {output} was not written: {' '.join(str(error).split())}"
+    return ""
+
+
 def render(runs: Sequence[RunData], seconds: float = 0.0) -> str:
     """The page. seconds: how often it asks its server for what is new; 0 of one that stands alone. Raises NoCharts."""
     script, style = uplot()
