@@ -65,7 +65,7 @@ class Callbacks:
         """What a callback gets by name. model: this rank's part of it, whose absent layers are stand-ins."""
         engine, start = self._rank.engine.engines[-1], self._rank.start
         known = {"optimizer": engine.optimizer, "lr_scheduler": engine.lr_scheduler, "train_dataloader": None}
-        known |= {"eval_dataloader": None, "processing_class": start.tokenizer if start else None}
+        known |= {"eval_dataloader": None, "processing_class": start.processing_class if start else None}
         return known | {"model": slices_of(self._rank.engine)[0][0].model}
 
     def _call(self, event: str, **more: Any) -> None:

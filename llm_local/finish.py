@@ -125,7 +125,7 @@ def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
 
 def _described(setup: Setup, model_config: PretrainedConfig, class_name: str, start: Start) -> Description:
     task = setup.config.task.name
-    return Description(model_config, class_name, start.tokenizer, setup.generation, setup.code, task)
+    return Description(model_config, class_name, start.processing_class, setup.generation, setup.code, task)
 
 
 def slices_of(engine: Engine) -> tuple[list[Slice], Slice | None]:
@@ -177,7 +177,7 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
 
 
 def _spelled(start: Start) -> tuple[str, ...]:
-    return start.data.spelled_in_streams(start.tokenizer) if start.data else ()
+    return start.data.spelled_in_streams(start.processing_class) if start.data else ()
 
 
 def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:

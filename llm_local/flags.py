@@ -24,6 +24,7 @@ STRATEGIES = ("no", "steps", "epoch")
 # what a flag decides: what is trained; on how much; where the layers run; where this start reads and writes; what is of
 # a machine; what is measured, saved and waited for
 TRAINING, AMOUNT, LAYOUT, START, MACHINE, WATCH = "training", "amount", "layout", "start", "machine", "watch"
+TEXT, IMAGES = "text", "images"  # what a row is
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Flag:
     """What is known of a flag besides its type and default.
 
     choices: all that a text may be; none: any. is_read: it names a file, folder or data set that the run reads.
-    of_local_heads: it says nothing of a model with one head.
+    of_local_heads: it says nothing of a model with one head. of_rows: it says something of rows of TEXT, or of IMAGES,
+    alone.
     """
 
     help: str
@@ -57,6 +59,7 @@ class Flag:
     decides: str = TRAINING
     is_read: bool = False
     of_local_heads: bool = False
+    of_rows: str = ""
 
 
 def _option(default: Any, text: str, range: Range | None = None, **known: Any) -> Any:
@@ -84,6 +87,13 @@ class ModelArguments:
         "Tokenizer: directory, hub name or sentencepiece .model; default: the model's, else one trained on the "
         "built-in corpus.",
         is_read=True,
+        of_rows=TEXT,
+    )
+    image_processor_name: str | None = _option(
+        None,
+        "Image processor: directory or hub name; default: the model's; of a new one by its image size and channels.",
+        is_read=True,
+        of_rows=IMAGES,
     )
     attn_implementation: str | None = _option(None, "Attention: sdpa, eager or flash_attention_2; else the config's.")
     trust_remote_code: bool = _option(False, "Run model or data code that a checkpoint brings along.")
@@ -95,7 +105,8 @@ class DataArguments:
 
     dataset_name: str | None = _option(
         None,
-        "Hub name, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running Python's library).",
+        "Hub name, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running Python's library); of "
+        "images also 'digits' (scikit-learn's).",
         is_read=True,
     )
     dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")
@@ -117,8 +128,27 @@ class DataArguments:
     validation_split_percentage: int = _option(
         5, "Percent of the training documents held out for validation.", PERCENTAGE
     )
-    text_column_name: str = _option("text", "Column that holds the text.")
-    streaming: bool = _option(False, "Read the dataset as a stream.")
+    text_column_name: str = _option("text", "Column that holds the text.", of_rows=TEXT)
+    train_dir: str | None = _option(
+        None,
+        "Training images: a directory for each class, or one with a metadata file, as imagefolder of datasets has it.",
+        is_read=True,
+        of_rows=IMAGES,
+    )
+    validation_dir: str | None = _option(None, "Validation images, as train_dir.", is_read=True, of_rows=IMAGES)
+    image_column_name: str = _option("image", "Column that holds the images.", of_rows=IMAGES)
+    label_column_name: str = _option("label", "Column with the class of each image, by name or number.", of_rows=IMAGES)
+    random_crop_scale: float | None = _option(
+        None,
+        "Least share of an image's area that training sees of it, cut out anew each time; 1: whole images; default: "
+        "0.08, of digits 1.",
+        SHARE,
+        of_rows=IMAGES,
+    )
+    horizontal_flip: bool | None = _option(
+        None, "Mirror every other image in training; default: unless they are digits.", of_rows=IMAGES
+    )
+    streaming: bool = _option(False, "Read the dataset as a stream.", of_rows=TEXT)
     max_train_samples: int | None = _option(None, "Train on so many sequences, the first of the data.", POSITIVE)
     seq_length: int = _option(512, "Tokens of a training sequence.", POSITIVE)
     packing: str = _option(
@@ -126,20 +156,25 @@ class DataArguments:
         "How documents fill sequences: concat (end to end), best_fit (few are cut, little padding), or none (each in "
         "sequences of its own, padded). Losses are means over the tokens of a step that are no padding.",
         choices=PACKINGS,
+        of_rows=TEXT,
     )
     add_bos: bool | None = _option(
         None,
         "Begin each document with BOS; default: if the tokenizer itself begins a text so. The export's does the same.",
+        of_rows=TEXT,
     )
     document_mask: bool = _option(
         False,
         "Keep the documents of a row apart: positions restart and attention ends at EOS. The first token of a document "
         "is then read and not predicted; losses are means over the other tokens of a step.",
+        of_rows=TEXT,
     )
     mlm_probability: float = _option(
         0.15, "Share of the tokens that are masked, and predicted (task masked-lm).", SHARE
     )
-    preprocessing_num_workers: int = _option(1, "Processes that read text files and tokenise.", POSITIVE, decides=WATCH)
+    preprocessing_num_workers: int = _option(
+        1, "Processes that read text files and tokenise, or threads that read images.", POSITIVE, decides=WATCH
+    )
     cache_dir: str | None = _option(
         None, "Tokenised data and the built-in tokenizer; default ~/.cache/llm_local.", decides=MACHINE
     )
@@ -371,7 +406,9 @@ class TrainArguments:
         "which costs speed.",
         decides=WATCH,
     )
-    sample_prompt: str | None = _option(None, "Print what the exported model writes after this text.", decides=WATCH)
+    sample_prompt: str | None = _option(
+        None, "Print what the exported model writes after this text.", decides=WATCH, of_rows=TEXT
+    )
 
 
 SECTIONS: tuple[Any, ...] = (ModelArguments, DataArguments, LocalArguments, TrainArguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llm_local.config import Config
-from llm_local.flags import FLAGS
+from llm_local.flags import FLAGS, IMAGES, TEXT
 from llm_local.head_problems import head_problems
 from llm_local.job_problems import job_problems
 from llm_local.model.heads.head import head_of
@@ -29,6 +29,7 @@ def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_
     return (
         value_problems(config)
         + _source_problems(config)
+        + _of_other_rows(config)
         + _model_problems(config)
         + config.task.problems(config.model, config.data, config.local, config.train)
         + _best_problems(config)
@@ -95,17 +96,29 @@ def _best_problems(config: Config) -> list[str]:
 
 def data_flag_problems(config: Config) -> list[str]:
     """What is wrong with the flags of the data alone, for what reads data and trains no model."""
-    return value_problems(config) + _source_problems(config)
+    return value_problems(config) + _source_problems(config) + _of_other_rows(config)
+
+
+def _of_other_rows(config: Config) -> list[str]:
+    """Flags that speak of text where rows are images, or of images where they are text."""
+    defaults, read = Config().flat(), IMAGES if config.task.reads_images else TEXT
+    given = {name: value for name, value in config.flat().items() if value != defaults[name]}
+    others = [name for name in given if FLAGS[name].of_rows not in ("", read)]
+    return [
+        f"{name}={given[name]} is for {FLAGS[name].of_rows}; leave it out, or choose another task" for name in others
+    ]
 
 
 def _source_problems(config: Config) -> list[str]:
     data = config.data
-    sources = [n for n in ("dataset_name", "train_file", "data_mixture") if getattr(data, n)]
+    sources = [n for n in ("dataset_name", "train_file", "train_dir", "data_mixture") if getattr(data, n)]
     problems = []
     if len(sources) > 1:
         problems.append(f"{'both ' if len(sources) == 2 else ''}{' and '.join(sources)} are given; keep one")
     if data.validation_file and not (data.train_file or data.data_mixture):
         problems.append("validation_file needs train_file")
+    if data.validation_dir and (data.validation_file or not (data.train_dir or data.data_mixture)):
+        problems.append("validation_dir needs train_dir, and no validation_file beside it")
     for name in ("dataset_config_name", "dataset_split", "dataset_revision"):
         if getattr(data, name) and not data.dataset_name:
             where = "; say it in the mixture file" if data.data_mixture else ""

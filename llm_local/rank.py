@@ -22,11 +22,9 @@ from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs
 from llm_local.checks.preflight import open_output, preflight
 from llm_local.config import Config, ConfigError
-from llm_local.data.encoding import tokenizer_key
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
-from llm_local.data.sets import Data, prepare_all
-from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.sets import Data, ProcessingClass, key_of, load_processing_class, prepare_all
 from llm_local.device import is_queued, local_device
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
@@ -98,10 +96,16 @@ class Start:
     output folder, held as long as this object lives."""
 
     setup: Setup
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: ProcessingClass
     data: Data | None
     messages: tuple[str, ...]
     folder: TextIO
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of a task that reads text."""
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        return self.processing_class
 
 
 def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> Start:
@@ -118,13 +122,13 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
     with writing(config.cache_dir, reads=True):
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = with_epochs(config, launch.world_size)
-        setup = replace(preflight(config, launch.world_size), given=given)
+            setup = replace(preflight(config, launch.world_size), given=given)  # which may have images to fetch
         if meeting is not None:
             setup = _with_devices(setup, launch, meeting)
         with nullcontext() if meeting is None else meeting.kept_waiting():
-            tokenizer, data = load_tokenizer(setup.config), None
+            processing_class, data = load_processing_class(setup.config, setup.model_config()), None
             if config.reads_data:
-                data = prepare_all(setup.config, tokenizer, progress=sys.stderr.isatty())
+                data = prepare_all(setup.config, processing_class, progress=sys.stderr.isatty())
                 setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation, config.task.score))
             setup = identified(setup, launch.world_size) if config.is_job else setup
     with writing(config.output_dir / "run.yaml"):
@@ -135,7 +139,7 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
         if config.is_job:
             write_identity(setup)
             messages += _log_messages(setup, launch)
-    return Start(setup, tokenizer, data, messages, folder)
+    return Start(setup, processing_class, data, messages, folder)
 
 
 def _with_devices(setup: Setup, launch: Launch, meeting: Rendezvous) -> Setup:
@@ -253,18 +257,18 @@ def _make_feed(setup: Setup, place: Place, start: Start | None, done: tuple[int,
     their host's, which must be the same. done: steps and rows."""
     config = setup.config
     if start is not None:
-        tokenizer, data = start.tokenizer, start.data
+        processing_class, data = start.processing_class, start.data
     else:
         with writing(config.cache_dir, reads=True):
-            tokenizer = load_tokenizer(config)
-            data = prepare_all(config, tokenizer)
-        if problem := setup.other_data(tokenizer_key(tokenizer), data.counts()):
+            processing_class = load_processing_class(config, setup.model_config())
+            data = prepare_all(config, processing_class)
+        if problem := setup.other_data(key_of(processing_class), data.counts()):
             raise ConfigError([f"rank {place.rank} on {socket.gethostname()}: {problem}"])
     assert data is not None, "the first stage reads data"
     validation = [each.sequences for each in data.validation]
     train = config.train
     counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
-    asked = (config.task.name, config.task.asker(tokenizer, config.data), train.seed)
+    asked = (config.task.name, data.asker(config, processing_class), train.seed)
     rows = train.per_device_train_batch_size
     return Feed(data.train, validation, place, rows, *counts, done, setup.documents, *asked)
 

@@ -26,7 +26,8 @@ model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
 run_costs head_problems job_problems problems
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
-data: source_problems sources objects sequences tokenizer_training streams prepared sets feed
+data: source_problems sources digits image_files image_processor image_sources images objects sequences
+data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages parts model_card sample

@@ -17,7 +17,7 @@ from llm_local.config import ConfigError
 from llm_local.data import corpus
 from llm_local.data.mixture import Source, training_sources
 from llm_local.data.sets import data_problems, prepare
-from llm_local.data.sources import _read_hub, from_splits
+from llm_local.data.sources import from_splits, read_hub
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 
 PRESETS = Path(__file__).parent.parent / "configs" / "data"
@@ -202,7 +202,7 @@ def test_zst_files_without_their_package_are_explained(settings, tmp_path, strea
     with pytest.raises(
         ConfigError, match=r"dataset_name=.*zstd not supported\); its files are \.zst: pip install zstandard"
     ):
-        _read_hub(settings(), Source("dataset_name", str(tmp_path), "text", streaming=streaming))
+        read_hub(settings(), Source("dataset_name", str(tmp_path), "text", streaming=streaming))
 
 
 def test_a_repository_with_a_script_is_explained(settings, tmp_path):
@@ -212,7 +212,7 @@ def test_a_repository_with_a_script_is_explained(settings, tmp_path):
     with pytest.raises(
         ConfigError, match=r"but found words\.py\); set the revision refs/convert/parquet, or give a fold"
     ):
-        _read_hub(settings(), Source("dataset_name", str(folder), "text"))
+        read_hub(settings(), Source("dataset_name", str(folder), "text"))
 
 
 def test_a_parquet_branch_has_its_splits_by_folder_and_no_config(settings, tmp_path):
@@ -223,7 +223,7 @@ def test_a_parquet_branch_has_its_splits_by_folder_and_no_config(settings, tmp_p
             str(tmp_path / "branch" / "plain_text" / split / "0000.parquet")
         )
     (preset,) = training_sources(settings(data_mixture=str(PRESETS / "lm1b.yaml")))
-    splits = _read_hub(settings(), replace(preset, source=str(tmp_path / "branch"), revision=None))
+    splits = read_hub(settings(), replace(preset, source=str(tmp_path / "branch"), revision=None))
     train, validation = from_splits(splits, preset)
     assert validation is not None
     assert [train.rows["text"][:], validation.rows["text"][:]] == [["train"] * 9, ["test"] * 9]

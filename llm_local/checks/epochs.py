@@ -35,7 +35,8 @@ def with_epochs(config: Config, world_size: int) -> Config:
         given = f"{flag}={getattr(train, flag)}"
         raise ConfigError([f"{given} counts the rows of the data, which {what} does not tell; use {instead}"])
     config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
-    rows, _ = prepare(config, load_tokenizer(config), progress=sys.stderr.isatty())
+    tokenizer = None if config.task.reads_images else load_tokenizer(config)
+    rows, _ = prepare(config, tokenizer, progress=sys.stderr.isatty())
     assert rows.num_sequences is not None
     of_step = sequences_per_step(config, replicas_of(config, world_size))
     steps = train.max_steps

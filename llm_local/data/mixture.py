@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from datasets import IterableDataset
 from llm_local.config import Config, ConfigError, from_here
 from llm_local.data.text_files import format_of
 from llm_local.data.token_folder import is_token_folder
+from llm_local.flags import DataArguments
 from llm_local.problems import parse_named_files
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 BUILTIN = "builtin"
+DIGITS = "digits"  # scikit-learn's (data/digits.py)
 TOKENS = "tokens"
 OBJECT = "<train_dataset>"  # what run.yaml names of a data set that was an object
 TRAIN, VALIDATION = "train", "validation"  # of config.rows; any other name is that of a set to validate on
@@ -52,6 +54,8 @@ class Source:
     streaming: bool = False
     running_text: bool = False
     weight: float = 1.0
+    image_column: str = "image"
+    label_column: str = "label"
     rows: Any = None
 
     @property
@@ -60,13 +64,14 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """'builtin', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk), 'hub' or 'object' (rows)."""
+        """'builtin', 'digits', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk), 'hub' or 'object'
+        (rows)."""
         if self.source == OBJECT:
             return "object"
-        if self.field in ("train_file", "validation_file", "validation_files"):
+        if self.field in ("train_file", "validation_file", "validation_files", "train_dir", "validation_dir"):
             return "files"
-        if self.source == BUILTIN:
-            return BUILTIN
+        if self.source in (BUILTIN, DIGITS):
+            return self.source
         path = local_path(self.source)
         if path is not None and is_token_folder(path):
             return TOKENS
@@ -88,17 +93,18 @@ def training_sources(config: Config) -> list[Source]:
     """The sources of the training documents. Raises ConfigError for all that is wrong with a mixture file."""
     data = config.data
     if TRAIN in config.rows:
-        return [_of_object("train_dataset", *config.rows[TRAIN])]
+        return [_of_object(data, "train_dataset", *config.rows[TRAIN])]
     if data.data_mixture:
         return _read_mixture(config, Path(data.data_mixture))
     field, source = "dataset_name", data.dataset_name or BUILTIN
-    if data.train_file:
-        field, source = "train_file", data.train_file
+    for name in ("train_file", "train_dir"):
+        if given := getattr(data, name):
+            field, source = name, given
     return [
         Source(
             field=field,
             source=source,
-            text_column=data.text_column_name,
+            **columns_of(data),
             config=data.dataset_config_name,
             revision=data.dataset_revision,
             split=data.dataset_split,
@@ -112,14 +118,22 @@ def validation_sources(config: Config) -> dict[str, Source]:
     data = config.data
     objects = {name: rows for name, rows in config.rows.items() if name != TRAIN}
     if objects:
-        return {name: _of_object("eval_dataset", *rows) for name, rows in objects.items()}
-    files = {"validation": ("validation_file", data.validation_file)} if data.validation_file else {}
+        return {name: _of_object(data, "eval_dataset", *rows) for name, rows in objects.items()}
+    given = [(name, getattr(data, name)) for name in ("validation_file", "validation_dir")]
+    files = dict([("validation", (name, file)) for name, file in given if file])
     files |= {name: ("validation_files", file) for name, file in parse_named_files(data.validation_files or "")}
-    return {name: Source(field, file, data.text_column_name) for name, (field, file) in files.items()}
+    return {name: Source(field, file, **columns_of(data)) for name, (field, file) in files.items()}
 
 
-def _of_object(field: str, column: str, rows: Any) -> Source:
-    return Source(field, OBJECT, column, streaming=isinstance(rows, IterableDataset), rows=rows)
+def columns_of(data: DataArguments) -> dict[str, Any]:
+    """The columns of a source, as the flags name them."""
+    named = {"text_column": data.text_column_name, "image_column": data.image_column_name}
+    return named | {"label_column": data.label_column_name}
+
+
+def _of_object(data: DataArguments, field: str, column: str, rows: Any) -> Source:
+    columns = columns_of(replace(data, text_column_name=column))
+    return Source(field, OBJECT, **columns, streaming=isinstance(rows, IterableDataset), rows=rows)
 
 
 def _read_mixture(config: Config, path: Path) -> list[Source]:
@@ -139,7 +153,7 @@ def _read_mixture(config: Config, path: Path) -> list[Source]:
         found = _entry_problems(entry)
         problems += [f"{named}, source {number}: {problem}" for problem in found]
         if not found:
-            defaults = {"text_column": config.data.text_column_name, "streaming": config.data.streaming}
+            defaults = {**columns_of(config.data), "streaming": config.data.streaming}
             sources.append(Source(**{"field": f"{named}, source {number}", **defaults, **entry}))
     if problems:
         raise ConfigError(problems)

@@ -67,8 +67,8 @@ def _only_once(config: Config, **objects: Any) -> None:
         {
             "model": ("model_name_or_path", "config_name", "model_type"),
             "tokenizer": ("tokenizer_name",),
-            "train_dataset": ("dataset_name", "train_file", "data_mixture", "streaming"),
-            "eval_dataset": ("validation_file", "validation_files"),
+            "train_dataset": ("dataset_name", "train_file", "train_dir", "data_mixture", "streaming"),
+            "eval_dataset": ("validation_file", "validation_dir", "validation_files"),
         },
         config.flat(),
     )
@@ -102,9 +102,12 @@ def _kept(thing: PretrainedConfig | PreTrainedTokenizerBase, folder: Path, kind:
 
 
 def _rows(name: str, given: Rows, config: Config, tokenizer: Any) -> tuple[str, Dataset | IterableDataset]:
-    """A column of text, or of token numbers, and the rows with that alone. Raises ConfigError for anything else."""
+    """A column of text, of token numbers or of images, and the rows; with that alone, of text. Raises ConfigError for
+    anything else."""
     field = "train_dataset" if name == TRAIN else "eval_dataset"
     named = field if name in (TRAIN, VALIDATION) else f"{field} {name!r}"
+    if config.task.reads_images:
+        return config.data.image_column_name, _images(named, given, config)
     rows = _as_datasets(given, config)
     if rows is None:
         kinds = "a Dataset or IterableDataset of datasets or torch, or a list of texts"
@@ -127,13 +130,37 @@ def _rows(name: str, given: Rows, config: Config, tokenizer: Any) -> tuple[str, 
     return IDS, rows.select_columns([IDS])
 
 
+def _images(named: str, given: Rows, config: Config) -> Dataset:
+    """Rows with images and labels, which image_sources.py looks at. Raises ConfigError for no such rows."""
+    if isinstance(given, Dataset):
+        return given
+    if not _is_list(given):
+        kinds = "a Dataset of datasets or torch, or a list of (image, label), which are read by number"
+        raise ConfigError([f"{named} is a {type(given).__name__}; give {kinds}"])
+    options: Any = {"rows": given, "columns": (config.data.image_column_name, config.data.label_column_name)}
+    made = Dataset.from_generator(_labelled, gen_kwargs=options, cache_dir=str(config.cache_dir / "datasets"))
+    assert isinstance(made, Dataset)
+    return made
+
+
+def _labelled(rows: Any, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows by column: those of a torch data set may be pairs."""
+    for number in range(len(rows)):
+        row = rows[number]
+        yield {**row} if isinstance(row, Mapping) else dict(zip(columns, row, strict=True))
+
+
+def _is_list(given: Rows) -> bool:
+    return hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, (str, bytes, Mapping))
+
+
 def _as_datasets(given: Rows, config: Config) -> Dataset | IterableDataset | None:
     """As one of `datasets`, by its own means; None for what is none."""
     if isinstance(given, (Dataset, IterableDataset)):
         return given
     if isinstance(given, torch.utils.data.IterableDataset):
         return IterableDataset.from_generator(_items, gen_kwargs={"rows": given, "text": config.data.text_column_name})
-    if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, (str, bytes, Mapping)):
+    if _is_list(given):
         options: Any = {"rows": given, "text": config.data.text_column_name}
         cache = str(config.cache_dir / "datasets")
         return Dataset.from_generator(_items, gen_kwargs=options, cache_dir=cache)

@@ -21,10 +21,10 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.adapters.hf_internals import fingerprint_of
-from llm_local.config import Config, ConfigError, some_of
+from llm_local.config import Config, ConfigError
 from llm_local.data.encoding import (
     REVISION,
     count_spelled,
@@ -35,101 +35,91 @@ from llm_local.data.encoding import (
     special_ids,
     tokenizer_key,
 )
-from llm_local.data.mixture import BUILTIN, TOKENS, Source, training_sources, validation_sources
-from llm_local.data.packing import CONCAT, Packed, PackedSource, Pieces, count_openings, mark_of
+from llm_local.data.image_processor import load_processor
+from llm_local.data.image_sets import prepare_images
+from llm_local.data.images import class_names
+from llm_local.data.mixture import TOKENS, Source, training_sources, validation_sources
+from llm_local.data.packing import CONCAT, Packed, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
+from llm_local.data.run_data import (
+    OTHER_TEXT,
+    VALIDATION_SEED,
+    Data,
+    ProcessingClass,
+    SourceData,
+    ValidationSet,
+    taken,
+    title_of,
+)
 from llm_local.data.sequences import FittedTokens, MixedSequences, PackedTokens, Sequences, StoredSequences, shares
-from llm_local.data.source_problems import data_problems, files_of
+from llm_local.data.source_problems import data_problems as text_problems
+from llm_local.data.source_problems import files_of
 from llm_local.data.sources import Documents, load_training, load_validation
 from llm_local.data.streams import StreamedSequences
 from llm_local.data.token_folder import REPAIR, require_tokenizer
+from llm_local.data.tokenizer import load_tokenizer
 
 __all__ = [
     "Data",
+    "ProcessingClass",
     "Sequences",
     "SourceData",
     "ValidationSet",
+    "class_names",
     "data_problems",
+    "key_of",
+    "load_processing_class",
     "prepare",
     "prepare_all",
     "tokenizer_key",
 ]
 
-OTHER_TEXT = "change the text, or use another tokenizer"
-VALIDATION_SEED = 0  # mixed, so that a short evaluation sees many documents; the same in every run
+
+def data_problems(config: Config) -> list[str]:
+    """Everything wrong with the run's data sources that shows before training, images themselves left out."""
+    if not config.task.reads_images:
+        return text_problems(config)
+    try:
+        class_names(config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """Sequences to evaluate on. bytes_per_token: UTF-8 bytes of its text by those of its tokens that are predicted, EOS
-    included: see _predicted."""
-
-    name: str
-    sequences: Sequences
-    bytes_per_token: float
-    tokens: Prepared | None = None  # of one source
+def load_processing_class(config: Config, model_config: PretrainedConfig) -> ProcessingClass:
+    """The tokenizer, or the image processor of a task that reads images. Raises ConfigError."""
+    return load_processor(config, model_config) if config.task.reads_images else load_tokenizer(config)
 
 
-@dataclass(frozen=True)
-class SourceData:
-    """What a source gives to train on; tokens and how they are packed are not known of a stream. title: what it is
-    called away from this machine; extent: see PackedSource."""
-
-    name: str
-    weight: float
-    sequences: Sequences
-    tokens: Prepared | None = None
-    packed: Packed | None = None
-    title: str = ""
-    extent: str = ""
-
-    def describe(self) -> str:
-        """In a line for a person."""
-        how = self.packed.describe() if self.packed else "a stream, packed as it is read"
-        return f"{self.name}: {how}"
-
-    def facts(self) -> PackedSource:
-        """What can be kept of it."""
-        return PackedSource(self.title or self.name, self.weight, self.packed, self.extent)
+def key_of(processing_class: ProcessingClass) -> str:
+    """Changes with what it makes of text or images."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return tokenizer_key(processing_class)
+    return Hasher.hash(processing_class.to_json_string())
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run trains and evaluates on. The first validation set is the one that a single number speaks of."""
-
-    train: Sequences
-    validation: tuple[ValidationSet, ...]
-    sources: tuple[SourceData, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Documents and tokens of each that is on disk, by name."""
-        named = {each.name: each.tokens for each in self.sources}
-        named |= {f"{each.name} (validation)": each.tokens for each in self.validation}
-        return {name: (tokens.documents, tokens.tokens) for name, tokens in named.items() if tokens is not None}
-
-    def spelled_in_streams(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """Lines on the special tokens that were made of text in what was read of streams so far."""
-        read = [(each.name, each.sequences) for each in self.sources if isinstance(each.sequences, StreamedSequences)]
-        found = {name: sequences.spelled for name, sequences in read if sequences.spelled}
-        return tuple(
-            f"{name}: {_taken(tokenizer)}, {count:,} times in what was read of the stream; {OTHER_TEXT}"
-            for name, count in found.items()
-        )
-
-
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> tuple[Sequences, Sequences]:
+def prepare(
+    config: Config, processing_class: ProcessingClass | None, progress: bool = False
+) -> tuple[Sequences, Sequences]:
     """(train, validation) as prepare_all makes them, of the first validation set alone."""
-    data = prepare_all(config, tokenizer, progress)
+    data = prepare_all(config, processing_class, progress)
     return data.train, data.validation[0].sequences
 
 
-def prepare_all(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = False) -> Data:
+def prepare_all(config: Config, processing_class: ProcessingClass | None, progress: bool = False) -> Data:
     """The run's sequences; training ones are shuffled by config.train.seed, validation always alike.
 
+    processing_class: of text the tokenizer; images need none yet.
+
     Raises ConfigError for what data_problems finds, a tokenizer without EOS, and a source with too little text for
-    one sequence (for validation only if the run evaluates). `progress` shows the progress bars of `datasets`.
+    one sequence (for validation only if the run evaluates), or images that are none. `progress` shows the progress bars
+    of `datasets`.
     """
+    if config.task.reads_images:
+        with _progress_bars(progress):
+            return prepare_images(config)
+    assert isinstance(processing_class, PreTrainedTokenizerBase), "text is tokenised"
+    tokenizer = processing_class
     if tokenizer.eos_token_id is None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ConfigError([f"the tokenizer {name} has no EOS token to end a document; set eos_token in its config"])
@@ -151,7 +141,7 @@ def prepare_all(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bo
             if validation is not None:
                 held_out.append(_validate_on(validation, tokenizer, config))
             part = _train_on(train, source.weight, tokenizer, config)
-            parts.append(replace(part, title=_title(source), extent=_extent(source, part)))
+            parts.append(replace(part, title=title_of(source), extent=_extent(source, part)))
     weights, rows = [part.weight for part in parts], [part.sequences for part in parts]
     names = [*given] if given else [part.name for part in parts]
     named = [(part.name, part.tokens) for part in parts]
@@ -170,17 +160,13 @@ def _spelled(found: list[tuple[str, Prepared | None]], tokenizer: PreTrainedToke
     lines, could = [], never_text(tokenizer)
     for name, tokens in found:
         if tokens is None:
-            lines += [f"{name}: {_taken(tokenizer)}, which is counted as the stream is read"] if could else []
+            lines += [f"{name}: {taken(tokenizer)}, which is counted as the stream is read"] if could else []
         elif tokens.spelled:
-            lines.append(f"{name}: {_taken(tokenizer)}, {tokens.spelled:,} times; {OTHER_TEXT}")
+            lines.append(f"{name}: {taken(tokenizer)}, {tokens.spelled:,} times; {OTHER_TEXT}")
         elif tokens.spelled is None and (count := _count_old(tokens, tokenizer)):
             then = "was prepared when text that spelled a special token became one"
             lines.append(f"{name} {then}, {count:,} times; prepare it again")
     return tuple(lines)
-
-
-def _taken(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"text that spells {some_of(never_text(tokenizer))} is taken for the token by this tokenizer"
 
 
 def _count_old(tokens: Prepared, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -194,13 +180,6 @@ def _extent(source: Source, part: SourceData) -> str:
         return f"{part.packed.documents:,} documents of {part.tokens.tokens:,} tokens"
     sizes = [file.stat().st_size for file in files_of(source.source)] if source.kind == "files" else []
     return f"{sum(sizes):,} bytes" if sizes else ""
-
-
-def _title(source: Source) -> str:
-    """What a source is called away from this machine."""
-    if source.kind == "object":
-        return source.field
-    return source.source if source.kind in ("hub", BUILTIN) else Path(source.source).name
 
 
 @dataclass(frozen=True)

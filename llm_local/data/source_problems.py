@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value, load_from_disk
 
 from llm_local.config import Config, ConfigError, from_here
 from llm_local.data import corpus
-from llm_local.data.mixture import BUILTIN, SAVED, TOKENS, Source, training_sources, validation_sources
+from llm_local.data.mixture import BUILTIN, DIGITS, SAVED, TOKENS, Source, training_sources, validation_sources
 from llm_local.data.text_files import (
     FORMATS,
     PACKED,
@@ -54,6 +54,8 @@ def source_problems(source: Source) -> list[str]:
     if source.kind == "object":
         given = "give it again (llm_local.prepare), or name another data set"
         return [] if source.rows is not None else [f"{source.named} was an object of a Python program; {given}"]
+    if source.kind == DIGITS:
+        return [f"{source.named} are images; set task=image-classification, or name another data set"]
     if source.kind == BUILTIN:
         return builtin_problems(corpus.stdlib_folder())
     if source.kind == TOKENS:

@@ -76,7 +76,7 @@ def load_training(config: Config, source: Source, divide: bool) -> tuple[Documen
         return in_blocks(train), None
     if validation is None:
         split = hold_out_stream if isinstance(train.rows, IterableDataset) else hold_out
-        train, validation = _or_refused(source, lambda: split(train, config.data.validation_split_percentage))
+        train, validation = or_refused(source, lambda: split(train, config.data.validation_split_percentage))
     return in_blocks(train), in_blocks(validation)
 
 
@@ -102,11 +102,11 @@ def _read(config: Config, source: Source, divide: bool) -> tuple[Documents, Docu
     if source.kind == BUILTIN:
         rows = builtin_corpus(config.cache_dir)
         return Documents(rows.to_iterable_dataset() if source.streaming else rows, "text", "the built-in corpus"), None
-    splits = _read_saved(source) if source.kind == "saved" else _read_hub(config, source)
+    splits = read_saved(source) if source.kind == "saved" else read_hub(config, source)
     return from_splits(splits, source, divide)
 
 
-def _or_refused(source: Source, read: Callable[[], Any]) -> Any:
+def or_refused(source: Source, read: Callable[[], Any]) -> Any:
     """What `read` returns. Raises ConfigError naming the source where a document cannot be read."""
     try:
         return read()
@@ -143,18 +143,18 @@ def _read_files(config: Config, source: Source) -> Documents:
         title = None if datasets.are_progress_bars_disabled() else f"reading {source.named}"
         return convert(texts, config.cache_dir, config.data.preprocessing_num_workers, title)
 
-    rows = _or_refused(source, load)
+    rows = or_refused(source, load)
     return Documents(rows, column, source.named, running_text=kind == "text" and not whole)
 
 
 def _read_tables(config: Config, source: Source, kind: str, files: list[Path]) -> Dataset | IterableDataset:
     column = source.text_column
-    features = _or_refused(source, lambda: table_features(files, column))
+    features = or_refused(source, lambda: table_features(files, column))
     options: dict[str, Any] = {"columns": [column]} if kind == "parquet" else {}
     options |= {"features": Features({column: features[column]}) if options else features}
     options |= {"streaming": source.streaming, "cache_dir": str(config.cache_dir / "datasets")}
     data_files = {"train": [glob.escape(str(file.resolve())) for file in files]}  # brackets would make a pattern
-    rows = _or_refused(source, lambda: load_dataset(kind, data_files=data_files, split="train", **options))
+    rows = or_refused(source, lambda: load_dataset(kind, data_files=data_files, split="train", **options))
     _check_column(source.named, rows, source.text_column)
     return _only(rows, source.text_column)
 
@@ -164,14 +164,14 @@ def _read_tokens(source: Source, name: str) -> Documents:
     return Documents(read(folder, REPAIR), "tokens", source.named, tokens=folder)
 
 
-def _read_saved(source: Source) -> dict[str, Any]:
+def read_saved(source: Source) -> dict[str, Any]:
     saved = load_from_disk(source.source)
     splits: dict[str, Any] = {"train": saved} if isinstance(saved, Dataset) else {str(k): saved[k] for k in saved}
     wanted = source.split or "train"
     return splits | ({wanted: splits[wanted].to_iterable_dataset()} if source.streaming and wanted in splits else {})
 
 
-def _read_hub(config: Config, source: Source) -> dict[str, Any]:
+def read_hub(config: Config, source: Source) -> dict[str, Any]:
     options: dict[str, Any] = {"revision": source.revision, "streaming": source.streaming}
     options["cache_dir"] = str(config.cache_dir / "datasets")
     try:
@@ -197,7 +197,7 @@ def from_splits(splits: dict[str, Any], source: Source, divide: bool = True) -> 
         rows = _only(splits[name], source.text_column)
         found.append(Documents(rows, source.text_column, source.named, source.running_text))
     if len(found) > 1 and isinstance(found[1].rows, IterableDataset):
-        texts = _or_refused(source, lambda: _first_texts(found[1], STREAM_PROBE))
+        texts = or_refused(source, lambda: _first_texts(found[1], STREAM_PROBE))
         found[1] = replace(found[1], rows=Dataset.from_dict({source.text_column: texts}))
     return found[0], found[1] if len(found) > 1 else None
 
@@ -220,31 +220,36 @@ def hold_out(train: Documents, percentage: int) -> tuple[Documents, Documents]:
     """Divides the documents: drawn by SPLIT_SEED, in file order; of a running text the last lines. One at least."""
     rows = train.rows
     assert isinstance(rows, Dataset)
-    held, kept = _numbers_held_out(train, rows.num_rows, percentage)
-    if train.running_text:
-        numbers = np.arange(rows.num_rows)
-    else:
-        numbers = np.random.default_rng(SPLIT_SEED).permutation(rows.num_rows)
-    validation = rows.select(np.sort(numbers[kept:]))
-    assert validation.num_rows == held
-    return replace(train, rows=rows.select(np.sort(numbers[:kept]))), replace(train, rows=validation)
+    _require_two(train, rows.num_rows)
+    kept, held = divide(rows.num_rows, percentage, in_order=train.running_text)
+    return replace(train, rows=rows.select(kept)), replace(train, rows=rows.select(held))
+
+
+def divide(count: int, percentage: int, in_order: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to train on and of those held out, drawn by SPLIT_SEED or the last ones; each sorted."""
+    numbers = np.arange(count) if in_order else np.random.default_rng(SPLIT_SEED).permutation(count)
+    kept = count - _held_out(count, percentage)
+    return np.sort(numbers[:kept]), np.sort(numbers[kept:])
 
 
 def hold_out_stream(train: Documents, percentage: int) -> tuple[Documents, Documents]:
     """Divides a stream: the first documents, read now, are the validation; training begins behind them."""
     assert isinstance(train.rows, IterableDataset)
     probed = sum(1 for _ in islice(train.rows, STREAM_PROBE))
-    held, _ = _numbers_held_out(train, probed, percentage)
+    _require_two(train, probed)
+    held = _held_out(probed, percentage)
     validation = Dataset.from_dict({train.column: _first_texts(train, held)})
     return replace(train, rows=train.rows.skip(held)), replace(train, rows=validation)
 
 
-def _numbers_held_out(train: Documents, documents: int, percentage: int) -> tuple[int, int]:
+def _held_out(count: int, percentage: int) -> int:
+    return min(count - 1, max(1, round(count * percentage / 100)))
+
+
+def _require_two(train: Documents, documents: int) -> None:
     if documents < 2:
         kind = "line" if train.running_text else "document"
         raise ConfigError([f"{train.source} holds {documents} {kind}, which cannot be divided; add validation text"])
-    held = min(documents - 1, max(1, round(documents * percentage / 100)))
-    return held, documents - held
 
 
 def _first_texts(documents: Documents, count: int) -> list[str]:

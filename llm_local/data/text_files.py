@@ -198,5 +198,5 @@ def _csv_documents(piece: Piece, lines: Iterator[Line], column: str) -> Iterator
             yield Line(rows.line_num, row[header.index(column)])
 
 
-def missing_column(column: str, columns: list[str]) -> str:
-    return f"no column {column!r}, only {', '.join(map(repr, columns)) or 'none'}; set text_column_name"
+def missing_column(column: str, columns: list[str], flag: str = "text_column_name") -> str:
+    return f"no column {column!r}, only {', '.join(map(repr, columns)) or 'none'}; set {flag}"

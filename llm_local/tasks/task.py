@@ -26,8 +26,9 @@ class Task(ABC):
     name: what --task calls it; `register_task` gives it. title: such a model, in a text. auto_class, auto_mapping: what
     makes and loads them, and the table of its classes, in transformers. options: what each forward pass is told. score:
     what exp(loss) is. pipeline_tag: of a model card. generates: it writes text. sends_labels: they are not to be had
-    from the ids. needed_token: of a tokenizer. new_tokens: special ones of a new tokenizer, as they are spelt.
-    delimiters: what begins and ends a text instead, where a tokenizer lacks that.
+    from the ids. reads_images: a row is the number of an image (data/images.py), and there is no tokenizer.
+    needed_token: of a tokenizer. new_tokens: special ones of a new tokenizer, as they are spelt. delimiters: what
+    begins and ends a text instead, where a tokenizer lacks that.
     """
 
     name = ""
@@ -39,6 +40,7 @@ class Task(ABC):
     pipeline_tag: ClassVar[str]
     generates: ClassVar[bool] = False
     sends_labels: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
     needed_token: ClassVar[str] = ""
     new_tokens: ClassVar[Mapping[str, str]] = {}
     delimiters: ClassVar[Mapping[str, str]] = {}
