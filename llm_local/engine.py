@@ -50,10 +50,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """losses: (blocks,) float32, as in StepResult. tokens: of this replica, without padding."""
+    """losses: (blocks,) float32, as in StepResult. tokens: of this replica, without padding. measures: (blocks, M),
+    what the task measures beside the loss, means over rows."""
 
     losses: torch.Tensor
     tokens: int
+    measures: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 0))
 
 
 @dataclass
@@ -108,6 +110,7 @@ class LocalEngine:
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._sums = torch.zeros(len(engines))
+        self._measures: list[torch.Tensor] = []  # (M,) float64 of each block
         self._tokens = 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
         self.check_ids: torch.Tensor | None = None
@@ -176,8 +179,9 @@ class LocalEngine:
         """Mean loss of every block over so many validation micro-batches with today's weights."""
         for engine in self.engines:
             engine.eval()
+        self._measures = [torch.zeros_like(block.measured) for block in self.blocks]
         losses = self._run(EvalSchedule, EVAL, step, micro_batches)
-        return EvalResult(losses, self._tokens)
+        return EvalResult(losses, self._tokens, torch.stack(self._measures) / micro_batches)
 
     def _run(self, schedule: Callable[..., Schedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
         self._kind, self._step, self._num_entered = kind, step, 0
@@ -205,7 +209,7 @@ class LocalEngine:
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         device = self.engines[0].device
-        return {name: part.to(device, non_blocking=True) for name, part in packet.integer_parts().items()}
+        return {name: part.to(device, non_blocking=True) for name, part in packet.inputs().items()}
 
     def _exec_forward(
         self,
@@ -225,7 +229,7 @@ class LocalEngine:
         inputs: dict[str, Any] = self._inputs(batch.packet)
         if self._kind == TRAIN:
             seed_everything(self._heads.dropout_seed(self._step, batch.index, block))
-            inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs["input_ids"])
+            inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs.get("input_ids"))
         inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
         loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
@@ -241,6 +245,9 @@ class LocalEngine:
             if teaches:
                 batch.from_above[block - 1] = soft_targets(part.head, normed, self._distillation.top_k)
         self._sums[block].add_(loss.detach(), alpha=batch.packet.weight)
+        if self._kind == EVAL:
+            measured = self.blocks[block].measured
+            self._measures[block] = self._measures[block].to(measured.device) + batch.packet.weight * measured
 
     def _exec_send(self, buffer_id: int) -> None:
         assert self.links.sender is not None, "the last stage does not send"

@@ -14,7 +14,7 @@ LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
 program ancestors files screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
-tasks: task causal_lm masked_lm
+tasks: task causal_lm masked_lm image_classification
 trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
 owner device aside launch trace stopping watchdog rendezvous world

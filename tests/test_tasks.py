@@ -14,7 +14,7 @@ from llm_local.tasks.task import IGNORED, register_task
 
 
 def test_a_file_a_task():
-    assert list(TASKS) == ["causal-lm", "masked-lm"]
+    assert list(TASKS) == ["causal-lm", "image-classification", "masked-lm"]
     assert all(task.name == name for name, task in TASKS.items())
     with pytest.raises(ValueError, match="there is a task 'causal-lm' already; choose another name"):
         register_task("causal-lm", CausalLM())

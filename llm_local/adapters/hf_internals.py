@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, masking_utils, pytorch_utils
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -26,6 +26,7 @@ USED = {
         "_tied_weights_keys",
     ),
     "transformers.masking_utils": ("find_packed_sequence_indices",),
+    "transformers.pytorch_utils": ("is_torchdynamo_compiling",),
     "transformers.utils.hub": ("_raise_exceptions_for_missing_entries",),
     "transformers.generation.configuration_utils": ("_from_model_config",),
     "transformers.modeling_rope_utils": ("_rope_type_labels",),
@@ -60,6 +61,17 @@ def rows_as_they_stand() -> Iterator[None]:
 
 def not_packed(position_ids: Tensor) -> None:
     return None
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Lets models compute anew what they keep for all models of a size: tensors without numbers are no use to others.
+    transformers/pytorch_utils.py"""
+    asked, pytorch_utils.is_torchdynamo_compiling = pytorch_utils.is_torchdynamo_compiling, lambda: True
+    try:
+        yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = asked
 
 
 def file_of(source: str, name: str, **options: Any) -> str | None:

@@ -104,7 +104,7 @@ class Feed:
                 self._counted, self.step_tokens = step, share.tokens
                 self.tokens += share.tokens
             parts = self._parts(share.rows[these], share.seeds[these])
-            return Packet(kind, step, index, weight=share.weights[index], **parts)
+            return Packet(kind, step, index, weight=share.weights[index], row_tokens=0, **parts)
         rows = (self._held or self._share(TRAIN, self._start[0] + 1)).rows
         ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)

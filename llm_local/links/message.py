@@ -23,8 +23,8 @@ _ALIGNED = 64  # bytes; where torch lets tensors start, so that kernels treat re
 
 @dataclass(frozen=True)
 class PacketHeader:
-    """What a packet is, and which tensors make it up: integers (rows, tokens), and with width > 0 hidden states
-    (rows, tokens, width) as wire_dtype has them."""
+    """What a packet is, and which tensors make it up: integers (rows, tokens), or with is_by_row (rows, 1), and with
+    width > 0 hidden states (rows, tokens, width) as wire_dtype has them."""
 
     kind: int
     step: int
@@ -35,6 +35,7 @@ class PacketHeader:
     wire_dtype: str = CODES[0]
     names: tuple[str, ...] = ()
     weight: float = 1.0
+    is_by_row: bool = False
 
     @staticmethod
     def of(packet: Packet, wire_dtype: str) -> PacketHeader:
@@ -44,13 +45,14 @@ class PacketHeader:
         width = 0 if packet.hidden is None else packet.hidden.shape[-1]
         if packet.kind == CHECK and packet.hidden is not None:  # an export is compared with it: nothing is rounded then
             wire_dtype = wire_dtype_of(packet.hidden)
-        names = tuple(packet.integer_parts())
-        sizes = (rows, tokens, width)
-        return PacketHeader(packet.kind, packet.step, packet.index, *sizes, wire_dtype, names, packet.weight)
+        parts, sizes = packet.integer_parts(), (rows, tokens, width)
+        by_row = any(part.shape != (rows, tokens) for part in parts.values())
+        what, names = (packet.kind, packet.step, packet.index), tuple(parts)
+        return PacketHeader(*what, *sizes, wire_dtype, names, packet.weight, by_row)
 
     def to_bytes(self) -> torch.Tensor:
         """(HEADER_BYTES,) uint8."""
-        mask = sum(1 << INTEGER_PARTS.index(name) for name in self.names)
+        mask = sum(1 << INTEGER_PARTS.index(name) for name in self.names) + (self.is_by_row << len(INTEGER_PARTS))
         sizes = (self.rows, self.tokens, self.width)
         weight = int(torch.tensor(self.weight, dtype=torch.float64).view(torch.int64))
         numbers = [_MAGIC, self.kind, self.step, self.index, *sizes, CODES.index(self.wire_dtype), mask, weight]
@@ -65,7 +67,8 @@ class PacketHeader:
             raise ValueError("no packet header")
         names = tuple(name for i, name in enumerate(INTEGER_PARTS) if mask >> i & 1)
         weight = float(numbers[-1:].view(torch.float64))
-        return PacketHeader(kind, step, index, rows, tokens, width, CODES[code], names, weight)
+        by_row = bool(mask >> len(INTEGER_PARTS) & 1)
+        return PacketHeader(kind, step, index, rows, tokens, width, CODES[code], names, weight, by_row)
 
     @property
     def is_end(self) -> bool:
@@ -73,7 +76,7 @@ class PacketHeader:
 
     def integers(self) -> list[Shaped]:
         """Shape and dtype of the integer tensors."""
-        return [((self.rows, self.tokens), torch.int32) for _ in self.names]
+        return [((self.rows, 1 if self.is_by_row else self.tokens), torch.int32) for _ in self.names]
 
     def numbers(self) -> list[Shaped]:
         """Shape and dtype of the tensors that hidden states are on the wire."""
@@ -93,7 +96,7 @@ class PacketHeader:
         """The inverse of `tensors`."""
         parts = {name: part.long() for name, part in zip(self.names, integers, strict=True)}
         hidden = decode(numbers, self.width) if numbers else None
-        return Packet(self.kind, self.step, self.index, hidden=hidden, weight=self.weight, **parts)
+        return Packet(self.kind, self.step, self.index, hidden=hidden, weight=self.weight, row_tokens=0, **parts)
 
 
 def body_size(tensors: Iterable[Shaped]) -> int:

@@ -12,8 +12,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,8 +25,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from llm_local.adapters.hf_internals import attention_kernel_of, can_choose_experts_kernel, rope_kinds
-from llm_local.adapters.torch_internals import fake_tensors
+from llm_local.adapters.hf_internals import attention_kernel_of, can_choose_experts_kernel, nothing_kept, rope_kinds
+from llm_local.adapters.torch_internals import buffers_of, fake_tensors, parameters_of
 from llm_local.config import ConfigError, from_here, some_of
 from llm_local.flags import ModelArguments
 from llm_local.model.gguf_cache import gguf_path, read_gguf_config
@@ -34,10 +35,12 @@ from llm_local.model.observation import (
     TOKENS,
     SliceError,
     check_parameters,
+    example,
     find_argument,
     find_layers,
     find_output_length,
     first_tensor,
+    is_used,
     text_config,
     watch,
 )
@@ -60,7 +63,9 @@ class Anatomy:
     tied: the output matrix is the embedding, which a class may do or not do whatever its config says.
     active_layer_parameters: of a layer's, on average, those that one token passes; fewer in a mixture of experts.
     layer_matrices: rows and columns of the matrices of the first layer.
-    task: what the model is trained for, by name.
+    task: what the model is trained for, by name. row_shape: of what it reads of a row, where that is fixed, and
+    num_tokens: the positions (T) of its hidden states then. tuples, shapes: of the modules before the layers
+    that return a tuple, its length; what they return then, (ROWS, ...).
     """
 
     layers: str
@@ -77,6 +82,10 @@ class Anatomy:
     tied: bool
     layer_matrices: tuple[tuple[int, int], ...] = ()
     task: str = "causal-lm"
+    row_shape: tuple[int, ...] = ()
+    num_tokens: int = 0
+    tuples: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -156,22 +165,26 @@ def attention_kernel(model: ModelArguments, config: PretrainedConfig) -> str | N
 
 
 def probe(
-    config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
+    config: PretrainedConfig,
+    model: ModelArguments,
+    trial: Callable[[PreTrainedModel, Anatomy], None] | None = None,
+    row_shape: tuple[int, ...] | None = None,
 ) -> Anatomy:
     """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away.
+    row_shape: of what it is fed (Task.row_shape), by default as the config has it.
 
     Raises SliceError saying why it cannot be cut, or with which of the config's values there is no such model.
     """
-    name = config.model_type
+    name, shape = config.model_type, TASKS[model.task].row_shape(config) if row_shape is None else row_shape
     try:
-        return _watched(config, model, trial)
+        return _watched(config, model, trial, shape)
     except SliceError as error:
         raise SliceError(f"model type {name!r} cannot be cut into stages: {error}") from error
     except Exception as error:
         if not TASKS[model.task].has_class(config):
             raise SliceError(_no_class(config, TASKS[model.task])) from error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if not isinstance(error, ImportError) and (blamed := _blamed(config, model)):
+        if not isinstance(error, ImportError) and (blamed := _blamed(config, model, shape)):
             raise SliceError(
                 f"no {name!r} model runs with {blamed}: change that, or what contradicts it ({reason})"
             ) from error
@@ -185,30 +198,55 @@ def _no_class(config: PretrainedConfig, task: Task) -> str:
 
 
 def _watched(
-    config: PretrainedConfig, model: ModelArguments, trial: Callable[[PreTrainedModel, Anatomy], None] | None = None
+    config: PretrainedConfig,
+    model: ModelArguments,
+    trial: Callable[[PreTrainedModel, Anatomy], None] | None,
+    row_shape: tuple[int, ...],
 ) -> Anatomy:
     from transformers.initialization import no_init_weights
 
     task: Task = TASKS[model.task]
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with fake_tensors(), _unchanged_parameters_stay():
-        with no_init_weights():
-            fake = task.loader.from_config(
-                _without_dynamic_rope(copy.deepcopy(config)),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=model.trust_remote_code,
-            )
+    make = partial(
+        task.make,
+        _without_dynamic_rope(copy.deepcopy(config)),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=model.trust_remote_code,
+    )
+    fake: Any = None
+    if (
+        row_shape
+    ):  # while they are made some classes read a drop rate for each layer, which is no number in a fake tensor
+        with torch.device("meta"), no_init_weights():
+            fake = make()
+    with fake_tensors(), _unchanged_parameters_stay(), nothing_kept():
+        if fake is not None:
+            _materialise(fake)
+        else:
+            with no_init_weights():
+                fake = make()
         fake.tie_weights()  # not done without initialisation
         if kernel := attention_kernel(model, config):
             fake.set_attn_implementation(kernel)
             fake.set_attn_implementation("eager")
         if can_choose_experts_kernel(fake):
             fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
-        anatomy = _observe(fake, task)
+        anatomy = _observe(fake, task, row_shape)
         if trial is not None:
             trial(fake, anatomy)
         return anatomy
+
+
+def _materialise(model: PreTrainedModel) -> None:
+    """Gives what lies on the meta device a place among the fake tensors."""
+    for module in model.modules():
+        for name, parameter in parameters_of(module).items():
+            if parameter is not None:
+                parameters_of(module)[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        for name, buffer in buffers_of(module).items():
+            if buffer is not None and buffer.is_meta:
+                buffers_of(module)[name] = torch.empty_like(buffer, device="cpu")
 
 
 @contextmanager
@@ -232,12 +270,12 @@ def _without_dynamic_rope(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _blamed(config: PretrainedConfig, model: ModelArguments) -> str:
+def _blamed(config: PretrainedConfig, model: ModelArguments, row_shape: tuple[int, ...]) -> str:
     """Those values of the config without which the model runs: with each by itself as its type has it by default."""
     found = []
     for name, value, default, values in _with_a_default(config):
         try:
-            _watched(type(config).from_dict(values), model)
+            _watched(type(config).from_dict(values), model, None, row_shape)
         except Exception:  # of whatever kind: that value is not to blame
             continue
         found.append(f"{name}={shorten(str(value), 60)} (the type's own is {shorten(str(default), 60)})")
@@ -247,7 +285,7 @@ def _blamed(config: PretrainedConfig, model: ModelArguments) -> str:
 def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, dict[str, Any]]]:
     """Each value that is not the type's default: name, value, default, and all values with the default in its place."""
     values = config.to_dict()
-    for name, default in {field.name: field.default for field in fields(type(config))}.items():
+    for name, default in {each.name: each.default for each in fields(type(config))}.items():
         part = getattr(config, name, None)
         if isinstance(part, PretrainedConfig):
             for inner, value, own, changed in _with_a_default(part):
@@ -256,9 +294,10 @@ def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, d
             yield name, values[name], default, copy.deepcopy(values) | {name: default}
 
 
-def _observe(model: PreTrainedModel, task: Task) -> Anatomy:
-    name, layers = find_layers(model, task.options)
-    events = watch(model, layers, task.options)
+def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> Anatomy:
+    inputs = {**example(task, row_shape), **task.options}
+    name, layers = find_layers(model, task, inputs)
+    events = watch(model, layers, inputs)
     ran = [int(what) for kind, what in events.order if kind == "layer"]
     if ran != list(range(len(layers))):
         raise SliceError(f"its layers are not called once each and in order, but {ran}")
@@ -271,15 +310,20 @@ def _observe(model: PreTrainedModel, task: Task) -> Anatomy:
     if between:
         raise SliceError(f"modules with parameters run between its layers: {', '.join(between)}")
     check_parameters(model, name, layers, events)
+    if row_shape:  # some classes also pool for others
+        after = tuple(each for each in after if is_used(model.get_submodule(each), events))
     if getattr(text_config(model.config), "num_kv_shared_layers", 0):
         raise SliceError("its layers share keys and values (num_kv_shared_layers)")
     output_length = find_output_length(events)
     argument = find_argument(events)
-    shape = tuple(first_tensor(events.outputs[0]).shape)
-    if len(shape) != 3 or shape[:2] != (ROWS, TOKENS):
+    shape, *others = [tuple(first_tensor(events.outputs[index]).shape) for index in range(len(layers))]
+    if other := next((other for other in others if other != shape), None):
+        raise SliceError(f"its hidden states change from shape {shape} to {other}, and a stage's border has one")
+    if len(shape) != 3 or shape[: 1 if row_shape else 2] != (ROWS, TOKENS)[: 1 if row_shape else 2]:
         raise SliceError(f"its hidden states have shape {shape}, not (batch, sequence, hidden)")
-    embedding = next(key for key, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = "" if row_shape else _name_of(model, model.get_input_embeddings())
     head = model.get_output_embeddings()
+    heads = [head] if head is not None else [model.get_submodule(each) for each in after] if row_shape else []
     return Anatomy(
         layers=name,
         num_layers=len(layers),
@@ -291,11 +335,19 @@ def _observe(model: PreTrainedModel, task: Task) -> Anatomy:
         hidden_size=int(shape[-1]),
         layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
         active_layer_parameters=_count_active(layers, text_config(model.config)) // len(layers),
-        head_parameters=sum(p.numel() for p in head.parameters()) if head is not None else 0,
+        head_parameters=sum(p.numel() for each in heads for p in each.parameters(recurse=head is not None)),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         layer_matrices=tuple((m.out_features, m.in_features) for m in layers[0].modules() if isinstance(m, nn.Linear)),
         task=task.name,
+        row_shape=row_shape,
+        num_tokens=shape[1] if row_shape else 0,
+        tuples={each: length for each, length in events.lengths.items() if each in before},
+        shapes={each: shape for each, shape in events.shapes.items() if each in before and row_shape},
     )
+
+
+def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
+    return next(key for key, module in model.named_modules() if module is wanted)
 
 
 def experts_of(text: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from llm_local.model.slices import Slice, new_slice
 from llm_local.partition import Span
+from llm_local.tasks.task import Parts
 
 SHARE = 0.25  # measured on SmolLM2-135M, docs/LOG.md; a power of two, so that nothing is rounded
 
@@ -39,12 +40,13 @@ def begin_as_embedding(head: Slice, body: Slice, config: PretrainedConfig, seed:
 def shrink_logits(head: Slice) -> bool:
     """Makes the logits of a copied head smaller, in its norm and in place; False if no change of weights does so."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, head.anatomy.hidden_size, generator=generator)
-    ids = torch.zeros(1, 8, dtype=torch.int64)
+    tokens = head.anatomy.num_tokens or 8
+    hidden = torch.randn(1, tokens, head.anatomy.hidden_size, generator=generator)
+    inputs = {head.task.main_input: torch.zeros(1, tokens, dtype=torch.int64)}
     was_training = head.model.training
     head.model.eval()
-    wanted = SHARE * head(hidden, input_ids=ids)[1]
-    found = any(_try(head, name, change, hidden, ids, wanted) for name in head.anatomy.after for change in CHANGES)
+    wanted = SHARE * head(hidden, **inputs)[1]
+    found = any(_try(head, name, change, hidden, inputs, wanted) for name in head.anatomy.after for change in CHANGES)
     head.model.train(was_training)
     return found
 
@@ -54,7 +56,7 @@ def _try(
     name: str,
     change: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
-    ids: torch.Tensor,
+    inputs: Parts,
     wanted: torch.Tensor,
 ) -> bool:
     """Changes one module's parameters if the head's output is then what is wanted."""
@@ -64,7 +66,7 @@ def _try(
     originals = [parameter.clone() for parameter in parameters]
     for parameter in parameters:
         parameter.copy_(change(parameter))
-    if torch.allclose(head(hidden, input_ids=ids)[1], wanted, rtol=1e-4, atol=1e-5):
+    if torch.allclose(head(hidden, **inputs)[1], wanted, rtol=1e-4, atol=1e-5):
         return True
     for parameter, original in zip(parameters, originals, strict=True):
         parameter.copy_(original)

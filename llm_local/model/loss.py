@@ -71,8 +71,10 @@ def without_layers(
     return twin
 
 
-def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward."""
+def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, D) normed hidden states → (B, T, V) logits, by the model class's own forward; (B, C) are these already."""
+    if part.task.answers_once:
+        return normed
     return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, **part.task.options).logits
 
 
@@ -110,10 +112,14 @@ class LossLinear(nn.Linear):
         return _summed(super().forward(states), targets)
 
 
-def head_loss(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def head_loss(
+    part: Slice, normed: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
     """Mean cross-entropy of what the task scores of (B, T, D) hidden states, by ids and labels."""
     states, targets = part.task.scored(normed, input_ids, labels)
     count = (targets != IGNORED).sum().clamp(min=1)
+    if part.task.answers_once:
+        return _summed(states, targets) / count
     output = part.model.get_output_embeddings()
     if isinstance(output, LossLinear):
         return output(states, targets) / count
@@ -152,6 +158,8 @@ def fit_head(part: Slice) -> None:
 
     Raises SliceError if the model's head cannot be run apart from its layers.
     """
+    if part.task.answers_once:  # few logits, by the class's own forward pass
+        return
     model = part.model
     was_training = model.training
     model.eval()

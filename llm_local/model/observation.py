@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.adapters.hf_internals import layer_classes
+from llm_local.tasks.task import Parts, Task
 
 ROWS, TOKENS = 2, 8
 
@@ -31,6 +32,9 @@ class Events:
     order: list[tuple[str, str]] = field(default_factory=list)
     inputs: dict[int, tuple[tuple, dict, dict]] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    # what modules with parameters beside the layers returned: lengths of tuples, shapes of tensors
+    lengths: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: torch.Tensor | None = None
 
 
@@ -52,6 +56,11 @@ def check_parameters(model: PreTrainedModel, name: str, layers: nn.ModuleList, e
             raise SliceError(f"it uses {key} without calling the module that has it")
 
 
+def is_used(module: nn.Module, events: Events) -> bool:
+    """Whether the logits depend on a parameter that the module itself has."""
+    return bool(_used_parameters(events.logits) & {id(p) for p in module.parameters(recurse=False)})
+
+
 def _used_parameters(output: torch.Tensor | None) -> set[int]:
     """The ids of the leaves that the output's graph ends in."""
     found: set[int] = set()
@@ -67,13 +76,20 @@ def _used_parameters(output: torch.Tensor | None) -> set[int]:
     return found
 
 
-def find_layers(model: PreTrainedModel, options: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
-    """The outermost module list with num_hidden_layers entries. options: of a forward pass, as for `watch`."""
-    wanted = getattr(text_config(model.config), "num_hidden_layers", None)
+def find_layers(model: PreTrainedModel, task: Task, inputs: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
+    """The outermost module list with num_hidden_layers entries. inputs: of a forward pass, as for `watch`."""
+    part = task.part_of(model.config)
+    for name in ("hidden_sizes", "encoder_hidden_sizes", "embed_dims"):
+        widths = getattr(part, name, None)
+        if isinstance(widths, (list, tuple)) and len({*widths}) > 1:
+            raise SliceError(f"its width changes on the way ({name}={[*widths]}), and all borders of stages have one")
+    wanted = getattr(part, "num_hidden_layers", None)
+    if wanted is None:
+        raise SliceError("its config has no num_hidden_layers: it is no stack of like layers")
     found = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     outer = [(k, m) for k, m in found if not any(k.startswith(f"{other}.") for other, _ in found)]
     if len(outer) > 1:  # one of them reads images or sound
-        outer = _called(model, outer, options)
+        outer = _called(model, outer, inputs)
     if len(outer) > 1:
         decoder_layers = layer_classes(model)
         outer = [(k, m) for k, m in outer if any(type(layer).__name__ in decoder_layers for layer in m)]
@@ -84,23 +100,26 @@ def find_layers(model: PreTrainedModel, options: Mapping[str, Any]) -> tuple[str
 
 
 def _called(
-    model: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]], options: Mapping[str, Any]
+    model: PreTrainedModel, lists: list[tuple[str, nn.ModuleList]], inputs: Mapping[str, Any]
 ) -> list[tuple[str, nn.ModuleList]]:
-    """Those whose layers run on text."""
+    """Those whose layers run on what the task feeds."""
     ran: set[str] = set()
     handles = [layers[0].register_forward_pre_hook(lambda *_, key=key: ran.add(key)) for key, layers in lists]
     model.eval()
-    model(input_ids=_example(), **options)
+    model(**inputs)
     for handle in handles:
         handle.remove()
     return [(key, layers) for key, layers in lists if key in ran]
 
 
-def _example() -> torch.Tensor:
-    return torch.full((ROWS, TOKENS), 3, dtype=torch.long)
+def example(task: Task, row_shape: tuple[int, ...]) -> Parts:
+    """Rows to watch a model with. row_shape: as Task has it."""
+    if row_shape:
+        return {task.main_input: torch.zeros(ROWS, *row_shape)}
+    return {task.main_input: torch.full((ROWS, TOKENS), 3, dtype=torch.long)}
 
 
-def watch(model: PreTrainedModel, layers: nn.ModuleList, options: Mapping[str, Any]) -> Events:
+def watch(model: PreTrainedModel, layers: nn.ModuleList, inputs: Mapping[str, Any]) -> Events:
     events = Events()
     inside = {id(module) for module in layers.modules()}
     handles = []
@@ -122,15 +141,24 @@ def watch(model: PreTrainedModel, layers: nn.ModuleList, options: Mapping[str, A
     def enter_module(name: str):
         return lambda _module, _args: events.order.append(("module", name))
 
+    def leave_module(name: str):
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            if isinstance(output, tuple):
+                events.lengths[name] = len(output)
+            events.shapes[name] = tuple(first_tensor(output).shape)
+
+        return hook
+
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(enter_layer(index), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave_layer(index)))
     for name, module in model.named_modules():
         if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(enter_module(name)))
+            handles.append(module.register_forward_hook(leave_module(name)))
     model.eval()
     with torch.enable_grad():  # side inputs that depend on parameters show by requires_grad
-        events.logits = model(input_ids=_example(), **options).logits
+        events.logits = model(**inputs).logits
     for handle in handles:
         handle.remove()
     return events

@@ -9,7 +9,6 @@ The list of layers keeps its full length, because models look at layer numbers a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from llm_local.adapters.hf_internals import forget_initialised, initialise, rows
 from llm_local.adapters.torch_internals import buffers_of, parameters_of
 from llm_local.config import some_of
 from llm_local.model.anatomy import Anatomy, SliceError
+from llm_local.model.observation import ROWS, TOKENS, example
 from llm_local.model.standins import Border, Seam, StandIn, prune, take_head
 from llm_local.partition import Span
 from llm_local.registry import TASKS
@@ -65,11 +65,16 @@ class Slice:
 
     def __call__(self, hidden: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, D) received hidden states (None at the start of the model) and ids →
-        the last layer's output (B, T, D) and what the output matrix reads, the normed one."""
+        the last layer's output (B, T, D) and what the output matrix reads, the normed one; of a task that answers once,
+        the logits (B, C) instead. What stays on the first stage is needed there alone."""
         border = self.border
         border.entering, border.leaving, border.running, border.seam = hidden, None, True, None
+        answers = self.has_head and self.task.answers_once
+        if hidden is not None and self.anatomy.row_shape:  # its size is looked at, and what is made of it thrown away
+            inputs[self.task.main_input] = hidden.new_zeros(()).expand(len(hidden), *self.anatomy.row_shape)
         with nullcontext() if inputs.keys() & _POSITIONED else rows_as_they_stand():
-            normed = self.base()(**self.task.options, **inputs)[0]
+            output = (self.model if answers else self.base())(**self.task.options, **inputs)
+        normed = output.logits if answers else output[0]
         leaving = border.leaving if len(self.span) else hidden
         assert leaving is not None, "the last layer of the slice was not called"
         border.entering, border.leaving, border.running = None, None, False
@@ -99,9 +104,7 @@ def model_without_weights(config: PretrainedConfig, task: str, **model_args: Any
     Neither the config's dtype nor its attention kernel is used: the run's precision and kernel come later.
     """
     with torch.device("meta"), no_init_weights():
-        return TASKS[task].loader.from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation=None, **model_args
-        )
+        return TASKS[task].make(config, dtype=torch.float32, attn_implementation=None, **model_args)
 
 
 def new_slice(
@@ -156,15 +159,16 @@ def try_slices(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
     Raises SliceError where the class looks for something in layers of other slices.
     """
-    ids, hidden = torch.full((2, 8), 3, dtype=torch.long), torch.zeros(2, 8, anatomy.hidden_size)
+    inputs = example(TASKS[anatomy.task], anatomy.row_shape)
+    hidden = torch.zeros(ROWS, anatomy.num_tokens or TOKENS, anatomy.hidden_size)
     lowest, nothing = Span(0, 1), Span(1, 1)
     try:
         first = Slice(model, anatomy, lowest, True, prune(model, anatomy, lowest, has_head=True))
-        first(None, input_ids=ids)
+        first(None, **inputs)
         head = Slice(model, anatomy, nothing, True, prune(model, anatomy, nothing, has_head=True))
-        head(hidden, input_ids=ids)
+        head(hidden, **inputs)
         take_head(model, anatomy)
-        head(hidden, input_ids=ids)
+        head(hidden, **inputs)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise SliceError(f"a slice of it does not run ({reason})") from error

@@ -46,6 +46,8 @@ class Block(nn.Module):
     model of the class. After the contextual supervision of local learning: earlier features go to the head alone.
     documents: how packed documents are kept apart, if they are. routed: in training the loss has the router losses of
     body and private layers, each as the model class has that of its layers; evaluation is of the language model alone.
+
+    measured: (M,) what the task measures beside the loss, of the last forward pass that was an evaluation's.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Block(nn.Module):
         self.transform = self.kind.transform(head)
         self.feature_scale = nn.Parameter(torch.zeros(1)) if mixes else None
         self.kept: torch.Tensor | None = None
+        self.measured = torch.zeros(len(head.task.measures))
         self.body = body
         self.head = head
         self.body_model = body.model
@@ -69,44 +72,50 @@ class Block(nn.Module):
         self.documents = documents
         self._routers = [Routers(body), Routers(head)] if routed else []
 
-    def features(self, input_ids: torch.Tensor, hidden: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
+    def features(self, input_ids: torch.Tensor | None, hidden: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
         """The block's output (B, T, D) with its graph; arguments as in forward."""
         assert (hidden is None) == self.body.is_first, "only the first block starts from ids"
         entering = None if hidden is None else hidden.to(self.body.model.dtype)
-        return self.body(entering, input_ids=input_ids, **self._inputs_of(self.body, input_ids, inputs))[0]
+        return self.body(entering, **self._inputs_of(self.body, input_ids, inputs))[0]
 
     def readout(
-        self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **inputs: Any
+        self, features: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:
         """The mean next-token loss of features (B, T, D), a float32 scalar."""
         return self._loss(self.normed(features, input_ids, **inputs), input_ids, labels, **inputs)
 
     def _loss(
-        self, normed: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **inputs: Any
+        self, normed: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:
         if self.documents is not None:
+            assert input_ids is not None, "documents are of text"
             labels = self.documents.labels(input_ids, labels, inputs.get("position_ids"))
+        task = self.head.task
+        if task.measures and not self.training:
+            self.measured = task.measure(*task.scored(normed, input_ids, labels))
         return head_loss(self.head, normed, input_ids, labels)
 
-    def _inputs_of(self, part: Slice, input_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a slice's model is given beside ids and hidden states."""
-        if self.documents is not None:
-            inputs = self.documents.inputs(part.base(), input_ids, inputs)
+    def _inputs_of(self, part: Slice, input_ids: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a slice's model is given beside hidden states."""
+        if input_ids is not None:
+            if self.documents is not None:
+                inputs = self.documents.inputs(part.base(), input_ids, inputs)
+            inputs = {"input_ids": input_ids, **inputs}
         return {**inputs, **Routers.asked} if self._routers and self.training else inputs
 
-    def logits(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, input_ids: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
         """The head's logits (B, T, V) of features (B, T, D)."""
         return head_logits(self.head, self.normed(features, input_ids, **inputs), input_ids)
 
-    def normed(self, features: torch.Tensor, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def normed(self, features: torch.Tensor, input_ids: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
         """What the output matrix reads of features (B, T, D)."""
-        _, normed = self.head(features, input_ids=input_ids, **self._inputs_of(self.head, input_ids, inputs))
+        _, normed = self.head(features, **self._inputs_of(self.head, input_ids, inputs))
         return normed if self.transform is None else self.transform(normed)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        hidden: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_logits: bool = False,
         detach_head: bool = False,
@@ -116,7 +125,7 @@ class Block(nn.Module):
         **inputs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """input_ids (B, T), hidden (B, T, D) from the block before or None at the start of the model; inputs are the
-        model's own attention_mask and position_ids where the data has them.
+        model's own attention_mask and position_ids where the data has them, or what a task has instead of ids.
 
         Returns the local loss (float32 scalar), or the head's logits (B, T, V) if wanted; the hidden states (B, T, D)
         for the block behind, which carry no graph; and the same with their graph, for a method that sends gradients
@@ -125,6 +134,7 @@ class Block(nn.Module):
         of those positions. With keep_normed what the output matrix read is there to be taken.
         """
         if self.documents is not None:
+            assert input_ids is not None, "documents are of text"
             inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             inputs.setdefault("position_ids", inside if return_logits else self.documents.positions(input_ids))
         features = self.features(input_ids, hidden, **inputs)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm_local.adapters.hf_internals import untie
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.observation import ROWS
 from llm_local.partition import Span
 
 
@@ -71,7 +72,7 @@ def _replace_preamble(model: PreTrainedModel, anatomy: Anatomy, border: Border) 
         if name == anatomy.embedding:
             model.set_submodule(name, AbsentEmbedding(original, border))
         elif any(p.requires_grad for p in original.parameters()):  # frozen ones (sinusoids) are kept: they cost nothing
-            model.set_submodule(name, AbsentModule(original, border))
+            model.set_submodule(name, AbsentModule(original, border, anatomy, name))
 
 
 def _leave(border: Border) -> Any:
@@ -164,8 +165,15 @@ class AbsentEmbedding(StandIn):
 class AbsentModule(StandIn):
     """Another trained module of the preamble: learned positions, embedding norm, projection."""
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return self.zeros()
+    def __init__(self, original: nn.Module, border: Border, anatomy: Anatomy, name: str):
+        super().__init__(original, border)
+        self.__dict__ |= {"length": anatomy.tuples.get(name), "shape": anatomy.shapes.get(name)}
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        zeros, shape, length = self.zeros(), self.__dict__["shape"], self.__dict__["length"]
+        if shape is not None:
+            zeros = zeros.new_zeros(len(zeros) if shape[0] == ROWS else shape[0], *shape[1:])
+        return zeros if length is None else (zeros,) + (None,) * (length - 1)
 
 
 class PassedBy(nn.Module):

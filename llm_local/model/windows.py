@@ -21,9 +21,13 @@ from llm_local.model.slices import Slice
 OF_TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
-def draw_window(plan: HeadPlan, step: int, index: int, block: int, input_ids: torch.Tensor) -> torch.Tensor | None:
+def draw_window(
+    plan: HeadPlan, step: int, index: int, block: int, input_ids: torch.Tensor | None
+) -> torch.Tensor | None:
     """(B, L) positions of the rows (B, T) of micro-batch `index` that the head of the stage's block sees in training;
     None: all of them."""
+    if input_ids is None:
+        return None
     windows = plan.window(step, index, block, *input_ids.shape)
     return None if windows is None else torch.tensor([list(w) for w in windows], device=input_ids.device)
 

@@ -25,9 +25,11 @@ class CausalLM(Task):
     generates = True
 
     def scored(
-        self, states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None
+        self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = (input_ids if labels is None else labels)[:, 1:].reshape(-1)
+        labels = input_ids if labels is None else labels
+        assert labels is not None, "there is text"
+        targets = labels[:, 1:].reshape(-1)
         return states[:, :-1].reshape(-1, states.shape[-1]), targets
 
     def count_scored(self, labels: torch.Tensor) -> torch.Tensor:

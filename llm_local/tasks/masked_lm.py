@@ -32,9 +32,10 @@ class MaskedLM(Task):
     delimiters = {"bos_token": "cls_token", "eos_token": "sep_token"}  # noqa: RUF012
 
     def scored(
-        self, states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None
+        self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         targets = input_ids if labels is None else labels
+        assert targets is not None, "there is text"
         asked = targets != IGNORED  # so that the head runs for these alone
         return states[asked], targets[asked]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -29,6 +30,8 @@ class Task(ABC):
     from the ids. reads_images: a row is the number of an image (data/images.py), and there is no tokenizer.
     needed_token: of a tokenizer. new_tokens: special ones of a new tokenizer, as they are spelt. delimiters: what
     begins and ends a text instead, where a tokenizer lacks that.
+    main_input: what a model reads, by its name there. answers_once: it predicts one thing of a row, so that a head
+    gives logits (B, C) and not normed states (B, T, D). measures: what an evaluation reports beside the loss.
     """
 
     name = ""
@@ -44,13 +47,17 @@ class Task(ABC):
     needed_token: ClassVar[str] = ""
     new_tokens: ClassVar[Mapping[str, str]] = {}
     delimiters: ClassVar[Mapping[str, str]] = {}
+    main_input: ClassVar[str] = "input_ids"
+    answers_once: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def scored(
-        self, states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None
+        self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a head reads (B, T, D), ids and labels (B, T) → (N, D), and the targets (N,) of its predictions, of
-        which those that are IGNORED count nothing."""
+        which those that are IGNORED count nothing. Of a task that answers once: logits (B, C), labels (B, 1) → the same
+        logits, and targets (B,)."""
 
     @abstractmethod
     def count_scored(self, labels: torch.Tensor) -> torch.Tensor:
@@ -79,10 +86,29 @@ class Task(ABC):
         """Of the positions, about."""
         return 1.0
 
+    def measure(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of a task that answers once: logits (B, C), targets (B,) → (len(measures),) float32, means over the rows."""
+        raise NotImplementedError(f"task {self.name!r} has no measures")
+
+    def part_of(self, config: PretrainedConfig) -> PretrainedConfig:
+        """What describes the layers, where a config has several parts."""
+        return config.get_text_config(decoder=True)
+
+    def row_shape(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """Of what the model reads of a row, where that is fixed; () for text."""
+        return ()
+
     @property
     def loader(self) -> Any:
         """The Auto class."""
         return getattr(import_module("transformers"), self.auto_class)
+
+    def make(self, config: PretrainedConfig, **options: Any) -> Any:
+        """A new model; options: as the Auto class's from_config has them."""
+        config = copy.deepcopy(config)
+        if config.architectures is None and isinstance(self.classes.get(type(config), None), tuple):
+            config.architectures = []  # the Auto class looks there which of several it is, and takes the first
+        return self.loader.from_config(config, **options)
 
     @property
     def classes(self) -> Mapping[type[PretrainedConfig], Any]:
