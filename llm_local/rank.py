@@ -270,7 +270,7 @@ def _make_feed(setup: Setup, place: Place, start: Start | None, done: tuple[int,
     counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
     asked = (config.task.name, data.asker(config, processing_class), train.seed)
     rows = train.per_device_train_batch_size
-    return Feed(data.train, validation, place, rows, *counts, done, setup.documents, *asked)
+    return Feed(data.train, validation, place, rows, *counts, done, setup.documents, *asked, setup.anatomy.num_tokens)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:

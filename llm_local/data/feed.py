@@ -60,7 +60,7 @@ class Feed:
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
     documents: how packed documents are kept apart, if they are; the first token of each is not scored then. task: what
     the model is trained for, by name. ask: what it makes of a row, by seed and the row's number in the whole run; an
-    evaluation asks the same in every run.
+    evaluation asks the same in every run. row_tokens: that a model makes of a row which is an image.
 
     tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
     were done before; step_tokens: what that one step had.
@@ -79,6 +79,7 @@ class Feed:
         task: str = "causal-lm",
         ask: Ask | None = None,
         seed: int = 0,
+        row_tokens: int = 0,
     ):
         self._train = train
         self._validation = validation
@@ -91,6 +92,7 @@ class Feed:
         self._task: Task = TASKS[task]
         self._ask = ask
         self._seed = seed
+        self._row_tokens = row_tokens
         self._held: _Share | None = None
         self._counted = start[0]
         self.tokens = self.step_tokens = 0
@@ -104,8 +106,12 @@ class Feed:
                 self._counted, self.step_tokens = step, share.tokens
                 self.tokens += share.tokens
             parts = self._parts(share.rows[these], share.seeds[these])
-            return Packet(kind, step, index, weight=share.weights[index], row_tokens=0, **parts)
-        rows = (self._held or self._share(TRAIN, self._start[0] + 1)).rows
+            return Packet(kind, step, index, weight=share.weights[index], row_tokens=self._row_tokens, **parts)
+        share = self._held or self._share(TRAIN, self._start[0] + 1)
+        rows = share.rows
+        if self._task.reads_images:
+            parts = self._parts(rows[:1], share.seeds[:1])
+            return Packet(kind, step, index, weight=1.0, row_tokens=self._row_tokens, **parts)
         ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
 
@@ -133,7 +139,8 @@ class Feed:
             batch, seeds = source.batch(step - 1 - done, count, first), self._seeds(kind, step - 1 - done, count, first)
             mine = slice(self._place.replica, None, replicas)
             weights = self._weights(batch, seeds)[mine].view(-1, self._rows).mean(dim=1).tolist()
-            self._held = _Share(key, batch[mine].contiguous(), seeds[mine], weights, int((batch >= 0).sum()))
+            tokens = int((batch >= 0).sum()) * (self._row_tokens or 1)
+            self._held = _Share(key, batch[mine].contiguous(), seeds[mine], weights, tokens)
         return self._held
 
     def _seeds(self, kind: int, index: int, count: int, first: int) -> list[int]:
@@ -149,7 +156,9 @@ class Feed:
         return parts if self._ask is None else self._ask(parts, seeds)
 
     def _weights(self, batch: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """A step's rows (B, T) → (B,) float64: the scored positions of each, over their mean."""
+        """A step's rows (B, T) → (B,) float64: the scored positions of each, over their mean; of an image one."""
+        if self._task.reads_images:
+            return torch.ones(len(batch), dtype=torch.float64)
         parts = self._parts(batch, seeds)
         labels = parts.get("labels")
         if self._documents is not None:

@@ -22,7 +22,6 @@ from llm_local.data.sources import or_refused, read_hub, read_saved
 from llm_local.data.text_files import TEXT_FORMATS, format_of, missing_column
 
 SPLITS = ("train", "validation", "val", "valid", "test")
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 REPAIR = "give train_dir (a folder for each class), train_file (.parquet) or dataset_name ('digits' is built in)"
 _NAMED = {"train_dir": "train", "validation_dir": "validation"}
 
@@ -86,10 +85,10 @@ def _read_files(config: Config, source: Source) -> dict[str, Any]:
         of = " and ".join(f"{flag}={path / name}" for flag, name in _NAMED.items() if name in folders)
         raise ConfigError([f"{source.named} holds splits ({', '.join(sorted(folders))}), not classes; give {of}"])
     pattern = f"{glob.escape(str(path.resolve()))}/**"  # and no folder's name is that of a split
-    options = {"data_files": {"train": pattern}, "cache_dir": cache}
+    options = {"data_files": {"train": pattern}, "cache_dir": cache, "drop_labels": False}
     rows = or_refused(source, lambda: load_dataset("imagefolder", split="train", **options))
-    if source.label_column not in rows.features and not any(path.rglob(name) for name in METADATA):
-        raise ConfigError([_one_class(source, path)])
+    if {*rows.features} == {"image", "label"} and (problem := _class_problem(source, path.resolve(), rows)):
+        raise ConfigError([problem])
     return {"train": rows}
 
 
@@ -105,16 +104,16 @@ def _no_images(source: Source, path: Path) -> str:
     return f"{source.named} holds no images; {REPAIR}"
 
 
-def _one_class(source: Source, path: Path) -> str:
-    """Why imagefolder finds no classes in the names of the folders."""
-    found = {file.parent for file in path.rglob("*") if file.suffix.lower() in ImageFolder.EXTENSIONS}
-    depths = {len(folder.parts) for folder in found}
-    if len(depths) > 1:
-        one, other = (min(found, key=lambda f, d=depth: (len(f.parts) != d, f)) for depth in (min(depths), max(depths)))
-        return f"{source.named} has images in {one} and in {other}; put all into a folder for each class, side by side"
-    if {path} == found:
+def _class_problem(source: Source, path: Path, rows: Any) -> str:
+    """Why the names of the images' own folders are no classes; '' if they are."""
+    images = rows.cast_column("image", Image(decode=False)).with_format("arrow")[:]["image"].combine_chunks()
+    found = sorted({Path(image).parent for image in images.field("path").unique().to_pylist()})
+    if found == [path]:
         return f"{source.named} has images and no folders of classes; put them into a folder for each class"
-    return f"{source.named} has images of one class, {next(iter(found)).name!r}; give those of two or more"
+    one, other = (pick(found, key=lambda folder: len(folder.parts)) for pick in (min, max))
+    if len(one.parts) != len(other.parts):
+        return f"{source.named} has images in {one} and in {other}; put all into a folder for each class, side by side"
+    return ""
 
 
 def _labelled(source: Source, named: str, rows: Any) -> Labelled:
