@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "make a model of a checkpoint, without the ranks that wrote it",
     "assemble": "make a model of the parts that each stage's job has left",
     "generate": "write text with an exported model, and measure an exit as its draft",
+    "predict": "ask an exported model what stands for a mask, or what an image shows",
     "report": "make a page of a run, or of several side by side",
     "watch": "show a run while it goes on, as a page on this machine",
     "plot": "draw the losses of every stage of one run or several",

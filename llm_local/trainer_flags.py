@@ -204,7 +204,7 @@ NOT_TAKEN: dict[str, Refusal] = {
     "skip_memory_metrics": _no("metrics have peak_memory_bytes in any case; leave it out", "true"),
     "do_train": _no("leave it out: a run trains", "true"),
     "do_eval": _no("leave it out: a run evaluates, unless --eval_batches is 0", "true"),
-    "do_predict": _no("use scripts/generate.py on the export", "false"),
+    "do_predict": _no("use scripts/generate.py or predict.py on the export", "false"),
     "logging_dir": _no("TensorBoard's files are in OUTPUT/tensorboard: use --output_dir", *_OFF),
     "per_gpu_train_batch_size": _no("use --per_device_train_batch_size", "none"),
     "per_gpu_eval_batch_size": _BATCH,

@@ -80,7 +80,7 @@ class TestGenerate:
     ):
         """Reported by hand: transformers gives no such text."""
         given = script.parse(["--export", str(export), "--prompt", "import ", "--assistant", "stage-00"])
-        model = script.load(export, given, script.find_device("cpu"))
+        model = script.load(export, script.AutoModelForCausalLM, script.find_device("cpu"), **script.loading(given))
         ids = script.torch.tensor([[5, 6]])
         plain, helped = script.Written([[7, 8, 9]], 1.0), script.Written([[7, 9, 9]], 0.5, 3, 1)
         assert script.compare(given, model, [ids], plain, helped) == 1

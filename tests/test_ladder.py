@@ -30,7 +30,7 @@ data: source_problems sources digits image_files image_processor image_sources i
 data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
-export: masters model_folder stages parts model_card sample
+export: masters model_folder stages parts model_card sample reading
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial
@@ -45,8 +45,8 @@ study: points comparison runs
 plan: times machine memory model stages layouts splits failing report search
 bench: saved_bytes plain peers worker cases calibration relay
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
-commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate report
-commands: plot probe key doctor status up watch timeline study
+commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate predict
+commands: report plot probe key doctor status up watch timeline study
 cli
 """
 PACKAGE = Path(llm_local.__file__).parent

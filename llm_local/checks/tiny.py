@@ -1,6 +1,7 @@
 """Tiny models of any type: the type's own default config with its sizes made small.
 
     config = tiny_config("mixtral")    # six layers, 32 wide, four experts
+    config = tiny_config("bert", "masked-lm")    # an encoder
 
 Sizes are known by the names that model classes give them; parts of a config, as text and vision, are made small alike.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llm_local.registry import TASKS
 
 NUM_LAYERS = 6
 
@@ -49,13 +52,12 @@ _NAMES: tuple[tuple[Any, str], ...] = (
         rotary_dim mamba_headdim n_mamba_heads
         """,
     ),
-    (True, "is_decoder"),
     (6, "sliding_window attention_window_size window_size"),
     (16, "kv_lora_rank q_lora_rank image_size lora_rank"),
     (
         32,
         """
-        hidden_size n_embd emb_dim d_model model_dim word_embed_proj_dim embedding_size attention_hidden_size
+        hidden_size n_embd emb_dim dim d_model model_dim word_embed_proj_dim embedding_size attention_hidden_size
         lru_width moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size
         dim_model_base mamba_d_ssm
         """,
@@ -63,7 +65,8 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     (
         64,
         """
-        intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff intermediate_size_mlp
+        intermediate_size n_inner hidden_dim ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff
+        intermediate_size_mlp entity_vocab_size
         max_position_embeddings n_positions n_ctx max_seq_len context_length
         """,
     ),
@@ -80,6 +83,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0, "model_type": ""}},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
+    "esm": {"vocab_size": 256, "pad_token_id": 0, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {
         "intermediate_size": [64] * 6,
@@ -92,6 +97,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8, "rope_parameters": _ROPE},
+    "neomme": {"head_dim": 16},
+    "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 6},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -101,7 +108,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 64,
     },
     "reformer": {
-        "is_decoder": True,
         "axial_pos_embds": False,
         "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4,
@@ -129,12 +135,12 @@ OVERRIDES["gemma3n"] = {"text_config": OVERRIDES["gemma3n_text"]}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A config of the type with six tiny layers and no randomness."""
-    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+def tiny_config(model_type: str, task: str = "causal-lm") -> PretrainedConfig:
+    """A config of the type with six tiny layers and no randomness, a decoder where the task's models write."""
+    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}), TASKS[task].generates)
 
 
-def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any]) -> PretrainedConfig:
+def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any], is_decoder: bool) -> PretrainedConfig:
     default = kind()
     values = default.to_dict()
     names = set(values) | set(inspect.signature(kind.__init__).parameters)
@@ -147,12 +153,14 @@ def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any]) -> PretrainedCon
             chosen[name] = 0.0
         elif name == "num_key_value_heads" and "qk_rope_head_dim" in names:
             chosen[name] = SIZES["num_attention_heads"]  # latent attention has no groups
+        elif name == "is_decoder" and value is not None:
+            chosen[name] = is_decoder
         elif name in SIZES and not (value is None and name not in NEEDED) and not isinstance(value, (list, dict)):
             chosen[name] = SIZES[name]
     parts: Any = kind.sub_configs or {}
     for name in parts:
         inner = getattr(default, name, None)
         if isinstance(inner, PretrainedConfig):
-            chosen[name] = _shrunk(type(inner), over.get(name, {}))
+            chosen[name] = _shrunk(type(inner), over.get(name, {}), is_decoder)
     chosen |= {k: v for k, v in over.items() if k not in parts}
     return kind(**chosen)

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from llm_local.program import program
+from llm_local.export.reading import DTYPES, find_device, find_exit, load, model_class, read_tokenizer
+from llm_local.program import COMMAND, program
 
 NAME = program(__file__)
 
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_TOKENS = 4
 
 
@@ -91,81 +90,6 @@ def check(given: argparse.Namespace) -> None:
         )
 
 
-def check_export(folder: Path) -> None:
-    """Raises ValueError naming what the folder lacks, and the export if the folder is its run."""
-    if (folder / "config.json").is_file():
-        kind = "".join(json.loads((folder / "config.json").read_text()).get("architectures") or [])
-        if kind.endswith("ForMaskedLM"):
-            raise ValueError(
-                f"--export {folder} is a {kind}, which writes no text; use transformers' pipeline('fill-mask')"
-            )
-        return
-    meant = folder / "export"
-    hint = f"; did you mean {meant}?" if (meant / "config.json").is_file() else ""
-    what = "has no config.json: it is no export" if folder.is_dir() else "does not exist"
-    raise ValueError(f"--export {folder} {what}{hint}")
-
-
-def find_assistant(export: Path, name: str) -> Path:
-    """The folder of an exit by its name, or of any model by its path. Raises ValueError naming the exits there are."""
-    for folder in (export / "exits" / name, Path(name)):
-        if (folder / "config.json").is_file():
-            return folder
-    exits = ", ".join(sorted(path.parent.name for path in export.glob("exits/*/config.json"))) or "none"
-    raise ValueError(f"--assistant {name} is no exit of {export} (it has {exits}) and no folder of a model")
-
-
-def find_device(name: str | None) -> torch.device:
-    """Raises ValueError for a device that this machine does not have."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name is None:
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def reason(error: Exception) -> str:
-    """Why transformers does not load a folder."""
-    from llm_local.model.remote_code import UNTRUSTED, is_untrusted  # what works needs transformers alone
-
-    if is_untrusted(error):
-        return f"it {UNTRUSTED.removesuffix(' true')}"  # a flag without a value, here
-    return str(error).strip().splitlines()[0]
-
-
-def load(folder: Path, given: argparse.Namespace, device: torch.device) -> Any:
-    """The model of the folder. Raises ValueError naming the folder if transformers cannot load all of it."""
-    options = {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"{folder} lacks {min(info['missing_keys'])}: it is incomplete")
-    return model.eval().to(device)
-
-
-def read_tokenizer(folder: Path, trusted: bool) -> Any:
-    """The tokenizer of the folder. Raises ValueError naming the folder, and the file where one is broken."""
-    with suppress(Exception):  # of whatever library reads a file
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-        if tokenizer("Some text.") and not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            return tokenizer
-    from llm_local.config import ConfigError  # looks for the reason; what works needs transformers alone
-    from llm_local.data import tokenizer as library
-
-    try:
-        return library.read_tokenizer(folder, str(folder), trusted)
-    except ConfigError as error:
-        said = "; ".join(error.problems)
-        raise ValueError(said.removesuffix(" true")) from error  # a flag without a value, here
-
-
 def encode(tokenizer: Any, prompt: str, model: Any, max_new_tokens: int) -> torch.Tensor:
     """(1, T) ids, begun with BOS where the tokenizer begins a text so, as in training.
 
@@ -182,6 +106,13 @@ def encode(tokenizer: Any, prompt: str, model: Any, max_new_tokens: int) -> torc
             f"the model has {positions}; shorten one of them"
         )
     return ids
+
+
+def check_export(folder: Path) -> None:
+    """Raises ValueError if there is none, or its model writes no text."""
+    name, task = model_class(folder)
+    if task is not None and not task.generates:
+        raise ValueError(f"--export {folder} is a {name}, which writes no text; use {COMMAND} predict")
 
 
 @contextmanager
@@ -237,10 +168,15 @@ def write(
     return Written(texts, seconds, proposed, accepted)
 
 
+def loading(given: argparse.Namespace) -> dict[str, Any]:
+    """What from_pretrained is told."""
+    return {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
+
+
 def load_assistant(given: argparse.Namespace, model: Any) -> Any:
     """The draft model. Raises ValueError if there is none of that name or its tokens are others."""
-    folder = find_assistant(given.export, given.assistant)
-    assistant = load(folder, given, model.device)
+    folder = find_exit(given.export, "--assistant", given.assistant)
+    assistant = load(folder, AutoModelForCausalLM, model.device, **loading(given))
     ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (model, assistant))
     if ours != theirs:
         raise ValueError(f"--assistant {folder} has a vocabulary of {theirs}, the export one of {ours}")
@@ -290,9 +226,9 @@ def generate(given: argparse.Namespace) -> int:
     check_export(given.export)
     device = find_device(given.device)
     if given.assistant is not None:
-        find_assistant(given.export, given.assistant)  # before seconds go into loading the export
+        find_exit(given.export, "--assistant", given.assistant)  # before seconds go into loading the export
     tokenizer = read_tokenizer(given.export, given.trust_remote_code)
-    model = load(given.export, given, device)
+    model = load(given.export, AutoModelForCausalLM, device, **loading(given))
     prompts = [encode(tokenizer, prompt, model, given.max_new_tokens) for prompt in given.prompt]
     assistant = None if given.assistant is None else load_assistant(given, model)
     options: dict[str, Any] = {"do_sample": given.do_sample, "pad_token_id": tokenizer.eos_token_id}

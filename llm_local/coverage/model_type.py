@@ -1,6 +1,6 @@
 """Whether a model type can be trained in stages and exported, tried on a tiny model of it in this process.
 
-    examine("mixtral")    # Finding(model_type='mixtral', status='exact', ties=('untied', 'tied'), exits='exact', ...)
+    examine("mixtral", "causal-lm")    # Finding(model_type='mixtral', status='exact', ties=('untied', 'tied'), ...)
 
 Three stages of two layers, with weights under which no norm or bias is an identity, against the undivided model of
 plain transformers, bit for bit on the CPU and for tied and untied embeddings: new weights; logits, loss and all
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.exit_check import refused_exits
@@ -36,6 +36,7 @@ from llm_local.model.loss import head_loss
 from llm_local.model.slices import new_slice, try_slices
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
+from llm_local.tasks.task import IGNORED, Task
 
 EXACT, REFUSED, WRONG, UNTRIED = "exact", "refused", "wrong", "not tried"
 NUM_STAGES = 3
@@ -74,19 +75,19 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, (SliceError, Refused, Different)) else f"{type(error).__name__}: {text}"[:200]
 
 
-def examine(model_type: str) -> Finding:
+def examine(model_type: str, task: str = "causal-lm") -> Finding:
     """Tries the type, untied and tied where it can be both."""
     try:
-        config = tiny_config(model_type)
-        size = sum(parameter.numel() for parameter in model_without_memory(config, "causal-lm").parameters())
+        config = tiny_config(model_type, task)
+        size = sum(parameter.numel() for parameter in model_without_memory(config, task).parameters())
     except Exception as error:  # whatever a class makes of sizes that it was not meant for
         return Finding(model_type, UNTRIED, f"no tiny model: {one_line(error)}")
     if size > MOST_PARAMETERS:
         return Finding(model_type, UNTRIED, f"the tiny model still has {size:,} parameters")
-    return replace(compare(config), model_type=model_type)  # gpt-sw3's config says gpt2
+    return replace(compare(config, task), model_type=model_type)  # gpt-sw3's config says gpt2
 
 
-def compare(config: PretrainedConfig) -> Finding:
+def compare(config: PretrainedConfig, task: str = "causal-lm") -> Finding:
     """Tries the model of a config, untied and tied where it can be both."""
     kind = config.model_type
     ties: list[str] = []
@@ -96,7 +97,7 @@ def compare(config: PretrainedConfig) -> Finding:
         variant = copy.deepcopy(config)
         variant.tie_word_embeddings = text_config(variant).tie_word_embeddings = wanted
         try:
-            trial = _Trial(variant)
+            trial = _Trial(variant, task)
             if not ties:  # they are the same for both
                 refused = trial.look_ahead()
             trial.check_new_weights()
@@ -115,20 +116,22 @@ def compare(config: PretrainedConfig) -> Finding:
 class _Trial:
     """One tiny model, undivided and in stages. Each check raises Different where they do not agree."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: PretrainedConfig, task: str):
         self.config = config
         self.config.dtype = torch.float32
-        self.anatomy = probe(config, ModelArguments(), try_slices)
+        self.anatomy = probe(config, ModelArguments(task=task), try_slices)
         layers = self.anatomy.num_layers
         cuts = [layers * k // NUM_STAGES for k in range(NUM_STAGES + 1)]
         spans = tuple(Span(a, b) for a, b in pairwise(cuts))
         self.partition = Partition(spans, tuple(Span(k, k + 1) for k in range(NUM_STAGES)))
         run = Config()
-        self.run = replace(run, train=replace(run.train, seed=_SEED))
+        self.run = replace(run, model=ModelArguments(task=task), train=replace(run.train, seed=_SEED))
+        self.task: Task = self.run.task
         self.blocks = [build_block(self.run, config, self.anatomy, self.partition, k) for k in range(NUM_STAGES)]
-        self.whole: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        self.whole: PreTrainedModel = self.task.loader.from_config(copy.deepcopy(config))
         generator = torch.Generator().manual_seed(1)
         self.ids = torch.randint(3, text_config(config).vocab_size, (2, 12), generator=generator)
+        self.labels = torch.where(torch.arange(12) % 3 > 0, self.ids, IGNORED)
 
     def look_ahead(self) -> dict[str, str]:
         """What else a run finds out before it starts: raises Refused, or returns why exits are no models."""
@@ -165,14 +168,14 @@ class _Trial:
         """Logits, loss and gradients in training, with gradients through all stages."""
         for model in (self.whole, *self.blocks):
             model.train()
-        inputs = {"input_ids": self.ids, "use_cache": False, **self._labels()}
+        inputs = {"input_ids": self.ids, **self.task.options, **self._labels()}
         theirs = self.whole(**inputs)
         head = self.blocks[-1].head
         head.border.entering = self._features()[-1]
         ours = head.model(**inputs)
         head.border.entering = None
         _same("logits", ours.logits, theirs.logits)
-        losses = [_next_token_loss(a.logits, self.ids) if a.loss is None else a.loss for a in (ours, theirs)]
+        losses = [self._loss(a.logits) if a.loss is None else a.loss for a in (ours, theirs)]
         _same("loss", *losses)
         for loss in losses:
             loss.backward()
@@ -196,22 +199,22 @@ class _Trial:
         for model in (self.whole, *self.blocks):
             model.eval()
         labels = self._labels()
-        theirs = self.whole(input_ids=self.ids, use_cache=False, **labels)
+        theirs = self.whole(input_ids=self.ids, **self.task.options, **labels)
         features, block = self._features()[-1], self.blocks[-1]
         _same("logits of the head", block.logits(features, self.ids), theirs.logits)
-        ours = float(head_loss(block.head, block.normed(features, self.ids), self.ids, None))
-        wanted = float(_next_token_loss(theirs.logits, self.ids))
+        ours = float(head_loss(block.head, block.normed(features, self.ids), self.ids, self.labels))
+        wanted = float(self._loss(theirs.logits))
         if not abs(ours - wanted) <= LOSS_TOLERANCE * wanted:
             raise Different(f"local loss: {ours:.6f}, not {wanted:.6f}")
         if not labels:
             return "the class has no loss of text alone"
         if abs(float(theirs.loss) - wanted) > LOSS_TOLERANCE * wanted:
-            return "the class's own loss is not that of the next token, which is what stages are trained with"
+            return "the class's own loss is not the task's, which is what stages are trained with"
         return ""
 
     @torch.no_grad()
     def check_exports(self, refused: dict[str, str]) -> str:
-        """The whole model as AutoModelForCausalLM loads it; returns how the exits do."""
+        """The whole model as its Auto class loads it; returns how the exits do."""
         last = NUM_STAGES - 1
         with tempfile.TemporaryDirectory() as folder:
             export = Path(folder)
@@ -220,14 +223,15 @@ class _Trial:
                 write_stage(export, stage, NUM_STAGES, tensors, has_head=stage == last or not refused)
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
             name = type(self.blocks[0].body.model).__name__
-            compose(export, self.partition, (0,), Description(self.config, name, tokenizer), not refused)
+            description = Description(self.config, name, tokenizer, task=self.task.name)
+            compose(export, self.partition, (0,), description, not refused)
             answers = [b.logits(f, self.ids) for b, f in zip(self.blocks, self._features(), strict=True)]
-            _check_loads(export, self.ids, answers[last])
+            self._check_loads(export, answers[last])
             if refused:
                 return f"refused: {next(iter(refused.values()))}"
             for stage in range(last):
                 try:
-                    _check_loads(exit_folder(export, stage), self.ids, answers[stage])
+                    self._check_loads(exit_folder(export, stage), answers[stage])
                 except Different as error:
                     return f"{exit_name(stage)}: {error}"
         return EXACT
@@ -244,10 +248,25 @@ class _Trial:
         """Labels, if the class computes a loss of text alone."""
         try:
             with torch.no_grad():
-                output = self.whole(input_ids=self.ids, labels=self.ids, use_cache=False)
+                output = self.whole(input_ids=self.ids, labels=self.labels, **self.task.options)
         except (ValueError, RuntimeError, TypeError):
             return {}
-        return {} if output.loss is None else {"labels": self.ids}
+        return {} if output.loss is None else {"labels": self.labels}
+
+    def _loss(self, logits: torch.Tensor) -> torch.Tensor:
+        scored, targets = self.task.scored(logits, self.ids, self.labels)
+        return F.cross_entropy(scored.float(), targets)
+
+    def _check_loads(self, folder: Path, logits: torch.Tensor) -> None:
+        """Raises Different unless transformers loads the folder and gets the same logits, bit for bit."""
+        try:
+            model, info = self.task.loader.from_pretrained(folder, output_loading_info=True)
+        except Exception as error:
+            raise Different(f"export does not load ({one_line(error)})") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                raise Different(f"export: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
+        _same("logits of the export", model.eval()(input_ids=self.ids, **self.task.options).logits, logits)
 
 
 def perturb(module: nn.Module, seed: int, leave: Sequence[torch.Tensor] = ()) -> None:
@@ -284,10 +303,6 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def _next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 def _same(what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
     """Raises Different unless both are equal bit for bit, or both are not there."""
     if ours is None or theirs is None:
@@ -297,16 +312,3 @@ def _same(what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> 
         raise Different(f"{what}: shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
     elif not torch.equal(ours, theirs):
         raise Different(f"{what}: differs by {float((ours.float() - theirs.float()).abs().max()):.2g}")
-
-
-def _check_loads(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raises Different unless transformers loads the folder and gets the same logits, bit for bit."""
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, info = loader.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:
-        raise Different(f"export does not load ({one_line(error)})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise Different(f"export: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
-    _same("logits of the export", model.eval()(input_ids=ids, use_cache=False).logits, logits)

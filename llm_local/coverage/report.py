@@ -6,28 +6,28 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from llm_local.checks.tiny import NUM_LAYERS
 from llm_local.coverage.model_type import EXACT, NUM_STAGES, REFUSED, UNTRIED, WRONG, Finding
+from llm_local.flags import ModelArguments
+from llm_local.registry import TASKS
 
 STATUSES = (EXACT, REFUSED, WRONG, UNTRIED)
 PACKAGES = ("torch", "transformers")
 _LONGEST = 240
 
 
-def all_types() -> list[str]:
-    """Every model type that transformers has a causal language model for."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def all_types(task: str = "causal-lm") -> list[str]:
+    """Every model type that transformers has a class for."""
+    return sorted(TASKS[task].class_names)
 
 
-def chosen_types(text: str) -> list[str]:
+def chosen_types(text: str, task: str = "causal-lm") -> list[str]:
     """The types of a comma-separated list. Raises ValueError for what is none."""
     types = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in types if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    unknown = [name for name in types if name not in all_types(task)]
     if unknown:
         raise ValueError(
-            f"--types {unknown[0]}: transformers {version('transformers')} has no causal model of that type"
+            f"--types {unknown[0]}: transformers {version('transformers')} has no {TASKS[task].title} of that type"
         )
     if not types:
         raise ValueError(f"--types {text!r} names no model type")
@@ -55,21 +55,27 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def page(findings: Sequence[Finding], seconds: float) -> str:
+def page_name(task: str) -> str:
+    """'coverage.md', and 'coverage_masked_lm.md' and the like of another task than the default."""
+    return "coverage.md" if task == ModelArguments().task else f"coverage_{task.replace('-', '_')}.md"
+
+
+def page(findings: Sequence[Finding], seconds: float, task: str = "causal-lm") -> str:
     """The whole page: what was tried, how often it came out how, and the table."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"""# Model types
+    title, given = TASKS[task].title, "" if task == ModelArguments().task else f" --task {task}"
+    return f"""# Model types: {title}s
 
 {counts(findings)}.
 
-Made by `python scripts/coverage.py` in {seconds / 60:.0f} minutes, with {versions} on a CPU. Each causal
-language model type that transformers registers is tried in one process, as a tiny model of {NUM_LAYERS} layers in
+Made by `python scripts/coverage.py{given}` in {seconds / 60:.0f} minutes, with {versions} on a CPU. Each
+{title} type that transformers registers is tried in one process, as a tiny model of {NUM_LAYERS} layers in
 {NUM_STAGES} stages. All weights, norms and biases too, have noise, so that nothing is an identity by accident.
 
 - **exact**: bit for bit equal to the undivided model of plain `transformers`: logits and loss of the chained stages,
   and every gradient through them, in training without dropout; new weights of the stages to those of one slice of all
-  layers; logits of the export that `AutoModelForCausalLM` loads, with no missing and no unexpected key. All of it for
-  untied and, where the type can be tied, tied embeddings.
+  layers; logits of the export that `{TASKS[task].auto_class}` loads, with no missing and no unexpected key. All of it
+  for untied and, where the type can be tied, tied embeddings.
 - **refused**: a run ends before it starts, with the reason. Types with weights that a new model leaves unset can
   still be trained from a pretrained one.
 - **wrong**: accepted, and then not exact.

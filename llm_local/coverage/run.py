@@ -24,7 +24,13 @@ BAR = "{n_fmt}/{total_fmt} types |{bar:20}| {elapsed}<{remaining}{postfix}"
 PRELOAD = ["torch._dynamo", "deepspeed", "llm_local.coverage.run"]
 
 
-def examine_all(types: Sequence[str], jobs: int, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> list[Finding]:
+def examine_all(
+    types: Sequence[str],
+    jobs: int,
+    task: str = "causal-lm",
+    seconds: float = SECONDS,
+    memory: int = MEMORY_BYTES,
+) -> list[Finding]:
     """A finding for each type, in their order; so many side by side."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -35,7 +41,7 @@ def examine_all(types: Sequence[str], jobs: int, seconds: float = SECONDS, memor
                 while pending and len(active) < jobs:
                     kind = pending.popleft()
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(kind, theirs, memory), daemon=True)
+                    process = context.Process(target=_work, args=(kind, task, theirs, memory), daemon=True)
                     process.start()
                     theirs.close()
                     active[ours] = (process, kind, time.monotonic() + seconds)
@@ -72,11 +78,11 @@ def _receive(ours: Connection, process: Any, kind: str, seconds: float) -> Findi
         process.join()
 
 
-def _work(kind: str, theirs: Connection, memory: int) -> None:
+def _work(kind: str, task: str, theirs: Connection, memory: int) -> None:
     """Sends the finding; what transformers prints on the way is lost."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, sys.stderr.fileno())
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    theirs.send(examine(kind))
+    theirs.send(examine(kind, task))

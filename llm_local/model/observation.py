@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llm_local.adapters.hf_internals import layer_classes
 from llm_local.tasks.task import Parts, Task
 
-ROWS, TOKENS = 2, 8
+ROWS, TOKENS = 3, 8  # two rows could be taken for a pair of outputs
 
 
 class SliceError(ValueError):

@@ -29,6 +29,7 @@ class MaskedLM(Task):
     sends_labels = True
     needed_token = "mask_token"
     new_tokens = {"mask_token": "<mask>", "pad_token": "<pad>"}  # noqa: RUF012 - read only
+    answer = "token_str"
     delimiters = {"bos_token": "cls_token", "eos_token": "sep_token"}  # noqa: RUF012
 
     def scored(
@@ -64,6 +65,14 @@ class MaskedLM(Task):
             return {**parts, "input_ids": masked, "labels": labels}
 
         return ask
+
+    def question(self, text: str, processing: Any) -> Any:
+        """[MASK] is a mask in any vocabulary."""
+        mask = processing.mask_token
+        asked = text if mask in text else text.replace("[MASK]", mask)
+        if mask not in asked:
+            raise ValueError(f"{text!r} has no {mask}; write it, or [MASK], where a token is missing")
+        return asked
 
     def order_problem(self, config: PretrainedConfig, reads_ahead: bool) -> str:
         if reads_ahead:

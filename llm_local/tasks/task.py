@@ -32,6 +32,7 @@ class Task(ABC):
     begins and ends a text instead, where a tokenizer lacks that.
     main_input: what a model reads, by its name there. answers_once: it predicts one thing of a row, so that a head
     gives logits (B, C) and not normed states (B, T, D). measures: what an evaluation reports beside the loss.
+    answer: what transformers' pipeline calls its answer, for `llm-local predict`; '' where there is none.
     """
 
     name = ""
@@ -50,6 +51,7 @@ class Task(ABC):
     main_input: ClassVar[str] = "input_ids"
     answers_once: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ()
+    answer: ClassVar[str] = ""
 
     @abstractmethod
     def scored(
@@ -81,6 +83,13 @@ class Task(ABC):
     def asker(self, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Ask | None:
         """Makes of the parts of rows what a model is asked, by a seed for each; None: they are as they stand."""
         return None
+
+    def question(self, text: str, processing: Any) -> Any:
+        """What a pipeline is asked of what a person has typed. processing: what the export has beside its model.
+
+        Raises ValueError saying what it lacks.
+        """
+        return text
 
     def scored_share(self, data: DataArguments) -> float:
         """Of the positions, about."""
@@ -114,6 +123,15 @@ class Task(ABC):
     def classes(self) -> Mapping[type[PretrainedConfig], Any]:
         """The model's class by that of its config."""
         return getattr(import_module("transformers"), self.auto_mapping)
+
+    @property
+    def class_names(self) -> Mapping[str, str | tuple[str, ...]]:
+        """The names of the model's classes, by the model types that transformers has one for."""
+        return getattr(import_module("transformers.models.auto.modeling_auto"), f"{self.auto_mapping}_NAMES")
+
+    def trains(self, class_name: str) -> bool:
+        """Whether transformers has such a class for the task."""
+        return any(class_name in ((found,) if isinstance(found, str) else found) for found in self.class_names.values())
 
     def has_class(self, config: PretrainedConfig) -> bool:
         """Whether transformers, or the model's own code, has a class for such a model."""

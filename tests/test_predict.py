@@ -1,0 +1,120 @@
+"""llm-local predict: what transformers' pipeline answers, which is what the run has evaluated."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, TINY_BERT, Trainer, records
+from transformers import pipeline
+
+from llm_local.commands import generate, predict
+from llm_local.config import parse
+from llm_local.data.feed import Feed
+from llm_local.data.sets import prepare
+from llm_local.data.tokenizer import load_tokenizer
+from llm_local.links.packet import EVAL
+from llm_local.world import Place
+
+ROWS = 4  # of the run's evaluation
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Trainer:
+    """Of a run of two stages, in the folder `run`."""
+    trainer = Trainer(tmp_path_factory.mktemp("predict"), cache, "masked-lm")
+    trainer.run("run", 2, num_stages=2)
+    return trainer
+
+
+@pytest.fixture
+def export(masked: Trainer) -> Path:
+    return masked.folder / "run/export"
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[dict[str, Any]]:
+    assert predict.main([*map(str, arguments), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.processes
+class TestMaskedSentences:
+    def test_the_pipelines_model_has_the_loss_of_the_last_evaluation(self, masked: Trainer, export: Path):
+        config = parse(masked.flags("unused"))
+        tokenizer = load_tokenizer(config)
+        train, validation = prepare(config, tokenizer)
+        ask = config.task.asker(tokenizer, config.data)
+        feed = Feed(train, [validation], Place(0, (1,)), ROWS, 1, 1, task="masked-lm", ask=ask)
+        for stage, folder in ((0, export / "exits/stage-00"), (1, export)):
+            loaded: Any = pipeline("fill-mask", model=str(folder))
+            with torch.no_grad():
+                loss = float(loaded.model(**feed(EVAL, 0, 0).integer_parts()).loss)
+            assert loss == pytest.approx(records(masked.folder / "run", stage, "eval")[-1]["loss"], abs=1e-4)
+
+    def test_it_answers_as_the_pipeline_does(self, export: Path, capsys: pytest.CaptureFixture[str]):
+        loaded: Any = pipeline("fill-mask", model=str(export))
+        one, two = answered(capsys, "--export", export, "import [MASK]", "def <mask>(<mask>):", "--top_k", "3")
+        for found, asked in ((one, "import <mask>"), (two, "def <mask>(<mask>):")):
+            assert found["predictions"] == loaded(asked, top_k=3)
+        assert one["input"] == "import [MASK]"
+        (other,) = answered(capsys, "--export", export, "import [MASK]", "--top_k", "3", "--exit", "stage-00")
+        assert other["predictions"] != one["predictions"]
+
+    def test_lines_of_standard_input(
+        self, export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a <mask>\n<mask> [MASK]\n"))
+        assert predict.main(["--export", str(export), "--top_k", "2"]) == 0
+        printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  0.")]
+        assert printed == ["a <mask>", "<mask> [MASK]"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["import os"], "'import os' has no <mask>; write it, or [MASK], where a token is missing"),
+            (["[MASK]" + " x" * 99], "' cannot be read by the model: "),
+            (["[MASK]", "--exit", "stage-07"], "--exit stage-07 is no exit of "),
+            (["[MASK]", "--device", "nowhere"], "--device nowhere: "),
+        ],
+    )
+    def test_what_cannot_be_asked_is_one_line(
+        self, export: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    ):
+        assert predict.main(["--export", str(export), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("predict.py: ")
+        assert said in error
+        assert error.count("\n") == 1
+
+    def test_it_needs_transformers_alone(self, export: Path):
+        code = (
+            "import sys; from llm_local.commands import predict\n"
+            f"assert predict.main(['--export', {str(export)!r}, '[MASK]']) == 0\n"
+            "assert not {'deepspeed', 'datasets', 'llm_local.train'} & {*sys.modules}\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+def test_each_command_names_the_one_for_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for config, name, script, arguments, said in (
+        (TINY, "LlamaForCausalLM", predict, ["x"], "writes text; use llm-local generate"),
+        (TINY_BERT, "BertForMaskedLM", generate, ["--prompt", "x"], "writes no text; use llm-local predict"),
+        (TINY_BERT, "BertModel", predict, ["x"], "predict.py knows no pipeline for"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        assert script.main(["--export", str(tmp_path), *arguments]) == 2
+        assert capsys.readouterr().err.endswith(f"--export {tmp_path} is a {name}, which {said}\n")
+
+
+def test_bad_flags_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert predict.main(["--export", "nowhere", "x"]) == 2
+    assert capsys.readouterr().err == "predict.py: --export nowhere does not exist\n"
+    assert predict.main(["--export", "nowhere", "x", "--top_k", "0"]) == 2
+    assert capsys.readouterr().err == "predict.py: --top_k 0 is less than 1\n"
