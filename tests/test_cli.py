@@ -20,7 +20,7 @@ from llm_local.config import parse
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-OF_THE_REPOSITORY = {"coverage", "flags", "gpu_day", "gpu_report"}  # and the benchmarks
+OF_THE_REPOSITORY = {"coverage", "flags", "gpu_day", "gpu_report", "make_corpus"}  # and the benchmarks
 OF_THE_COMMAND = {"quickstart", "configs", "doctor", "up", "key", "status", "watch"}
 
 
