@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,20 +16,32 @@ from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
 from llm_local.metrics import Record
 from llm_local.partition import Partition
+from llm_local.tasks.task import Task
 from llm_local.world import World
 
 DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
 
 
 @dataclass(frozen=True)
+class Found:
+    """What an evaluation found of a stage: its blocks' losses, the tokens, and what the task measures of its exit."""
+
+    losses: list[float]
+    tokens: int
+    measures: list[float]
+
+
+@dataclass(frozen=True)
 class EvalSet:
     """A validation set, by its name. split: under which its records go; 'eval' is the first one's. bytes_per_token: of
-    its text, by the tokens that are predicted; 0: of it only some are. score: what exp(loss) is called."""
+    its text, by the tokens that are predicted; 0: of it only some are. score: what exp(loss) is called, '' where it
+    has no name. measures: what is reported beside it, as the task has them."""
 
     name: str
     split: str
     bytes_per_token: float
     score: str = "perplexity"
+    measures: tuple[str, ...] = ()
 
     def bits_per_byte(self, loss: float) -> float:
         """Of the set's text, from nats a predicted token: (predicted tokens / bytes) · loss / ln 2.
@@ -38,15 +51,25 @@ class EvalSet:
         """
         return loss / math.log(2) / self.bytes_per_token
 
-    def describe(self, loss: float) -> str:
+    def describe(self, loss: float, measured: Sequence[float] = ()) -> str:
         """A line for a person."""
         on = "" if self.name == "validation" else f" on {self.name}"
         bits = f", {self.bits_per_byte(loss):.3f} bits a byte" if self.bytes_per_token else ""
-        return f"validation loss{on} {loss:.4f}, {self.score} {perplexity(loss):,.1f}{bits}"
+        score = f", {self.score} {perplexity(loss):,.1f}" if self.score else ""
+        found = "".join(f", {in_words(name)} {value:.2%}" for name, value in zip(self.measures, measured, strict=True))
+        return f"validation loss{on} {loss:.4f}{score}{bits}{found}"
 
-    def record(self, step: int, stage: int, losses: Sequence[float], tokens: int, padding: float = 0.0) -> Record:
+    def record(
+        self,
+        step: int,
+        stage: int,
+        losses: Sequence[float],
+        tokens: int,
+        padding: float = 0.0,
+        measured: Sequence[float] = (),
+    ) -> Record:
         """What the stage's exit scored, whose loss is the last of its blocks'."""
-        return Record(
+        record = Record(
             step=step,
             split=self.split,
             stage=stage,
@@ -54,17 +77,30 @@ class EvalSet:
             block_losses=list(losses),
             tokens=tokens,
             name=self.name,
-            perplexity=perplexity(losses[-1]),
+            perplexity=perplexity(losses[-1]) if self.score else None,
             bits_per_byte=self.bits_per_byte(losses[-1]) if self.bytes_per_token else None,
             padding=padding,
         )
+        values: dict[str, Any] = dict(zip(self.measures, measured, strict=True))
+        return replace(record, **values)
 
 
-def over_replicas(world: World, result: EvalResult) -> tuple[list[float], int]:
-    """The blocks' losses, means over the scored positions of all replicas, and the tokens of all; each must call."""
-    mine = torch.tensor([*result.losses.tolist(), result.tokens], dtype=torch.float64)
-    *losses, tokens = world.mean_over_replicas(mine).tolist()
-    return losses, round(tokens * world.place.num_replicas)
+def in_words(measure: str) -> str:
+    """A measure's name, for a person."""
+    return measure.replace("_", " ").replace("top 5", "top-5")
+
+
+def measures_key(split: str, step: int, stage: int) -> str:
+    """Under which a stage tells rank 0 what its exit measured."""
+    return f"{split}/{step}/{stage}/measures"
+
+
+def over_replicas(world: World, result: EvalResult) -> Found:
+    """Means over the scored positions of all replicas, and the tokens of all; each must call."""
+    measured = result.measures[-1].tolist()
+    mine = torch.tensor([*result.losses.tolist(), result.tokens, *measured], dtype=torch.float64)
+    values, count = world.mean_over_replicas(mine).tolist(), len(result.losses)
+    return Found(values[:count], round(values[count] * world.place.num_replicas), values[count + 1 :])
 
 
 def better_exit(
@@ -106,6 +142,7 @@ def split_of(number: int, name: str) -> str:
     return f"eval_{name}" if number else "eval"
 
 
-def eval_sets(sets: Sequence[ValidationSet], score: str) -> tuple[EvalSet, ...]:
-    """The validation sets without their text, as all ranks know them."""
-    return tuple(EvalSet(each.name, split_of(n, each.name), each.bytes_per_token, score) for n, each in enumerate(sets))
+def eval_sets(sets: Sequence[ValidationSet], task: Task) -> tuple[EvalSet, ...]:
+    """The validation sets without their rows, as all ranks know them."""
+    told = (task.score, task.measures)
+    return tuple(EvalSet(each.name, split_of(n, each.name), each.bytes_per_token, *told) for n, each in enumerate(sets))

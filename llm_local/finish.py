@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from llm_local.config import Config
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.engine import LocalEngine
-from llm_local.evaluation import EvalSet, better_exit
+from llm_local.evaluation import EvalSet, better_exit, measures_key
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, write_cards
 from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
@@ -107,7 +108,7 @@ def _export(run: Rank, export: Path) -> None:
             world.fetch(f"export/{stage}", seconds, f"stage {stage} to write its shard")
         assert run.feed is not None, "rank 0 reads the data"
         with writing(export / CHECK_FILE):
-            save_file(run.feed(CHECK, 0, 0).integer_parts(), export / CHECK_FILE)
+            save_file(run.feed(CHECK, 0, 0).inputs(), export / CHECK_FILE)
         _compose(run.setup, run.start, type(bodies[0].model).__name__, export)
         world.publish("export/all", "composed")
     if place.is_recorder and has_head:
@@ -139,11 +140,11 @@ def _folded(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) -> str:
-    """This stage's exit, compared as in check_exit with its logits on the row of text that lies in the export."""
-    config, ids = setup.config, load_file(export / CHECK_FILE)["input_ids"]
+    """This stage's exit, compared as in check_exit with its logits on the row that lies in the export."""
+    config, row = setup.config, load_file(export / CHECK_FILE)[setup.config.task.main_input]
     reason = setup.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
     final = config.output_dir / "export"
-    return check_exit(config, export, final, place.stage, place.is_last_stage, reason, (ids, logits))
+    return check_exit(config, export, final, place.stage, place.is_last_stage, reason, (row, logits))
 
 
 def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool) -> None:
@@ -156,14 +157,16 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
     progress.show()
     sets = run.setup.eval_sets if is_evaluated else ()
     found = [[_losses_at(step, config, world, each, stage) for each in sets] for stage in stages]
+    measured = [[_measured_at(step, config, world, each, stage) for each in sets] for stage in stages]
     losses = [scores[0][-1] if scores else None for scores in found]
     exits = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
-    write_cards(_training(run, step, tuple(losses), exits), draft)
+    training = _training(run, step, tuple(losses), exits)
+    write_cards(replace(training, measures=tuple(some[0] for some in measured if some)), draft)
     (draft / CHECK_FILE).unlink()
     put_in_place(export)
     for stage, scores in enumerate(found):
-        for each, block_losses in zip(sets, scores, strict=True):
-            progress.say(f"stage {stage}: {each.describe(block_losses[-1])}")
+        for each, block_losses, measures in zip(sets, scores, measured[stage], strict=True):
+            progress.say(f"stage {stage}: {each.describe(block_losses[-1], measures)}")
     early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
@@ -198,6 +201,14 @@ def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: in
     """Of the stage's blocks."""
     key, seconds = f"{each.split}/{step}/{stage}", float(config.train.ddp_timeout)
     return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
+
+
+def _measured_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> tuple[float, ...]:
+    """What the task measures beside the loss of the stage's exit."""
+    if not each.measures:
+        return ()
+    key, seconds = measures_key(each.split, step, stage), float(config.train.ddp_timeout)
+    return tuple(float(value) for value in world.fetch(key, seconds, f"stage {stage} to evaluate").split())
 
 
 def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:

@@ -3,11 +3,12 @@
 Every record speaks of one step. loss, block_losses, step_seconds and wait_seconds are means over the stage's replicas;
 tokens, which are those of text, and what is sent and received are their sums; peak_memory_bytes is replica 0's.
 wait_seconds is the time that the step was blocked on links, inside step_seconds; save_seconds, of replica 0, that
-checkpoints have held the training up since the record before. name, perplexity and bits_per_byte are of an evaluation:
-split is "eval" for the first validation set and "eval_NAME" for the others. padding is the share of the rows' places
-that hold no token, in this step or evaluation. sent_replica_bytes, like save_seconds, is all since the record before:
-what replicas that train apart have sent to each other; null where they don't. DeepSpeed's own pipeline (--method
-backprop) has no links of ours: what is counted on them is null there.
+checkpoints have held the training up since the record before. name, perplexity and bits_per_byte, and accuracy and
+top_5_accuracy of classifiers, are of an evaluation: split is "eval" for the first validation set and "eval_NAME" for
+the others. padding is the share of the rows' places that hold no token, in this step or evaluation.
+sent_replica_bytes, like save_seconds, is all since the record before: what replicas that train apart have sent to each
+other; null where they don't. DeepSpeed's own pipeline (--method backprop) has no links of ours: what is counted on
+them is null there.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Record:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     padding: float | None = None
+    accuracy: float | None = None
+    top_5_accuracy: float | None = None
 
 
 def total_norm(norms: Sequence[float | torch.Tensor | None]) -> float:
@@ -89,6 +92,7 @@ class MetricsFile:
             file.write(json.dumps(asdict(record)) + "\n")
         if self._monitor is not None and self._monitor.enabled:
             names = ("loss", "lr", "grad_norm", "step_seconds", "wait_seconds", "perplexity", "bits_per_byte")
+            names += ("accuracy", "top_5_accuracy")
             values = [(name, getattr(record, name)) for name in names]
             events = [(f"{record.split}/{name}", value, record.step) for name, value in values if value is not None]
             with writing(self._copies):

@@ -129,7 +129,7 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
             processing_class, data = load_processing_class(setup.config, setup.model_config()), None
             if config.reads_data:
                 data = prepare_all(setup.config, processing_class, progress=sys.stderr.isatty())
-                setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation, config.task.score))
+                setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation, config.task))
             setup = identified(setup, launch.world_size) if config.is_job else setup
     with writing(config.output_dir / "run.yaml"):
         folder = claim_folder(config.output_dir)

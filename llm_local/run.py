@@ -34,7 +34,7 @@ from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.line import checkpoint_of
 from llm_local.config import Config, is_due
 from llm_local.engine import StepResult, skip_step
-from llm_local.evaluation import EvalSet, over_replicas
+from llm_local.evaluation import EvalSet, measures_key, over_replicas
 from llm_local.files import Unwritten
 from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
@@ -334,8 +334,10 @@ def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
             rank.progress.publish(each.split, step, [math.nan])  # for callbacks, who wait
         return
     with rank.traced(each.split, step):
-        losses, tokens = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
+        found = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
     if rank.metrics is not None:
-        rank.progress.publish(each.split, step, losses)
-        padding = 1 - tokens / (rows * rank.config.data.seq_length)
-        rank.metrics.write(each.record(step, place.stage, losses, tokens, padding))
+        if found.measures:
+            rank.world.publish(measures_key(each.split, step, place.stage), " ".join(map(str, found.measures)))
+        rank.progress.publish(each.split, step, found.losses)
+        padding = 1 - found.tokens / (rows * rank.config.data.seq_length)
+        rank.metrics.write(each.record(step, place.stage, found.losses, found.tokens, padding, found.measures))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from llm_local.checks.exit_check import difference_at
+from llm_local.config import parse
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.loss import head_loss
@@ -72,6 +74,7 @@ def test_slices_together_are_the_classifier(kind: str):
                 assert parameter.grad is not None, key
                 assert torch.equal(parameter.grad, wanted[key].grad), key
     assert seen == wanted.keys()
+    assert difference_at(parse(["--task", TASK]), config, anatomy, 2) == "", "two layers with a head are a model"
 
 
 @pytest.mark.parametrize(

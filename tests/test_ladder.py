@@ -20,8 +20,8 @@ simulator: peer_schedules channel clock simulate failures
 owner device aside launch trace stopping watchdog rendezvous world
 links: packet wire message link transports dealt ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
-model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained loss
-model: router_loss document_mask distillation
+model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained classes
+model: loss router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
 run_costs head_problems job_problems problems

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import model_of_class, unsaved
-from llm_local.checks.trial import small_model
+from llm_local.checks.trial import small_model, trial_rows
 from llm_local.config import Config
 from llm_local.export.model_folder import describe, relative_difference
 from llm_local.export.stages import exit_name, trim_config
@@ -61,11 +61,11 @@ def difference_at(config: Config, model_config: PretrainedConfig, anatomy: Anato
     """Why the first `depth` layers with a head, as a model of their own, are not what they are in the whole; '' if
     they are. Raises whatever the model class makes of the whole in small."""
     whole = small_model(config, model_config, anatomy)
-    trimmed = trim_config(whole.config, depth)
-    ids = torch.arange(8, 24).reshape(2, -1)
+    trimmed = trim_config(whole.config, depth, config.task)
+    rows = trial_rows(config, whole, 8)
     prune(whole, anatomy, Span(0, depth), has_head=True)
     options = config.task.options
-    wanted = whole(input_ids=ids, **options).logits
+    wanted = whole(**rows, **options).logits
     try:
         made = _alone(type(whole), trimmed)
         kept = {k: v for k, v in whole.state_dict().items() if k not in unsaved(whole)}
@@ -74,7 +74,7 @@ def difference_at(config: Config, model_config: PretrainedConfig, anatomy: Anato
         for kind, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
                 return f"{kind} keys {sorted(names)[:3]}"
-        difference = relative_difference(made(input_ids=ids, **options).logits, wanted)
+        difference = relative_difference(made(**rows, **options).logits, wanted)
     except Exception as error:  # whatever it makes of fewer layers
         return f"does not load ({describe(error)})"
     return "" if difference <= TOLERANCE else f"its logits differ by {difference:.2g} of the largest"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.checkpoint.catalog import (
     BrokenCheckpoint,
@@ -29,8 +29,8 @@ from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import Config, ConfigError
-from llm_local.data.encoding import tokenizer_key
-from llm_local.data.sets import data_problems
+from llm_local.data.image_processor import load_processor, pixel_shape
+from llm_local.data.sets import class_names, data_problems, key_of, load_processing_class
 from llm_local.data.special_tokens import generation_values, pretrained_generation, special_tokens, token_warnings
 from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
@@ -43,6 +43,7 @@ from llm_local.job_problems import surroundings_problems
 from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, STATUS
 from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
+from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
 from llm_local.model.heads.head import head_of
@@ -81,6 +82,7 @@ def preflight(given: Config, world_size: int) -> Setup:
         problems += found.look(config, world_size)
     if problems:
         raise ConfigError(problems)
+    config = found.sized(config)
     checkpoint, problems = _resume(config, found, world_size)
     if problems:
         raise ConfigError(problems)
@@ -103,14 +105,17 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
             partition = plan_partition(config, model_config, anatomy, costs)
         layers = [len(partition.layers_of(stage)) for stage in range(partition.num_stages)]
         config = replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
-    warnings = found.warnings + tokenizer_warnings(config, model_config) + head_warnings(config)
-    warnings += token_warnings(config, model_config)
-    refused, tokenizer = refused_exits(config, model_config, anatomy, partition), load_tokenizer(config)
+    warnings, generation = found.warnings + head_warnings(config), {}
+    refused = refused_exits(config, model_config, anatomy, partition)
+    processing = load_processing_class(config, model_config)
+    if isinstance(processing, PreTrainedTokenizerBase):
+        warnings += tokenizer_warnings(config, model_config) + token_warnings(config, model_config)
+        generation = generation_values(config, model_config, processing)
     return Setup(
         config=config,
         given=given.flat(),
         model=model_values(config, model_config),
-        generation=generation_values(config, model_config, tokenizer),
+        generation=generation,
         anatomy=anatomy,
         partition=partition,
         checkpoint=checkpoint,
@@ -118,7 +123,7 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
         documents=document_mask(config),
         refused_exits=refused,
         code=read_code(model_config),
-        tokenizer=tokenizer_key(tokenizer) if tokenizer.is_fast else "",
+        tokenizer=key_of(processing) if getattr(processing, "is_fast", True) else "",
     )
 
 
@@ -131,6 +136,11 @@ class _Model:
         self.partition: Partition | None = None
         self.warnings: tuple[str, ...] = ()
 
+    def sized(self, config: Config) -> Config:
+        """With as many tokens a row as the model makes of one, where that is fixed."""
+        tokens = self.anatomy.num_tokens if self.anatomy is not None else 0
+        return replace(config, data=replace(config.data, seq_length=tokens)) if tokens else config
+
     def whole(self) -> tuple[PretrainedConfig, Anatomy, Partition]:
         """Of a model without problems."""
         assert self.config is not None
@@ -140,32 +150,55 @@ class _Model:
 
     def look(self, config: Config, world_size: int) -> list[str]:
         try:
-            self.config = load_model_config(config.model)
-            with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
-                set_token_ids(self.config, special_tokens(config))
-            self.anatomy = probe(self.config, config.model, try_slices)
-            convert(config)
-            pretrained_generation(config)
+            model_config, anatomy = self._watch(config)
         except ConfigError as error:
             return error.problems
         except SliceError as error:
             assert self.config is not None
             return [_attention_problem(attention_kernel(config.model, self.config), error.__cause__) or str(error)]
-        problems, self.warnings = weight_problems(config, self.config)
-        problems += _size_problems(config, self.config) + _support_problems(config, self.config)
-        problems += class_problems(config, self.config, self.anatomy)
+        fresh, said = new_parameters(config, model_config)
+        self.anatomy = anatomy = replace(anatomy, fresh=fresh)
+        problems, self.warnings = weight_problems(config, model_config, fresh)
+        self.warnings += (said,) if said else ()
+        problems += _length_problems(config, model_config, anatomy) + _support_problems(config, model_config)
+        config = self.sized(config)
+        problems += class_problems(config, model_config, anatomy)
         if config.data.document_mask:
-            problems += document_problems(config, self.config, self.anatomy)
-        if wants_router_loss(self.config):
-            problems += router_problems(config, self.config, self.anatomy)
+            problems += document_problems(config, model_config, anatomy)
+        if wants_router_loss(model_config):
+            problems += router_problems(config, model_config, anatomy)
         if config.local.num_stages > 0:
             try:
-                self.partition = plan_partition(config, self.config, self.anatomy)
+                self.partition = plan_partition(config, model_config, anatomy)
                 problems += cut_problems(config, self.partition)
-                problems += rank_problems(config, self.config, self.anatomy, self.partition)
+                problems += rank_problems(config, model_config, anatomy, self.partition)
             except ValueError as error:
                 problems.append(str(error))
         return problems
+
+    def _watch(self, config: Config) -> tuple[PretrainedConfig, Anatomy]:
+        """Raises ConfigError and SliceError."""
+        self.config, shape = load_model_config(config.model), None
+        if config.task.reads_images:
+            set_classes(self.config, class_names(config))
+            shape = pixel_shape(load_processor(config, self.config))
+        else:
+            with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
+                set_token_ids(self.config, special_tokens(config))
+        self.anatomy = probe(self.config, config.model, try_slices, shape)
+        convert(config)
+        pretrained_generation(config)
+        return self.config, self.anatomy
+
+
+def _length_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
+    """What is wrong with the length of rows."""
+    length, default = config.data.seq_length, Config().data.seq_length
+    if not anatomy.num_tokens:
+        return _size_problems(config, model_config)
+    if length in (default, anatomy.num_tokens):
+        return []
+    return [f"seq_length={length}: the model makes {anatomy.num_tokens} tokens of an image; leave it out"]
 
 
 def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:

@@ -66,12 +66,14 @@ def _measure(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, s
     shape = (config.train.per_device_train_batch_size, config.data.seq_length)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     scored = torch.rand(shape, device=device) < config.task.scored_share(config.data)
-    labels = ids.masked_fill(~scored, IGNORED)
+    labels = ids[:, :1] if anatomy.row_shape else ids.masked_fill(~scored, IGNORED)
+    given = torch.zeros(shape[0], *anatomy.row_shape, device=device) if anatomy.row_shape else ids
+    inputs = {config.task.main_input: given}
     hidden = torch.randn(*shape, anatomy.hidden_size, device=device, dtype=DTYPES[config.precision])
     entering = None if part.is_first else hidden.requires_grad_()
 
     def once() -> None:
-        leaving, normed = part(entering, input_ids=ids)
+        leaving, normed = part(entering, **inputs)
         loss = head_loss(part, normed, ids, labels) if has_head else leaving.float().sum()
         loss.backward()
         part.model.zero_grad()

@@ -22,6 +22,7 @@ from llm_local.model.router_loss import Routers, router_loss, want_none
 from llm_local.model.slices import Slice
 from llm_local.model.standins import Border
 from llm_local.partition import Span
+from llm_local.tasks.task import Parts, Task
 
 LARGEST_TRIED = 20_000_000  # parameters of a model that is tried as it is
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")
@@ -44,13 +45,21 @@ def small_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
-        model = config.task.loader.from_config(made, **options)
+        model = config.task.make(made, **options)
         if kernel:
             model.set_attn_implementation(kernel)
         with torch.no_grad():  # so that nothing is a zero or an identity
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
+
+
+def trial_rows(config: Config, model: PreTrainedModel, length: int) -> Parts:
+    """Two rows for a small model: of so many tokens, or images."""
+    task: Task = config.task
+    if shape := task.row_shape(model.config):
+        return {task.main_input: torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))}
+    return {task.main_input: torch.arange(8, 8 + 2 * length).reshape(2, -1)}
 
 
 def _sized(values: dict[str, Any], shrink: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ without memory, with the renaming and fusing of names that a real load has.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ ROWS = 4096  # of a matrix that are read at a time
 Shapes = dict[str, tuple[int, ...]]
 
 
-def weight_problems(config: Config, model_config: PretrainedConfig) -> tuple[list[str], tuple[str, ...]]:
-    """Why the run's pretrained model cannot be loaded, and what is left out of it: problems and warnings."""
+def weight_problems(
+    config: Config, model_config: PretrainedConfig, fresh: Collection[str] = ()
+) -> tuple[list[str], tuple[str, ...]]:
+    """Why the run's pretrained model cannot be loaded, and what is left out of it: problems and warnings.
+    fresh: parameters that are not looked for, as Anatomy has them."""
     if config.model.model_name_or_path is None:
         return [], ()
     path = weights_path(config)
@@ -41,7 +45,7 @@ def weight_problems(config: Config, model_config: PretrainedConfig) -> tuple[lis
         problems, shapes = read_shapes(path, files)
     except ConfigError as error:
         return error.problems, ()
-    return (problems, ()) if problems else _compare(config, path, model_config, files, shapes)
+    return (problems, ()) if problems else _compare(config, path, model_config, files, shapes, fresh)
 
 
 def read_shapes(path: str, files: dict[str, str]) -> tuple[list[str], Shapes]:
@@ -73,7 +77,12 @@ def _index(path: str) -> Path:
 
 
 def _compare(
-    config: Config, path: str, model_config: PretrainedConfig, files: dict[str, str], shapes: Shapes
+    config: Config,
+    path: str,
+    model_config: PretrainedConfig,
+    files: dict[str, str],
+    shapes: Shapes,
+    fresh: Collection[str],
 ) -> tuple[list[str], tuple[str, ...]]:
     """What transformers would say of the tensors when it loads them."""
     trusted = config.model.trust_remote_code
@@ -81,6 +90,9 @@ def _compare(
     sources = sources_of(skeleton, shapes)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     tensors |= {source.key: tensors[source.name] for source in sources}
+    for source in sources:
+        if source.parameter in fresh:
+            tensors.pop(source.key, None)
     try:
         _, info = type(skeleton).from_pretrained(
             None,
@@ -95,7 +107,7 @@ def _compare(
     except RuntimeError:  # some experts of a layer are missing or of another shape
         info = _by_name(skeleton, shapes)
     wanted_by, repair = _described(config, model_config)
-    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing, left = sorted({*info["missing_keys"]} - {*fresh}), sorted(info["unexpected_keys"])
     if missing:
         instead = f", and has {some_of(left)} instead" if left else ""
         return [f"{path} lacks {some_of(missing)} that {wanted_by} has{instead}; {repair}"], ()

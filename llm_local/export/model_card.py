@@ -31,6 +31,7 @@ from llm_local.replicas import replicas_text, sequences_per_step
 
 PACKAGES = ("llm_local", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
 DRAFTS = " As it has layers and vocabulary from the whole model, it also drafts for it (speculative decoding)."
+HELD_OUT = "Of each stage's exit on held-out text, nats a token."
 DATA = "built-in corpus: the sources of Python's own library"
 
 
@@ -40,8 +41,8 @@ class Training:
 
     tokens: those trained on, without padding; places: with it. losses: the validation loss of each stage's exit at the
     end, nats a token; None where nothing was evaluated. exits: stages whose exits are exported as models of their own.
-    deepspeed: the JSON. sources: what there was to train on, as far as it is known. skipped: steps that each stage did
-    not train, as nothing came.
+    deepspeed: the JSON. measures: of each stage's exit, what the task has beside the loss. sources: what there was to
+    train on, as far as it is known. skipped: steps that each stage did not train, as nothing came.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Training:
     places: int = 0
     skipped: tuple[int, ...] = ()
     sources: tuple[PackedSource, ...] = ()
+    measures: tuple[tuple[float, ...], ...] = ()
 
 
 def installed_versions() -> dict[str, str]:
@@ -101,11 +103,16 @@ def _metadata(training: Training, stage: int | None) -> ModelCardData:
     loss = training.losses[-1 if stage is None else stage]
     results = []
     if loss is not None:
-        pairs = (("loss", round(loss, 6)), (config.task.score, round(perplexity(loss), 4)))
+        found = training.measures[-1 if stage is None else stage] if training.measures else ()
+        pairs = [
+            ("loss", round(loss, 6)),
+            *zip(config.task.measures, (round(value, 6) for value in found), strict=False),
+        ]
+        pairs += [(config.task.score, round(perplexity(loss), 4))] if config.task.score else []
         results = [
             EvalResult(
                 task_type=config.task.pipeline_tag,
-                dataset_type=data or "text",
+                dataset_type=data or ("image" if config.task.reads_images else "text"),
                 dataset_name=_data(config),
                 dataset_config=config.data.dataset_config_name if data else None,
                 dataset_split="validation",
@@ -268,11 +275,16 @@ def _shown_losses(training: Training, stage: int | None) -> dict[str, float]:
 
 
 def _losses(training: Training, stage: int | None) -> str:
-    rows = [
-        f"| {name} | {loss:.4f} | {perplexity(loss):,.1f} |" for name, loss in _shown_losses(training, stage).items()
-    ]
-    held_out = "Of each stage's exit on held-out text, nats a token."
-    return "\n".join([held_out, "", f"| exit | loss | {training.config.task.score} |", "|---|---|---|", *rows])
+    task, last = training.config.task, training.measures[-1:]
+    rows = []
+    for name, loss in _shown_losses(training, stage).items():
+        values = [f"{loss:.4f}", *([f"{perplexity(loss):,.1f}"] if task.score else [])]
+        found = training.measures[int(name.split()[1])] if training.measures else ()
+        rows.append(f"| {' | '.join([name, *values, *(f'{value:.2%}' for value in found)])} |")
+    held_out = "Of each stage's exit on held-out images." if task.reads_images else HELD_OUT
+    measures = [name.replace("_", " ") for name in task.measures] if last else []
+    columns = ["exit", "loss", *([task.score] if task.score else []), *measures]
+    return "\n".join([held_out, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows])
 
 
 def _reproduce(training: Training) -> str:

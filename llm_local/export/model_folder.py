@@ -102,7 +102,7 @@ def model_without_memory(config: PretrainedConfig, task: str) -> PreTrainedModel
 
 def tied_names(config: PretrainedConfig, task: str) -> dict[str, str]:
     """Original names of tensors that the config ties, with those that they are tied to: the output matrix's."""
-    if not (config.tie_word_embeddings or text_config(config).tie_word_embeddings):
+    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, text_config(config))):
         return {}
     model = model_without_memory(config, task)
     tied = model.all_tied_weights_keys or {}
@@ -161,7 +161,7 @@ def write_description(folder: Path, model: Description, is_tied: bool = True) ->
     for name in config.sub_configs:  # one dtype for all, as they were trained
         if (part := getattr(config, name, None)) is not None:
             part.dtype = config.dtype
-    if not is_tied:
+    if not is_tied and hasattr(config, "tie_word_embeddings"):
         config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
     with writing(folder / "config.json"):
         write_code(model.code, config, folder)
@@ -225,7 +225,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def check_export(
-    folder: Path, ids: torch.Tensor, logits: torch.Tensor, tolerance: float, task: Task, **model_args: Any
+    folder: Path, row: torch.Tensor, logits: torch.Tensor, tolerance: float, task: Task, **model_args: Any
 ) -> str:
     """Loads an export and compares its logits with the pipeline's (1, T', V), which may be those of the first positions
     alone; returns how that went.
@@ -248,10 +248,10 @@ def check_export(
         if info[kind]:
             raise WrongExport(folder, f"{kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
     with torch.no_grad():
-        again = model.eval()(input_ids=ids, **task.options).logits[:, : logits.shape[1]].float()
+        again = model.eval()(**{task.main_input: row}, **task.options).logits[:, : logits.shape[1]].float()
     logits = logits.cpu().float()
     difference = relative_difference(again, logits)
-    if not difference <= tolerance and not _is_rounding(model, task, ids, again, logits):
+    if not difference <= tolerance and not _is_rounding(model, task, row, again, logits):
         raise WrongExport(folder, f"its logits differ from the pipeline's by {difference:.2g} of the largest")
     same = (
         "equal the pipeline's" if difference == 0 else f"differ from the pipeline's by {difference:.1g} of the largest"
@@ -259,12 +259,12 @@ def check_export(
     return f"loads with no missing or unexpected key, logits {same}"
 
 
-def _is_rounding(model: Any, task: Task, ids: torch.Tensor, again: torch.Tensor, logits: torch.Tensor) -> bool:
+def _is_rounding(model: Any, task: Task, row: torch.Tensor, again: torch.Tensor, logits: torch.Tensor) -> bool:
     """Whether the pipeline's logits are about as far from the model's in float32 as the model's own are."""
     if model.dtype == torch.float32:
         return False
     with torch.no_grad():
-        exact = model.float()(input_ids=ids, **task.options).logits[:, : logits.shape[1]]
+        exact = model.float()(**{task.main_input: row}, **task.options).logits[:, : logits.shape[1]]
     return relative_difference(logits, exact) <= 2 * relative_difference(again, exact)
 
 

@@ -33,12 +33,13 @@ from llm_local.export.model_folder import (
     tied_names,
     write_shard,
 )
-from llm_local.model.anatomy import text_config
 from llm_local.model.lowrank import multiplied
 from llm_local.model.overrides import is_per_layer
 from llm_local.model.router_loss import want_none
 from llm_local.model.slices import Slice
 from llm_local.partition import Partition
+from llm_local.registry import TASKS
+from llm_local.tasks.task import Task
 
 CHECK_FILE = "check.safetensors"  # a row of text, and what the pipeline makes of it
 LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
@@ -205,18 +206,19 @@ def _compare(config: Config, folder: Path, ids: torch.Tensor, logits: torch.Tens
 
 def trimmed(model: Description, num_layers: int) -> Description:
     """The description of the first num_layers layers."""
-    return replace(model, config=trim_config(model.config, num_layers))
+    return replace(model, config=trim_config(model.config, num_layers, TASKS[model.task]))
 
 
-def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of the first num_layers layers. Of fewer than all, it asks for no router loss: none of them may have a
-    router."""
+def trim_config(config: PretrainedConfig, num_layers: int, task: Task | None = None) -> PretrainedConfig:
+    """The config of the first num_layers layers, of a model for the task, by default one of text. Of fewer than all, it
+    asks for no router loss: none of them may have a router."""
     config = copy.deepcopy(config)
-    whole = text_config(config).num_hidden_layers
+    part = (task or TASKS["causal-lm"]).part_of(config)
+    whole = part.num_hidden_layers
     if num_layers < whole:
         want_none(config)
-    # of a config for encoder and decoder text_config is a copy
-    text = config if config.is_encoder_decoder else text_config(config)
+    # of a config for encoder and decoder its part is a copy
+    text = config if config.is_encoder_decoder else part
     different = text.to_dict().get("per_layer_config")  # where single layers have values of their own, by number
     if different:
         text.per_layer_config = None
@@ -226,6 +228,9 @@ def trim_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     for name in ("num_hidden_layers", "decoder_layers", "num_blocks"):
         if getattr(text, name, None) == whole:
             setattr(text, name, num_layers)
+    if names := getattr(text, "stage_names", None):  # of a backbone, the stem's first
+        text.stage_names = names[: num_layers + 1]
+        text.out_features = text.stage_names[-1:]
     if different:
         text.per_layer_config = {int(k): v for k, v in different.items() if int(k) < num_layers}
     return config

@@ -65,7 +65,8 @@ class Anatomy:
     layer_matrices: rows and columns of the matrices of the first layer.
     task: what the model is trained for, by name. row_shape: of what it reads of a row, where that is fixed, and
     num_tokens: the positions (T) of its hidden states then. tuples, shapes: of the modules before the layers
-    that return a tuple, its length; what they return then, (ROWS, ...).
+    that return a tuple, its length; what they return then, (ROWS, ...). fresh: parameters that the run makes anew,
+    whatever a checkpoint has (model/classes.py).
     """
 
     layers: str
@@ -86,6 +87,7 @@ class Anatomy:
     num_tokens: int = 0
     tuples: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:

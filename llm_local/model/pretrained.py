@@ -44,7 +44,8 @@ def load_slice(
     sources = sources_of(skeleton, files)
     prune(skeleton, anatomy, span, has_head)
     wanted = skeleton.state_dict()
-    names = {source.key: source.name for source in sources if source.parameter in wanted}
+    read = [source for source in sources if source.parameter in wanted and source.parameter not in anatomy.fresh]
+    names = {source.key: source.name for source in read}
     borders: list[Border] = []
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -67,8 +68,8 @@ def load_slice(
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError([f"model_name_or_path={path} cannot be loaded: {reason}"]) from error
-    if info["missing_keys"]:
-        raise ConfigError([f"model_name_or_path={path} lacks {some_of(info['missing_keys'])}"])
+    if missing := {*info["missing_keys"]} - {*anatomy.fresh}:
+        raise ConfigError([f"model_name_or_path={path} lacks {some_of(missing)}"])
     model.config.name_or_path = path
     for parameter in model.parameters():  # no view of a file that somebody may write again during the run
         parameter.data = parameter.data.clone()

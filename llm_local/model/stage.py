@@ -211,13 +211,18 @@ def build_slice(
     model_args: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
     if config.model.model_name_or_path:
         part = load_slice(weights_path(config), model_config, anatomy, span, has_head, **model_args)
+        if anatomy.fresh and has_head:
+            seed, end = config.train.seed, Span(span.stop, span.stop)
+            new = new_slice(model_config, anatomy, end, seed, head_of=head_of, **model_args).model
+            for name in anatomy.fresh:
+                part.model.get_parameter(name).data = new.get_parameter(name).data
     else:
         seed = config.train.seed
         part = new_slice(model_config, anatomy, span, seed, has_head, head_of, output_of, **model_args)
     want_none(part.model.config)  # a Block asks for router logits, and only in training
     if has_head:
         fit_head(part)
-        if config.model.model_name_or_path and span.stop < anatomy.num_layers:
+        if config.model.model_name_or_path and span.stop < anatomy.num_layers and not anatomy.fresh:
             shrink_logits(part)
     if kernel := attention_kernel(config.model, model_config):
         # only now: the head is looked at on the CPU, where not every kernel runs

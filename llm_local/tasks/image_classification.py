@@ -30,6 +30,7 @@ class ImageClassification(Task):
     reads_images = True
     answers_once = True
     measures = ("accuracy", "top_5_accuracy")
+    answer = "label"
 
     def scored(
         self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
@@ -53,13 +54,16 @@ class ImageClassification(Task):
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return (getattr(part, "num_channels", 3), height, width)
 
+    def scored_share(self, data: DataArguments) -> float:
+        return 1 / data.seq_length  # of an image's tokens one
+
     def order_problem(self, config: PretrainedConfig, reads_ahead: bool) -> str:
         return ""
 
     def problems(
         self, model: ModelArguments, data: DataArguments, local: LocalArguments, train: TrainArguments
     ) -> list[str]:
-        head, defaults = HEADS.get(local.head), DataArguments()
+        head = HEADS.get(local.head)
         wrong = {
             f"head={local.head}": (
                 head is not None and head.shares_matrix,
@@ -73,17 +77,7 @@ class ImageClassification(Task):
                 local.distillation_weight > 0,
                 "soft targets are of what comes next; leave it out",
             ),
-            f"document_mask={data.document_mask}": (data.document_mask, "an image is no document; leave it out"),
-            f"mlm_probability={data.mlm_probability:g}": (
-                data.mlm_probability != defaults.mlm_probability,
-                "it is for task=masked-lm; leave it out",
-            ),
-            f"packing={data.packing}": (data.packing != defaults.packing, "images are not packed; leave it out"),
             f"gguf_file={model.gguf_file}": (model.gguf_file is not None, "GGUF holds causal models; use safetensors"),
-            f"sample_prompt={train.sample_prompt!r}": (
-                train.sample_prompt is not None,
-                "such a model writes no text; leave it out",
-            ),
             f"stage={local.stage}": (
                 local.stage is not None,
                 "jobs of one stage each train on text alone; launch all stages together",
