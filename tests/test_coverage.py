@@ -19,8 +19,10 @@ from llm_local.coverage.run import examine_all
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.slices import try_slices
+from llm_local.registry import TASKS
 
 DOCS = Path(llm_local.__file__).parents[1] / "docs"
+IMAGES, SEEING = "image-classification", ["vit", "deit"]
 MASKED = "bert deberta-v2 distilbert electra modernbert roberta".split()  # noqa: SIM905
 TYPES = """
 bert bloom cohere2 deepseek_v3 falcon falcon_h1 gemma2 gemma3 gemma3_text glm4 gpt2 gpt_neox gpt_oss granite llama
@@ -40,12 +42,13 @@ def statuses(task: str) -> dict[str, str]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("model_type", "task"), [*((kind, "causal-lm") for kind in TYPES), *((kind, "masked-lm") for kind in MASKED)]
+    ("model_type", "task"),
+    [(kind, task) for task, types in (("causal-lm", TYPES), ("masked-lm", MASKED), (IMAGES, SEEING)) for kind in types],
 )
 def test_a_type_is_exact_in_stages_and_exported(model_type: str, task: str):
     found = examine(model_type, task)
     assert (found.status, found.reason, found.exits) == (EXACT, "", EXACT)
-    assert found.ties[0] == "untied"
+    assert found.ties[:1] == (() if task == IMAGES else ("untied",))
 
 
 @pytest.mark.processes
@@ -86,9 +89,15 @@ def test_a_type_without_a_tiny_model_is_not_tried():
     assert found.reason.startswith(tuple(f"no tiny model: {kind}: " for kind in kinds))
 
 
-def test_a_model_that_stays_large_is_not_tried(monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_stays_large_is_not_tried_but_refused_all_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("llm_local.coverage.model_type.MOST_PARAMETERS", 1000)
     assert re.fullmatch(r"the tiny model still has [\d,]+ parameters", examine("gpt2").reason)
+    assert examine("swin", IMAGES).status == REFUSED
+
+
+def test_a_config_with_values_by_layer_is_refused_in_a_line():
+    """Gemma 4's assistant refuses to be asked for those by name."""
+    assert examine("gemma4_unified_assistant").status in (REFUSED, UNTRIED)
 
 
 def test_an_encoder_is_refused_with_the_repair():
@@ -178,7 +187,10 @@ def test_an_error_is_one_line():
     assert one_line(SliceError("a\nb")) == "a b"
 
 
-@pytest.mark.parametrize(("task", "least", "types"), [("causal-lm", 130, TYPES), ("masked-lm", 20, MASKED)])
+@pytest.mark.parametrize(
+    ("task", "least", "types"),
+    [("causal-lm", 130, TYPES), ("masked-lm", 20, MASKED), (IMAGES, 11, SEEING)],
+)
 def test_the_committed_page_has_none_that_is_wrong(task: str, least: int, types: list[str]):
     found = statuses(task)
     assert WRONG not in found.values()
@@ -186,7 +198,7 @@ def test_the_committed_page_has_none_that_is_wrong(task: str, least: int, types:
     assert {found[name] for name in types} == {EXACT}
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
+@pytest.mark.parametrize("task", TASKS)
 def test_the_committed_page_has_every_type_of_the_version_that_it_names(task: str):
     named = re.search(r"transformers (\S+) on a CPU", text_of(task))
     assert named is not None

@@ -73,6 +73,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     (256, "vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size decoder_vocab_size"),
 )
 SIZES: dict[str, Any] = {name: size for size, names in _NAMES for name in names.split()}
+OF_IMAGES = {"image_size": 64, "patch_size": 4, "window_size": 2}
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter", "drop_path")
 NEEDED = ("num_key_value_heads", "n_routed_experts", "num_experts_per_tok")  # though None is their default
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -130,6 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+OVERRIDES |= {kind: {"num_layers": 4, "num_hidden_layers": 4} for kind in ("swin", "swinv2", "donut-swin")}
 OVERRIDES["dots3_note"] = {"text_config": OVERRIDES["dots3_note_text"]}
 OVERRIDES["gemma3n"] = {"text_config": OVERRIDES["gemma3n_text"]}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
@@ -137,10 +139,11 @@ OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 
 def tiny_config(model_type: str, task: str = "causal-lm") -> PretrainedConfig:
     """A config of the type with six tiny layers and no randomness, a decoder where the task's models write."""
-    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}), TASKS[task].generates)
+    sizes = SIZES | {"is_decoder": TASKS[task].generates} | (OF_IMAGES if TASKS[task].reads_images else {})
+    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}), sizes)
 
 
-def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any], is_decoder: bool) -> PretrainedConfig:
+def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any], sizes: dict[str, Any]) -> PretrainedConfig:
     default = kind()
     values = default.to_dict()
     names = set(values) | set(inspect.signature(kind.__init__).parameters)
@@ -153,14 +156,12 @@ def _shrunk(kind: type[PretrainedConfig], over: dict[str, Any], is_decoder: bool
             chosen[name] = 0.0
         elif name == "num_key_value_heads" and "qk_rope_head_dim" in names:
             chosen[name] = SIZES["num_attention_heads"]  # latent attention has no groups
-        elif name == "is_decoder" and value is not None:
-            chosen[name] = is_decoder
-        elif name in SIZES and not (value is None and name not in NEEDED) and not isinstance(value, (list, dict)):
-            chosen[name] = SIZES[name]
+        elif name in sizes and not (value is None and name not in NEEDED) and not isinstance(value, (list, dict)):
+            chosen[name] = sizes[name]
     parts: Any = kind.sub_configs or {}
     for name in parts:
         inner = getattr(default, name, None)
         if isinstance(inner, PretrainedConfig):
-            chosen[name] = _shrunk(type(inner), over.get(name, {}), is_decoder)
+            chosen[name] = _shrunk(type(inner), over.get(name, {}), sizes)
     chosen |= {k: v for k, v in over.items() if k not in parts}
     return kind(**chosen)

@@ -32,10 +32,10 @@ from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
-from llm_local.model.loss import head_loss
 from llm_local.model.slices import new_slice, try_slices
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
+from llm_local.registry import TASKS
 from llm_local.tasks.task import IGNORED, Task
 
 EXACT, REFUSED, WRONG, UNTRIED = "exact", "refused", "wrong", "not tried"
@@ -83,6 +83,10 @@ def examine(model_type: str, task: str = "causal-lm") -> Finding:
     except Exception as error:  # whatever a class makes of sizes that it was not meant for
         return Finding(model_type, UNTRIED, f"no tiny model: {one_line(error)}")
     if size > MOST_PARAMETERS:
+        try:
+            probe(config, ModelArguments(task=task), try_slices)  # of any size
+        except SliceError as error:
+            return Finding(model_type, REFUSED, one_line(error))
         return Finding(model_type, UNTRIED, f"the tiny model still has {size:,} parameters")
     return replace(compare(config, task), model_type=model_type)  # gpt-sw3's config says gpt2
 
@@ -93,7 +97,7 @@ def compare(config: PretrainedConfig, task: str = "causal-lm") -> Finding:
     ties: list[str] = []
     refused: dict[str, str] = {}
     exits = note = ""
-    for wanted in (False, True):
+    for wanted in (False,) if TASKS[task].answers_once else (False, True):
         variant = copy.deepcopy(config)
         variant.tie_word_embeddings = text_config(variant).tie_word_embeddings = wanted
         try:
@@ -110,7 +114,7 @@ def compare(config: PretrainedConfig, task: str = "causal-lm") -> Finding:
         except Exception as error:
             return Finding(kind, WRONG, one_line(error), tuple(ties))
         ties.append("tied" if trial.anatomy.tied else "untied")
-    return Finding(kind, EXACT, "", tuple(dict.fromkeys(ties)), exits, note)
+    return Finding(kind, EXACT, "", () if TASKS[task].answers_once else tuple(dict.fromkeys(ties)), exits, note)
 
 
 class _Trial:
@@ -128,10 +132,16 @@ class _Trial:
         self.run = replace(run, model=ModelArguments(task=task), train=replace(run.train, seed=_SEED))
         self.task: Task = self.run.task
         self.blocks = [build_block(self.run, config, self.anatomy, self.partition, k) for k in range(NUM_STAGES)]
-        self.whole: PreTrainedModel = self.task.loader.from_config(copy.deepcopy(config))
+        self.whole: PreTrainedModel = self.task.make(config)
         generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(3, text_config(config).vocab_size, (2, 12), generator=generator)
-        self.labels = torch.where(torch.arange(12) % 3 > 0, self.ids, IGNORED)
+        if self.anatomy.row_shape:
+            rows = torch.randn(2, *self.anatomy.row_shape, generator=generator)
+            self.labels = torch.tensor([[0], [1]])
+        else:
+            rows = torch.randint(3, text_config(config).vocab_size, (2, 12), generator=generator)
+            self.labels = torch.where(torch.arange(12) % 3 > 0, rows, IGNORED)
+        self.rows = {self.task.main_input: rows}
+        self.asked = {"input_ids": None, **self.rows}
 
     def look_ahead(self) -> dict[str, str]:
         """What else a run finds out before it starts: raises Refused, or returns why exits are no models."""
@@ -168,7 +178,7 @@ class _Trial:
         """Logits, loss and gradients in training, with gradients through all stages."""
         for model in (self.whole, *self.blocks):
             model.train()
-        inputs = {"input_ids": self.ids, **self.task.options, **self._labels()}
+        inputs = {**self.rows, **self.task.options, **self._labels()}
         theirs = self.whole(**inputs)
         head = self.blocks[-1].head
         head.border.entering = self._features()[-1]
@@ -199,10 +209,10 @@ class _Trial:
         for model in (self.whole, *self.blocks):
             model.eval()
         labels = self._labels()
-        theirs = self.whole(input_ids=self.ids, **self.task.options, **labels)
+        theirs = self.whole(**self.rows, **self.task.options, **labels)
         features, block = self._features()[-1], self.blocks[-1]
-        _same("logits of the head", block.logits(features, self.ids), theirs.logits)
-        ours = float(head_loss(block.head, block.normed(features, self.ids), self.ids, self.labels))
+        _same("logits of the head", block.logits(features, **self.asked), theirs.logits)
+        ours = float(block.readout(features, labels=self.labels, **self.asked))
         wanted = float(self._loss(theirs.logits))
         if not abs(ours - wanted) <= LOSS_TOLERANCE * wanted:
             raise Different(f"local loss: {ours:.6f}, not {wanted:.6f}")
@@ -225,7 +235,7 @@ class _Trial:
             name = type(self.blocks[0].body.model).__name__
             description = Description(self.config, name, tokenizer, task=self.task.name)
             compose(export, self.partition, (0,), description, not refused)
-            answers = [b.logits(f, self.ids) for b, f in zip(self.blocks, self._features(), strict=True)]
+            answers = [b.logits(f, **self.asked) for b, f in zip(self.blocks, self._features(), strict=True)]
             self._check_loads(export, answers[last])
             if refused:
                 return f"refused: {next(iter(refused.values()))}"
@@ -240,7 +250,7 @@ class _Trial:
         """What leaves each stage, with its graph."""
         hidden, found = None, []
         for block in self.blocks:
-            hidden = block.features(self.ids, hidden)
+            hidden = block.features(hidden=hidden, **self.asked)
             found.append(hidden)
         return found
 
@@ -248,13 +258,13 @@ class _Trial:
         """Labels, if the class computes a loss of text alone."""
         try:
             with torch.no_grad():
-                output = self.whole(input_ids=self.ids, labels=self.labels, **self.task.options)
+                output = self.whole(labels=self.labels, **self.rows, **self.task.options)
         except (ValueError, RuntimeError, TypeError):
             return {}
         return {} if output.loss is None else {"labels": self.labels}
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
-        scored, targets = self.task.scored(logits, self.ids, self.labels)
+        scored, targets = self.task.scored(logits, self.asked["input_ids"], self.labels)
         return F.cross_entropy(scored.float(), targets)
 
     def _check_loads(self, folder: Path, logits: torch.Tensor) -> None:
@@ -266,7 +276,7 @@ class _Trial:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 raise Different(f"export: {kind.replace('_', ' ')} {sorted(info[kind])[:3]}")
-        _same("logits of the export", model.eval()(input_ids=self.ids, **self.task.options).logits, logits)
+        _same("logits of the export", model.eval()(**self.rows, **self.task.options).logits, logits)
 
 
 def perturb(module: nn.Module, seed: int, leave: Sequence[torch.Tensor] = ()) -> None:

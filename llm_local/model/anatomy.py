@@ -288,7 +288,7 @@ def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, d
     """Each value that is not the type's default: name, value, default, and all values with the default in its place."""
     values = config.to_dict()
     for name, default in {each.name: each.default for each in fields(type(config))}.items():
-        part = getattr(config, name, None)
+        part = vars(config).get(name)  # one with values by layer refuses to be asked
         if isinstance(part, PretrainedConfig):
             for inner, value, own, changed in _with_a_default(part):
                 yield f"{name}.{inner}", value, own, copy.deepcopy(values) | {name: changed}
