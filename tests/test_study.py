@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,12 @@ class TestComparison:
         assert "256 tokens each; 2 seeds" in lines[-1]
         empty = table(compare(study, {}))
         assert "| backprop | 1 | – (0 of 2 runs) | – | – | 1.00 | 1.00 |" in empty
+
+    def test_classifiers_have_their_accuracy(self, study: Study):
+        exact = {key: replace(value, accuracy=0.5 + key[1] / 10) for key, value in RESULTS.items()}
+        lines = table(compare(study, exact)).splitlines()
+        assert lines[0].endswith("| sequential FLOPs | accuracy |")
+        assert lines[2].endswith("| 65.00% |")
 
     def test_json(self, study: Study):
         found = compare(study, RESULTS)

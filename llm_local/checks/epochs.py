@@ -10,8 +10,7 @@ from fractions import Fraction
 from llm_local.checkpoint.line import documents_begin
 from llm_local.config import Config, ConfigError
 from llm_local.data.mixture import training_sources
-from llm_local.data.sets import prepare
-from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.sets import prepare, tokenizer_of
 from llm_local.problems import data_flag_problems
 from llm_local.replicas import replicas_of, sequences_per_step
 
@@ -35,8 +34,7 @@ def with_epochs(config: Config, world_size: int) -> Config:
         given = f"{flag}={getattr(train, flag)}"
         raise ConfigError([f"{given} counts the rows of the data, which {what} does not tell; use {instead}"])
     config = replace(config, data=replace(config.data, add_bos=documents_begin(config)))
-    tokenizer = None if config.task.reads_images else load_tokenizer(config)
-    rows, _ = prepare(config, tokenizer, progress=sys.stderr.isatty())
+    rows, _ = prepare(config, tokenizer_of(config), progress=sys.stderr.isatty())
     assert rows.num_sequences is not None
     of_step = sequences_per_step(config, replicas_of(config, world_size))
     steps = train.max_steps

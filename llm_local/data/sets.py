@@ -72,6 +72,7 @@ __all__ = [
     "prepare",
     "prepare_all",
     "tokenizer_key",
+    "tokenizer_of",
 ]
 
 
@@ -89,6 +90,11 @@ def data_problems(config: Config) -> list[str]:
 def load_processing_class(config: Config, model_config: PretrainedConfig) -> ProcessingClass:
     """The tokenizer, or the image processor of a task that reads images. Raises ConfigError."""
     return load_processor(config, model_config) if config.task.reads_images else load_tokenizer(config)
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer; None of a task that reads images. Raises ConfigError."""
+    return None if config.task.reads_images else load_tokenizer(config)
 
 
 def key_of(processing_class: ProcessingClass) -> str:

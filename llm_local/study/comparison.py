@@ -28,16 +28,18 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run. evals: the steps that were evaluated, each with the losses of all blocks, in order."""
+    """One finished run. evals: the steps that were evaluated, each with the losses of all blocks, in order. accuracy:
+    at the end, of the last block, where the task has one."""
 
     evals: tuple[tuple[int, tuple[float, ...]], ...]
     step_seconds: float
     peak_memory_bytes: int
+    accuracy: float | None = None
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Result:
         evals = tuple((int(step), tuple(losses)) for step, losses in values["evals"])
-        return Result(evals, float(values["step_seconds"]), int(values["peak_memory_bytes"]))
+        return Result(evals, float(values["step_seconds"]), int(values["peak_memory_bytes"]), values.get("accuracy"))
 
     @property
     def block_losses(self) -> tuple[float, ...]:
@@ -54,7 +56,9 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> Result:
     evals = tuple((r["step"], tuple(r["block_losses"])) for r in records if r["split"] == "eval")
     if not evals or not train:
         raise ValueError("the run's metrics have no evaluation; set eval_batches")
-    return Result(evals, median(r["step_seconds"] for r in train), max(r["peak_memory_bytes"] for r in train))
+    seconds, memory = median(r["step_seconds"] for r in train), max(r["peak_memory_bytes"] for r in train)
+    accuracy = next((r.get("accuracy") for r in reversed(records) if r["split"] == "eval"), None)
+    return Result(evals, seconds, memory, accuracy)
 
 
 def tokens_per_step(config: Config) -> int:
@@ -111,6 +115,7 @@ def _compare_point(study: Study, point: Point, reference: Point | None, results:
         "loss_std": stdev(last) if len(last) > 1 else None,
         "perplexity_ratio": _perplexity_ratio(point, reference, results, study.seeds),
         "best_exit": fmean(above) if above else None,
+        "accuracy": fmean(found) if (found := [r.accuracy for r in mine.values() if r.accuracy is not None]) else None,
         "runs": [
             {
                 "seed": seed,
@@ -118,6 +123,7 @@ def _compare_point(study: Study, point: Point, reference: Point | None, results:
                 "curve": curve(point, result),
                 "step_seconds": result.step_seconds,
                 "peak_memory_bytes": result.peak_memory_bytes,
+                "accuracy": result.accuracy,
             }
             for seed, result in mine.items()
         ],
@@ -154,6 +160,9 @@ def table(comparison: Mapping[str, Any]) -> str:
     count = len(comparison["seeds"])
     lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1))]
     lines += [_line(point, count) for point in comparison["points"]]
+    if any(accuracies := [point.get("accuracy") for point in comparison["points"]]):
+        more = ["accuracy", "---:", *("–" if each is None else f"{each:.2%}" for each in accuracies)]
+        lines = [(*cells, cell) for cells, cell in zip(lines, more, strict=True)]
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     seeds = "1 seed" if count == 1 else f"{count} seeds, mean ± standard deviation"
     note = (

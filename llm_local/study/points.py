@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ def _make_point(name: str, flags: Flags) -> tuple[Point | None, list[str]]:
         config = parse(_arguments(flags))
         problems = static_problems(config, 1, supports("fp16"), supports("bf16"))
         if not problems:
-            return Point(name, config, *_measures(config)), []
+            return Point(name, *_measures(config)), []
     except ConfigError as error:
         problems = error.problems
     except ValueError as error:
@@ -242,13 +242,16 @@ def _anatomy(model: ModelArguments) -> Anatomy:
         raise ConfigError([str(error)]) from error
 
 
-def _measures(config: Config) -> tuple[Shape, Setting]:
-    """What the costs of a run depend on. Raises ValueError where the model cannot be had, or cut as wanted."""
+def _measures(config: Config) -> tuple[Config, Shape, Setting]:
+    """The config with the tokens of an image, and what the costs of a run depend on. Raises ValueError where the model
+    cannot be had, or cut as wanted."""
     anatomy = _anatomy(config.model)
+    if anatomy.num_tokens:
+        config = replace(config, data=replace(config.data, seq_length=anatomy.num_tokens))
     partition = plan_partition(config, load_model_config(config.model), anatomy)
     if problems := cut_problems(config, partition):
         raise ConfigError(problems)
-    return run_shape(config, anatomy), run_setting(config, partition, anatomy.layer_matrices)
+    return config, run_shape(config, anatomy), run_setting(config, partition, anatomy.layer_matrices)
 
 
 def _vocabulary_problems(pieces: int | None, config: Config) -> list[str]:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from llm_local.checkpoint.line import committed
 from llm_local.config import Config, ConfigError
-from llm_local.data.sets import prepare
-from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
+from llm_local.data.sets import prepare, tokenizer_of
+from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.files import write_json, write_whole
 from llm_local.flags import MACHINE, START, deciding
 from llm_local.metrics import read_records
@@ -148,7 +148,7 @@ def train_all(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     first = pending[0].config
-    prepare(first, load_tokenizer(first), progress=sys.stderr.isatty())  # once, and not by all runs at a time
+    prepare(first, tokenizer_of(first), progress=sys.stderr.isatty())  # once, and not by all runs at a time
     failures: list[str] = []
     active: dict[Any, tuple[Any, StudyRun, float]] = {}
     done = len(runs) - len(pending)
