@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import MODELS, TINY, Trainer, block_losses, records, weights
 
+from llm_local.registry import TASKS
+
 pytestmark = pytest.mark.processes
 of_each_task = pytest.mark.parametrize("trainer", MODELS, indirect=True)
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
@@ -81,10 +83,12 @@ def test_zero_stages_agree_in_bf16(trainer: Trainer):
         assert {t.dtype for t in weights(output / "export").values()} == {torch.bfloat16}
 
 
+@of_each_task
 def test_nothing_goes_backward_and_what_goes_forward_is_counted(trainer: Trainer):
-    """One way: a header, the ids and the hidden states go forward; the last stage sends nothing."""
+    """One way: a header, the ids, a task's labels and the hidden states go forward; the last stage sends nothing."""
     output = trainer.run("way", 3, num_stages=3, wire_dtype="bf16", per_device_train_batch_size=2)
-    packet = 10 * 8 + 2 * 32 * 4 + 2 * 32 * TINY["hidden_size"] * 2
+    integers = 2 if TASKS[trainer.task].sends_labels else 1
+    packet = 10 * 8 + integers * 2 * 32 * 4 + 2 * 32 * TINY["hidden_size"] * 2
     for stage, sent in ((0, packet), (1, packet), (2, 0)):
         assert [record["sent_bytes"] for record in records(output, stage)] == [sent] * 4
     assert [record["received_bytes"] for record in records(output, 2)] == [packet] * 4

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Trainer, records, weights
+from conftest import MODELS, Trainer, records, weights
 from launching import job
 
 from llm_local.checkpoint.catalog import Catalog, read_manifest
@@ -22,7 +22,10 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
-DROPOUT = {"attention_dropout": 0.1}
+DROPOUT = {
+    "causal-lm": {"attention_dropout": 0.1},
+    "masked-lm": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
 
 
 def same_bits(one: Path, other: Path) -> None:
@@ -33,20 +36,21 @@ def same_bits(one: Path, other: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
+    ("trainer", "ranks", "settings"),
     [
-        (2, {"num_stages": 2}),
-        (4, {"num_stages": 2, "deepspeed": CONFIGS / "zero1.json", "bf16": True}),
-        (4, {"num_stages": 2, "deepspeed": CONFIGS / "zero3.json", "layers_per_block": 1}),
-        (2, {"num_stages": 1, "deepspeed": CONFIGS / "zero2_offload.json"}),
-        (2, {"num_stages": 1, "deepspeed": CONFIGS / "zero0.json", "bf16": True}),
-        (2, {"num_stages": 2, "method": "backprop", "deepspeed": CONFIGS / "zero1.json"}),
+        ("causal-lm", 2, {"num_stages": 2}),
+        ("masked-lm", 4, {"num_stages": 2, "deepspeed": CONFIGS / "zero1.json", "bf16": True}),
+        ("causal-lm", 4, {"num_stages": 2, "deepspeed": CONFIGS / "zero3.json", "layers_per_block": 1}),
+        ("masked-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero2_offload.json"}),
+        ("causal-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero0.json", "bf16": True}),
+        ("causal-lm", 2, {"num_stages": 2, "method": "backprop", "deepspeed": CONFIGS / "zero1.json"}),
     ],
-    ids=["fp32", "zero1-bf16", "zero3-blocks", "offload", "zero0-bf16", "backprop"],
+    ids=["fp32", "masked-zero1-bf16", "zero3-blocks", "masked-offload", "zero0-bf16", "backprop"],
+    indirect=["trainer"],
 )
 def test_resume_equals_never_having_stopped(trainer: Trainer, ranks: int, settings: dict):
     """Weights, optimizer, schedule, data position and dropout go on bit for bit."""
-    trainer.model(TINY | DROPOUT)
+    trainer.model(MODELS[trainer.task] | DROPOUT[trainer.task])
     common = {**settings, "lr_scheduler_type": "cosine", "warmup_steps": 2, "save_steps": 3, "eval_batches": 1}
     straight = trainer.run("straight", ranks, max_steps=6, **common)
     resumed = trainer.folder / "resumed"

@@ -19,13 +19,14 @@ ROBIN = {"round_robin_gradients": True}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "zero", "resumed_ranks", "resumed_zero"),
+    ("trainer", "ranks", "zero", "resumed_ranks", "resumed_zero"),
     [
-        (2, {"stage": 1} | ROBIN, 2, {"stage": 2, "parameter_alignment": True} | ROBIN),
-        (2, {"stage": 2} | ROBIN, 1, None),
-        (2, {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}, 2, True),
+        ("masked-lm", 2, {"stage": 1} | ROBIN, 2, {"stage": 2, "parameter_alignment": True} | ROBIN),
+        ("causal-lm", 2, {"stage": 2} | ROBIN, 1, None),
+        ("causal-lm", 2, {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}, 2, True),
     ],
-    ids=["zero1-to-zero2", "zero2-to-none", "hpz"],
+    ids=["masked-zero1-to-zero2", "zero2-to-none", "hpz"],
+    indirect=["trainer"],
 )
 def test_a_run_goes_on_elsewhere(trainer: Trainer, ranks: int, zero: Any, resumed_ranks: int, resumed_zero: Any):
     def flags(ranks: int, zero: dict[str, Any] | None) -> dict[str, Any]:
