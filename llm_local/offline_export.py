@@ -72,8 +72,13 @@ class _Run:
         if folder is None:
             model = described(config)
         else:
-            named = ModelArguments(model_name_or_path=str(folder), trust_remote_code=config.model.trust_remote_code)
-            model = described(replace(config, model=replace(named, attn_implementation="eager")))
+            named = ModelArguments(
+                task=config.model.task,
+                model_name_or_path=str(folder),
+                trust_remote_code=config.model.trust_remote_code,
+                attn_implementation="eager",
+            )
+            model = described(replace(config, model=named))
             config = replace(config, model=replace(config.model, model_name_or_path=None))  # no weights to begin with
         model.config.dtype = DTYPES[dtype]
         anatomy = probe(model.config, config.model)

@@ -132,6 +132,17 @@ def test_parts_become_what_one_launch_exports(
     assert "| steps | 1 |" in card
 
 
+@pytest.mark.parametrize("trainer", ["masked-lm"], indirect=True)
+def test_parts_of_another_task_become_its_model(trainer: Trainer):
+    run = trainer.run("run", 2, num_stages=2, max_steps=1, save_steps=1, eval_batches=0)
+    out = trainer.folder / "out"
+    assert main([*map(str, parts_of(run, trainer.folder / "jobs")), str(out)]) == 0
+    mine, theirs = weights(out), weights(run / "export")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (out / "config.json").read_text() == (run / "export/config.json").read_text()
+
+
 def test_a_checkpoint_of_one_stage_is_read_alone(trainer: Trainer):
     zero1 = {"deepspeed": ROOT / "configs/ds/zero1.json"}
     run = trainer.run("run", 4, num_stages=2, max_steps=1, save_steps=1, eval_batches=0, **zero1)

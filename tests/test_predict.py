@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, TINY_BERT, Trainer, records
-from transformers import pipeline
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from llm_local.commands import generate, predict
 from llm_local.config import parse
@@ -23,6 +24,10 @@ from llm_local.links.packet import EVAL
 from llm_local.world import Place
 
 ROWS = 4  # of the run's evaluation
+SMALL_VIT: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"image_size": 16, "patch_size": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,26 @@ class TestMaskedSentences:
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
+
+
+def test_an_image_is_what_the_pipeline_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = ViTConfig(**SMALL_VIT, id2label={0: "cat", 1: "dog", 2: "owl"})
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    picture, text = tmp_path / "a.png", tmp_path / "b.png"
+    Image.linear_gradient("L").save(picture)
+    text.write_text("no image")
+    (found,) = answered(capsys, "--export", tmp_path, picture, "--top_k", "2")
+    loaded: Any = pipeline("image-classification", model=str(tmp_path))
+    assert found["predictions"] == loaded(str(picture), top_k=2)
+    assert predict.main(["--export", str(tmp_path), str(picture)]) == 0
+    assert "  cat\n" in capsys.readouterr().out
+    for path in (text, tmp_path / "c.png"):
+        assert predict.main(["--export", str(tmp_path), str(path)]) == 2
+        assert f"predict.py: {path} is no image that can be read: " in capsys.readouterr().err
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert predict.main(["--export", str(tmp_path), str(picture)]) == 2
+    assert f"predict.py: {tmp_path} has no image processor: " in capsys.readouterr().err
 
 
 def test_each_command_names_the_one_for_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -49,6 +49,16 @@ def find_task(folder: Path) -> Task:
     return task
 
 
+def read_processing(folder: Path, task: Task, trusted: bool) -> dict[str, Any]:
+    """What the export has beside its model, by its name in a pipeline. Raises ValueError naming the folder."""
+    if not task.reads_images:
+        return {"tokenizer": read_tokenizer(folder, trusted)}
+    try:
+        return {"image_processor": transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=trusted)}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no image processor: {str(error).strip().splitlines()[0]}") from error
+
+
 def show(given: str, answers: list[Any], key: str) -> None:
     """Prints the answers; of a sentence with several masks, one mask after the other."""
     several = answers if isinstance(answers[0], list) else [answers]
@@ -66,10 +76,12 @@ def predict(given: argparse.Namespace, lines: Iterable[str]) -> int:
     task = find_task(given.export)
     folder = given.export if given.exit is None else find_exit(given.export, "--exit", given.exit)
     device = find_device(given.device)
-    processing = read_tokenizer(folder, given.trust_remote_code)
+    beside = read_processing(folder, task, given.trust_remote_code)
     options = {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
     model = load(folder, task.loader, device, **options)
-    ask: Any = transformers.pipeline(task.pipeline_tag, model=model, tokenizer=processing, device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    make: Any = transformers.pipeline
+    ask: Any = make(task.pipeline_tag, model=model, device=device, **beside)
+    (processing,) = beside.values()
     for line in given.inputs or (line.rstrip("\n") for line in lines):
         try:
             answers = ask(task.question(line, processing), top_k=given.top_k)

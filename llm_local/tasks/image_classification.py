@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.registry import HEADS
@@ -31,6 +31,7 @@ class ImageClassification(Task):
     answers_once = True
     measures = ("accuracy", "top_5_accuracy")
     answer = "label"
+    answer = "label"
 
     def scored(
         self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
@@ -44,6 +45,16 @@ class ImageClassification(Task):
     def measure(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         found = (logits.topk(min(TOP, logits.shape[-1])).indices == targets[:, None]).float()  # (B, 5), best first
         return found.cumsum(dim=1)[:, [0, -1]].mean(dim=0)
+
+    def question(self, text: str, processing: Any) -> Any:
+        """A file."""
+        from PIL import Image
+
+        try:
+            with Image.open(text) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a broken file depends on its format
+            raise ValueError(f"{text} is no image that can be read: {error}") from error
 
     def part_of(self, config: PretrainedConfig) -> PretrainedConfig:
         return getattr(config, "vision_config", None) or config
