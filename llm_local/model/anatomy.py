@@ -85,8 +85,8 @@ class Anatomy:
     task: str = "causal-lm"
     row_shape: tuple[int, ...] = ()
     num_tokens: int = 0
-    tuples: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tuples: dict[str, int] = field(default_factory=dict, hash=False)  # the planner keeps cuts by anatomy
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     fresh: tuple[str, ...] = ()
 
     @property
