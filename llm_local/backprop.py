@@ -85,7 +85,8 @@ class PipeSlice(nn.Module):
         self.pads = config.data.packing != CONCAT
         self.sends_labels = config.task.sends_labels
         self.has_weight = self.pads or documents is not None or self.sends_labels  # of micro-batches
-        self.num_integers = 1 + self.has_weight + self.sends_labels
+        self.images = anatomy.row_shape  # whose labels stand in place of ids
+        self.num_integers = 1 + self.has_weight + (self.sends_labels and not self.images)
         self.return_logits = False
         self.begin()
         for parameter in self.parameters():
@@ -95,12 +96,15 @@ class PipeSlice(nn.Module):
     def begin(self) -> None:
         """Begins to count tokens without padding, on the device where later stages see the ids only there."""
         self.tokens: int | torch.Tensor = 0
+        self.measured: list[torch.Tensor] = []  # of each micro-batch of an evaluation, times its weight
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """ids (B, T, 1) on the first stage, or `with_weight`, or that and labels; `with_ids` behind it → `with_ids`, or
         at the end the loss times its weight, as DeepSpeed takes the mean of micro-batches. Padding is marked as in
         packing.py.
         """
+        if self.images:
+            return self._classify(inputs)
         hidden, integers = parted(inputs, self.num_integers) if inputs.is_floating_point() else (None, inputs)
         rows = integers[..., 0].contiguous()
         told = inputs_of(rows) if self.pads else {"input_ids": rows}
@@ -116,6 +120,24 @@ class PipeSlice(nn.Module):
             return head_logits(self.part, normed, ids)
         loss = head_loss(self.part, normed, ids, labels)
         return loss * weight_of(integers) if self.has_weight else loss
+
+    def _classify(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As forward; on the first stage images (B, 1, C·H·W) are in place of hidden states."""
+        hidden, integers = parted(inputs, self.num_integers)
+        first = {}
+        if self.part.is_first:
+            first = {self.part.task.main_input: hidden.detach().reshape(len(hidden), *self.images)}
+        leaving, logits = self.part(None if first else hidden, **first)
+        self.tokens = self.tokens + leaving.shape[0] * leaving.shape[1]
+        if not self.part.is_last:
+            return with_ids(leaving, integers[:, :1].expand(-1, leaving.shape[1], -1))
+        if self.return_logits:
+            return logits
+        labels, weight = integers[:, :1, 0], weight_of(integers)
+        if not self.training:
+            task = self.part.task
+            self.measured.append(weight * task.measure(*task.scored(logits, None, labels)))
+        return head_loss(self.part, logits, None, labels) * weight
 
 
 class Pipeline(PipelineModule):
@@ -181,7 +203,9 @@ class BackpropEngine:
         data = self._micro_batches(EVAL, step)
         self.part.begin()
         loss: Any = self._engine.eval_batch(data, num_micro_batches=micro_batches)
-        return EvalResult(loss.reshape(1).float(), int(self.part.tokens))
+        measured = self.part.measured  # on the last stage
+        measures = torch.stack(measured).mean(dim=0)[None] if measured else torch.zeros(1, 0)
+        return EvalResult(loss.reshape(1).float(), int(self.part.tokens), measures)
 
     def check_logits(self) -> torch.Tensor | None:
         """As LocalEngine.check_logits; None off the last stage."""
@@ -204,14 +228,22 @@ class BackpropEngine:
             rows = nothing
             if self._load is not None:
                 packet = self._load(kind, step, index)
-                assert packet.input_ids is not None
-                rows = marked(packet.input_ids, packet.attention_mask)
-                rows = with_weight(rows, packet.weight) if self.part.has_weight else rows.unsqueeze(-1)
-                if self.part.sends_labels:
-                    labels = packet.input_ids if packet.labels is None else packet.labels
-                    rows = torch.cat([rows, labels.unsqueeze(-1)], dim=-1)
+                rows = self._entering(packet)
             yield rows, nothing
             index += 1
+
+    def _entering(self, packet: Packet) -> torch.Tensor:
+        """What the first stage's slice reads of a micro-batch."""
+        if packet.pixel_values is not None:
+            assert packet.labels is not None
+            return with_ids(packet.pixel_values.flatten(1)[:, None], with_weight(packet.labels, packet.weight))
+        assert packet.input_ids is not None
+        rows = marked(packet.input_ids, packet.attention_mask)
+        rows = with_weight(rows, packet.weight) if self.part.has_weight else rows.unsqueeze(-1)
+        if self.part.sends_labels:
+            labels = packet.input_ids if packet.labels is None else packet.labels
+            rows = torch.cat([rows, labels.unsqueeze(-1)], dim=-1)
+        return rows
 
 
 def make_backprop_engine(

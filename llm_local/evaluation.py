@@ -56,7 +56,7 @@ class EvalSet:
         on = "" if self.name == "validation" else f" on {self.name}"
         bits = f", {self.bits_per_byte(loss):.3f} bits a byte" if self.bytes_per_token else ""
         score = f", {self.score} {perplexity(loss):,.1f}" if self.score else ""
-        found = "".join(f", {in_words(name)} {value:.2%}" for name, value in zip(self.measures, measured, strict=True))
+        found = "".join(f", {in_words(name)} {value:.2%}" for name, value in zip(self.measures, measured, strict=False))
         return f"validation loss{on} {loss:.4f}{score}{bits}{found}"
 
     def record(
@@ -81,7 +81,7 @@ class EvalSet:
             bits_per_byte=self.bits_per_byte(losses[-1]) if self.bytes_per_token else None,
             padding=padding,
         )
-        values: dict[str, Any] = dict(zip(self.measures, measured, strict=True))
+        values: dict[str, Any] = dict(zip(self.measures, measured, strict=False))
         return replace(record, **values)
 
 

@@ -205,7 +205,7 @@ def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: in
 
 def _measured_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> tuple[float, ...]:
     """What the task measures beside the loss of the stage's exit."""
-    if not each.measures:
+    if not each.measures or (config.is_pipelined and stage + 1 < config.local.num_stages):
         return ()
     key, seconds = measures_key(each.split, step, stage), float(config.train.ddp_timeout)
     return tuple(float(value) for value in world.fetch(key, seconds, f"stage {stage} to evaluate").split())
