@@ -73,10 +73,10 @@ def test_every_scheduler_stands_where_it_would():
 
 @pytest.mark.parametrize(
     ("first", "second", "backprop"),
-    [("WarmupDecayLR", "WarmupDecayLR", True), (None, "CosineAnnealingLR", False)],
+    [("WarmupDecayLR", "WarmupDecayLR", True), (None, "CosineAnnealingLR", False), ("OneCycle", None, False)],
 )
 def test_a_run_goes_on_at_its_rate(trainer: Trainer, first: str | None, second: str | None, backprop: bool):
-    """Also from the flags' scheduler to one of the JSON."""
+    """Also from the flags' scheduler to one of the JSON, and back."""
 
     def run(name: str, scheduler: str | None, **more: Any) -> list[dict[str, Any]]:
         path = trainer.folder / f"{name}.json"
