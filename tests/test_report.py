@@ -108,6 +108,21 @@ def test_the_exit_to_keep(tmp_path: Path):
     assert best_exit(near) == (1, pytest.approx(falling(200, 0) + 0.105), True)
 
 
+def test_exits_show_what_the_task_measures(tmp_path: Path):
+    text, images = make_run(tmp_path / "text"), make_run(tmp_path / "images")
+    for path in (images / "metrics").glob("stage-*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if record.pop("perplexity", None) and record.pop("bits_per_byte"):
+                record |= {"accuracy": 0.875, "top_5_accuracy": 1.0}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert table("exits", text).columns[4:] == ("perplexity", "bits a byte", "step", "")
+    found = table("exits", images)
+    assert found.columns[4:] == ("accuracy", "of 5", "step", "")
+    assert found.rows[0][4:6] == ("87.50%", "100.00%")
+    assert table("exits", text, images).columns[4:8] == ("perplexity", "bits a byte", "accuracy", "of 5")
+
+
 def test_tables_of_a_run(tmp_path: Path):
     run = make_run(tmp_path / "run", learning_rate=0.125)
     assert ("learning_rate", "0.125", "0.0005") in table("flags", run).rows

@@ -96,8 +96,18 @@ def _number(value: Any, form: str) -> str:
     return NONE if found is None else format(found, form)
 
 
+def _measures(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
+    """What evaluations have beside the loss: field, title and form."""
+    scores = {run.facts.get("score", "perplexity") for run in runs}
+    score = scores.pop() if len(scores) == 1 else "exp(loss)"
+    known = [("perplexity", score, ",.1f"), ("bits_per_byte", "bits a byte", ".3f")]
+    known += [("accuracy", "accuracy", ".2%"), ("top_5_accuracy", "of 5", ".2%")]
+    records = [record for run in runs for record in _last(run, EVAL).values()]
+    return [each for each in known if any(record.get(each[0]) is not None for record in records)]
+
+
 def _exits(runs: Sequence[RunData]) -> Table:
-    rows, marked = [], []
+    rows, marked, measures = [], [], _measures(runs)
     for run in runs:
         tested, trained, kept = _last(run, EVAL), _last(run, TRAIN), best_exit(run)
         for stage, records in run.stages.items():
@@ -111,15 +121,13 @@ def _exits(runs: Sequence[RunData]) -> Table:
                     _layers(run, stage),
                     _number(losses[-1] if losses else None, ".4f"),
                     _number(found.get("loss"), ".4f"),
-                    _number(found.get("perplexity"), ",.1f"),
-                    _number(found.get("bits_per_byte"), ".3f"),
+                    *(_number(found.get(name), form) for name, _, form in measures),
                     f"{trained.get(stage, found).get('step', 0):,}",
                     "keep" if is_kept else "",
                 )
             )
-    scores = {run.facts.get("score", "perplexity") for run in runs}
-    score = scores.pop() if len(scores) == 1 else "exp(loss)"
-    columns = ("exit", "layers", "training loss", "validation loss", score, "bits a byte", "step", "")
+    titles = (title for _, title, _ in measures)
+    columns = ("exit", "layers", "training loss", "validation loss", *titles, "step", "")
     note = f"Keep the whole model, but where an earlier exit is more than {DEPTH_TOLERANCE} nats better."
     return Table("exits", "Exits", columns, rows, tuple(marked), 2, note if marked else "")
 
