@@ -51,7 +51,7 @@ def draw(runs: list[Path], output: Path) -> None:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    panels[0][0].set_ylabel("loss (nats a token)")
+    panels[0][0].set_ylabel("loss (nats)")
     figure.tight_layout()
     with writing(output):
         figure.savefig(output, dpi=120)

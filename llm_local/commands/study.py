@@ -39,7 +39,7 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
     """The loss of the last block that each method reaches with so many FLOPs, by the best of its settings: their Pareto
     front over all evaluations, as the paper draws it. Losses are means over the finished seeds.
 
-    A dot is a setting at its end; the last one of a front has its name.
+    A dot is a setting at its end; a front bears the name of that which has its last place.
     """
     import matplotlib
 
@@ -58,17 +58,16 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
             places = front([place for curve in curves.values() for place in curve])
             panel.plot(*zip(*places, strict=True), color=color, linewidth=2)
             text = {"textcoords": "offset points", "color": color}
-            side, offset = (("right", -4), ("left", 4))[row % 2]
-            panel.annotate(method, places[0], (offset, 4), ha=side, weight="bold", **text)
-            for name, curve in curves.items():
+            for curve in curves.values():
                 panel.plot(*curve[-1], "o", color=color, markersize=5, alpha=0.5)
-                if curve[-1] == places[-1]:
-                    panel.annotate(name, curve[-1], (0, -20 - 13 * row), ha="center", **text)
+            best = next((name for name, curve in curves.items() if curve[-1] == places[-1]), method)
+            side, offset = (("right", -4), ("left", 4))[row % 2]
+            panel.annotate(best, places[0], (offset, 4), ha=side, weight="bold", **text)
         panel.set(xlabel=title, xscale="log")
         panel.xaxis.set_minor_formatter(NullFormatter())  # else they write over each other
         panel.grid(alpha=0.3, which="both")
-        panel.margins(x=0.16, y=0.28)  # room for the names
-    panels[0].set_ylabel("validation loss of the last block (nats a token)")
+        panel.margins(x=0.4, y=0.1)  # room for the names
+    panels[0].set_ylabel("validation loss of the last block (nats)")
     figure.tight_layout()
     with writing(output):
         figure.savefig(output, dpi=120)

@@ -116,7 +116,7 @@ def _loss(runs: Sequence[RunData]) -> Chart:
     note = "Lines: training, smoothed over about a fifteenth of the run" + (
         "; faint: as recorded. " if len(runs) == 1 else ". "
     )
-    return Chart("loss", "Loss", "nats a token", f"{note}Dots: validation.", [c for c in curves if any(_known(c.y))])
+    return Chart("loss", "Loss", "nats", f"{note}Dots: validation.", [c for c in curves if any(_known(c.y))])
 
 
 def _known(values: Values) -> list[bool]:
@@ -134,7 +134,7 @@ def _named_sets(runs: Sequence[RunData]) -> list[Chart]:
         Chart(
             f"set-{number}",
             f"Loss on {name}",
-            "nats a token",
+            "nats",
             "",
             [place.points("", found) for place in _places(runs) if (found := of_split(place.records, split))],
         )
@@ -155,7 +155,7 @@ def _blocks(runs: Sequence[RunData]) -> Chart:
             curves.append(each.curve("", LINE, train, smoothed(losses), evenly(len(losses))))
         first += count
     has_several = len(curves) > len({curve.stage for curve in curves})
-    return Chart("blocks", "Loss of every block", "nats a token", "Smoothed.", curves if has_several else [])
+    return Chart("blocks", "Loss of every block", "nats", "Smoothed.", curves if has_several else [])
 
 
 def _measure(

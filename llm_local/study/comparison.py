@@ -1,6 +1,6 @@
 """What a study found, as pure functions of what its runs recorded: study.json and the table of study.md.
 
-All losses are validation losses in nats a token. A point's last block is the whole model; earlier blocks are exits.
+All losses are validation losses in nats. A point's last block is the whole model; earlier blocks are exits.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def table(comparison: Mapping[str, Any]) -> str:
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     seeds = "1 seed" if count == 1 else f"{count} seeds, mean ± standard deviation"
     note = (
-        f"{comparison['tokens']:,} tokens each; {seeds}. The loss is that of the last block, in nats a token. "
+        f"{comparison['tokens']:,} tokens each; {seeds}. The loss is that of the last block, in nats. "
         "Best exit − last: its distance to the best block's loss, below 0 where an earlier exit is the better model. "
         "FLOPs are relative to "
         "backpropagation through the whole model; the sequential ones are those of the costliest block, which a "
