@@ -115,7 +115,7 @@ def better_exit(
     behind, best = flat[-1] - min(flat), partition.blocks[flat.index(min(flat))].stop
     if not behind > DEPTH_TOLERANCE:
         return ""
-    on = "validation text" if name == "validation" else name
+    on = "the validation set" if name == "validation" else name
     gap = f"({flat[-1]:.4f} against {min(flat):.4f}) on {on}"
     said = f"the whole model is {behind:.3f} nats behind the exit of layers 0-{best - 1} {gap}"
     return said if exits is None else f"{said}: {_how_to_keep(best, partition, exits, resume)}"

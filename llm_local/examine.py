@@ -21,8 +21,9 @@ from torch import nn
 from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
-from llm_local.checks.preflight import document_mask, plan_partition
+from llm_local.checks.preflight import document_mask
 from llm_local.config import Config
+from llm_local.cut import plan_partition
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
@@ -76,7 +77,7 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     catalog = Catalog(folder)
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
-    partition = plan_partition(config, model_config, anatomy)
+    partition = plan_partition(config, anatomy)
     blocks: list[Block] = []
     for stage in range(partition.num_stages):
         blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config))

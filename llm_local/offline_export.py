@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import BaseImageProcessor
 
 from llm_local.checkpoint.catalog import Catalog, read_data_state, read_note
 from llm_local.checkpoint.line import METRICS
 from llm_local.checkpoint.loader import fill, fill_block
 from llm_local.checks.exit_check import refused_exits
-from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config
+from llm_local.cut import plan_partition
 from llm_local.data.feed import SOURCES, trained_tokens
+from llm_local.data.image_processor import load_processor, pixel_shape
 from llm_local.data.packing import PackedSource
+from llm_local.data.sets import ProcessingClass, class_names
 from llm_local.data.special_tokens import generation_values, run_model_config
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
@@ -41,7 +44,8 @@ from llm_local.export.stages import (
 from llm_local.flags import ModelArguments
 from llm_local.jobs.positions import NOTE
 from llm_local.metrics import read_records
-from llm_local.model.anatomy import Anatomy, probe
+from llm_local.model.anatomy import Anatomy, load_model_config, probe
+from llm_local.model.classes import set_classes
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice
 from llm_local.partition import Partition
@@ -81,18 +85,28 @@ class _Run:
             model = described(replace(config, model=named))
             config = replace(config, model=replace(config.model, model_name_or_path=None))  # no weights to begin with
         model.config.dtype = DTYPES[dtype]
-        anatomy = probe(model.config, config.model)
-        return _Run(config, model, anatomy, plan_partition(config, model.config, anatomy), DTYPES[dtype])
+        anatomy = probe(model.config, config.model, row_shape=_row_shape(model))
+        return _Run(config, model, anatomy, plan_partition(config, anatomy), DTYPES[dtype])
 
     def refused(self) -> dict[str, str]:
         return refused_exits(self.config, self.model.config, self.anatomy, self.partition)
 
 
+def _row_shape(model: Description) -> tuple[int, ...] | None:
+    return pixel_shape(model.tokenizer) if isinstance(model.tokenizer, BaseImageProcessor) else None
+
+
 def described(config: Config) -> Description:
     """The run's model as its flags describe it. Raises ConfigError where what they name is not there."""
-    model_config, tokenizer = run_model_config(config), load_tokenizer(config)
-    generation = generation_values(config, model_config, tokenizer)
-    return Description(model_config, "", tokenizer, generation, read_code(model_config), config.task.name)
+    if config.task.reads_images:
+        model_config = load_model_config(config.model)
+        set_classes(model_config, class_names(config))
+        processing: ProcessingClass = load_processor(config, model_config)
+        generation = None
+    else:
+        model_config, processing = run_model_config(config), load_tokenizer(config)
+        generation = generation_values(config, model_config, processing)
+    return Description(model_config, "", processing, generation, read_code(model_config), config.task.name)
 
 
 def export_checkpoint(checkpoint: Path, out: Path, exit: str | None, dtype: str, say: Say = lambda _line: None) -> None:

@@ -95,8 +95,15 @@ def _best_problems(config: Config) -> list[str]:
 
 
 def data_flag_problems(config: Config) -> list[str]:
-    """What is wrong with the flags of the data alone, for what reads data and trains no model."""
+    """What is wrong with the flags of the data alone."""
     return value_problems(config) + _source_problems(config) + _of_other_rows(config)
+
+
+def text_flag_problems(config: Config) -> list[str]:
+    """The same for what reads text and trains no model."""
+    if config.task.reads_images:
+        return [f"task={config.task.name} reads images, and this is for text; a run reads them as they are"]
+    return data_flag_problems(config)
 
 
 def _of_other_rows(config: Config) -> list[str]:

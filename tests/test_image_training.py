@@ -20,6 +20,7 @@ from llm_local.links.message import HEADER_BYTES
 from llm_local.model.anatomy import probe
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.stage import build_block
+from llm_local.offline_export import export_checkpoint
 from llm_local.partition import Costs, make_partition
 
 TASK = "image-classification"
@@ -64,6 +65,10 @@ def test_it_resumes_and_is_what_the_pipeline_loads(trainer: Trainer):
     assert [[record["loss"] for record in records(resumed, stage)] for stage in (0, 1)] == [f[4:] for f in losses]
     mine, theirs = weights(resumed / "export"), weights(straight / "export")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    export_checkpoint(straight / "checkpoints/step-00000008", trainer.folder / "offline", None, "auto")
+    offline = weights(trainer.folder / "offline")
+    assert all(torch.equal(offline[name], theirs[name]) for name in theirs)
+    assert (trainer.folder / "offline/preprocessor_config.json").exists()
     config = parse(trainer.flags("straight", **settings))
     for stage, export in enumerate((straight / "export/exits/stage-00", straight / "export")):
         _, info = AutoModelForImageClassification.from_pretrained(export, output_loading_info=True)

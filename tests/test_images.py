@@ -27,7 +27,7 @@ from llm_local.data.objects import with_objects
 from llm_local.data.sets import class_names, data_problems, load_processing_class, prepare_all
 from llm_local.flags import DataArguments
 from llm_local.links.packet import EVAL, TRAIN
-from llm_local.problems import data_flag_problems
+from llm_local.problems import data_flag_problems, text_flag_problems
 from llm_local.world import Place
 
 Settings = Callable[..., Config]
@@ -443,6 +443,9 @@ def test_other_data_that_are_none(settings: Settings, tmp_path: Path):
 def test_flags_of_text_and_of_images(settings: Settings):
     assert data_flag_problems(settings(task="causal-lm", train_dir="a")) == [
         "train_dir=a is for images; leave it out, or choose another task"
+    ]
+    assert text_flag_problems(settings(dataset_name="digits")) == [
+        "task=image-classification reads images, and this is for text; a run reads them as they are"
     ]
     assert data_flag_problems(settings(dataset_name="digits", packing="none", tokenizer_name="x")) == [
         "tokenizer_name=x is for text; leave it out, or choose another task",

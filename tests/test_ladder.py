@@ -24,7 +24,7 @@ model: gguf_header gguf_cache observation remote_code overrides token_ids anatom
 model: loss router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
-run_costs head_problems job_problems problems
+head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed

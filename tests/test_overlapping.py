@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import TINY, Trainer, block_losses, records, weights
 
-from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config, parse
+from llm_local.cut import plan_partition
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import load_model_config, probe
@@ -50,7 +50,7 @@ def reference(config: Config) -> dict[str, list[torch.Tensor]]:
     """
     model_config = load_model_config(config.model)
     anatomy = probe(model_config, config.model)
-    blocks = build_blocks(config, model_config, anatomy, plan_partition(config, model_config, anatomy), 0)
+    blocks = build_blocks(config, model_config, anatomy, plan_partition(config, anatomy), 0)
     train, _ = prepare(config, load_tokenizer(config))
     ids = train.batch(0, config.train.per_device_train_batch_size)
     seed = config.train.seed

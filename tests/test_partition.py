@@ -6,8 +6,8 @@ from itertools import combinations, pairwise
 import pytest
 from transformers import AutoConfig
 
-from llm_local.checks.preflight import plan_partition
 from llm_local.config import from_flat
+from llm_local.cut import plan_partition
 from llm_local.model.anatomy import probe
 from llm_local.partition import Costs, Partition, Span, estimate_costs, held, make_partition
 
@@ -236,6 +236,6 @@ def test_of_a_mixture_of_experts_the_parameters_count_that_a_token_passes():
     assert anatomy.active_layer_parameters == attention + router + expert + norms
     # the last head is as dear as a layer is: with all experts counted the cut would be 2, 2 in backprop, too
     one_head = replace(run, local=replace(run.local, method="backprop"))
-    assert [len(plan_partition(one_head, config, anatomy).layers_of(stage)) for stage in (0, 1)] == [3, 1]
+    assert [len(plan_partition(one_head, anatomy).layers_of(stage)) for stage in (0, 1)] == [3, 1]
     dense = replace(anatomy, active_layer_parameters=anatomy.layer_parameters)
-    assert [len(plan_partition(one_head, config, dense).layers_of(stage)) for stage in (0, 1)] == [2, 2]
+    assert [len(plan_partition(one_head, dense).layers_of(stage)) for stage in (0, 1)] == [2, 2]

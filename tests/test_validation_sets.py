@@ -69,7 +69,7 @@ def test_the_exit_to_keep_is_named_where_the_whole_model_is_not_the_best():
         return better_exit(name, losses, cut, exits, resume)
 
     behind = "the whole model is 0.130 nats behind the exit of layers 0-{} (4.4300 against 4.3000) on {}"
-    on_text = behind.format(3, "validation text")
+    on_text = behind.format(3, "the validation set")
     assert said([4.5, 4.30], [4.6, 4.43]) == f"{on_text}: keep out/exits/stage-00"
     assert said([4.5, 4.30], [4.6, 4.43], name="wiki") == f"{behind.format(3, 'wiki')}: keep out/exits/stage-00"
     assert said([4.5, 4.30], [4.6, 4.43], exits=None) == on_text, "a run without exits"
@@ -77,7 +77,7 @@ def test_the_exit_to_keep_is_named_where_the_whole_model_is_not_the_best():
     assert said([4.5, 4.30], [4.6, 4.43], exits={}) == f"{on_text}: it is no model by itself; {alone}=4"
     within = [4.5, 4.40], [4.3, 4.43]
     command = f"to have it, run again in 3 processes with --num_stages 3 --stage_layers 4,2,2 {resume}"
-    on_text = behind.format(5, "validation text")
+    on_text = behind.format(5, "the validation set")
     assert said(*within) == f"{on_text}: {command}"
     unsaved = f"it is within a stage, and no checkpoint was saved to cut it out of (save_steps); {alone}=6"
     assert said(*within, resume="") == f"{on_text}: {unsaved}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import Config, ConfigError
+from llm_local.cut import plan_partition
 from llm_local.data.image_processor import load_processor, pixel_shape
 from llm_local.data.sets import class_names, data_problems, key_of, load_processing_class
 from llm_local.data.special_tokens import generation_values, pretrained_generation, special_tokens, token_warnings
@@ -46,18 +47,16 @@ from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
-from llm_local.model.heads.head import head_of
 from llm_local.model.lowrank import rank_problems
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
 from llm_local.model.token_ids import set_token_ids
 from llm_local.owner import folder_problems
-from llm_local.partition import Costs, Partition, estimate_costs, make_partition
-from llm_local.problems import parse_stage_layers, static_problems
+from llm_local.partition import Partition
+from llm_local.problems import static_problems
 from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
-from llm_local.run_costs import run_shape
 from llm_local.setup import Setup, model_values
 from llm_local.trace import FOLDER as TRACE
 
@@ -102,7 +101,7 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
     if config.local.partition == "profile":
         if config.local.stage_layers is None:
             costs = measure_costs(config, model_config, anatomy)
-            partition = plan_partition(config, model_config, anatomy, costs)
+            partition = plan_partition(config, anatomy, costs)
         layers = [len(partition.layers_of(stage)) for stage in range(partition.num_stages)]
         config = replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
     warnings, generation = found.warnings + head_warnings(config), {}
@@ -169,7 +168,7 @@ class _Model:
             problems += router_problems(config, model_config, anatomy)
         if config.local.num_stages > 0:
             try:
-                self.partition = plan_partition(config, model_config, anatomy)
+                self.partition = plan_partition(config, anatomy)
                 problems += cut_problems(config, self.partition)
                 problems += rank_problems(config, model_config, anatomy, self.partition)
             except ValueError as error:
@@ -213,35 +212,6 @@ def document_mask(config: Config) -> DocumentMask | None:
     """How the run keeps packed documents apart, if it does."""
     end: Any = load_tokenizer(config).eos_token_id if config.data.document_mask else None
     return None if end is None else DocumentMask(end)  # data/sets.py refuses a tokenizer without
-
-
-def plan_partition(
-    config: Config,
-    model_config: PretrainedConfig,
-    anatomy: Anatomy,
-    costs: Costs | None = None,
-    stage_speeds: Sequence[float] = (),
-) -> Partition:
-    """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
-    ValueError where it leaves a stage without a layer."""
-    local = config.local
-    shape = run_shape(config, anatomy)
-    sizes = (shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
-    costs = costs or estimate_costs(*sizes)
-    by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
-    return make_partition(
-        num_layers=anatomy.num_layers,
-        num_stages=local.num_stages,
-        costs=costs,
-        layers_per_block=config.method.block_layers(local),
-        block_stride=config.method.window_stride(local),
-        stage_layers=by_hand,
-        local_heads=not config.is_pipelined,
-        head_layers=config.head_layers_schedule,
-        shared_head=head_of(config).shares_matrix,
-        token_fraction=local.head_token_fraction,
-        stage_speeds=stage_speeds,
-    )
 
 
 def _size_problems(config: Config, model_config: PretrainedConfig) -> list[str]:

@@ -25,7 +25,7 @@ from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.data.sets import Data, SourceData, prepare_all
 from llm_local.data.text_files import UnreadableText
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.problems import data_flag_problems
+from llm_local.problems import text_flag_problems
 from llm_local.program import program
 
 NAME = program(__file__)
@@ -105,7 +105,7 @@ def throughput(data: Data, rows: int, batches: int = TIMED_BATCHES) -> float:
 
 def show(config: Config, given: argparse.Namespace) -> None:
     """Raises ConfigError, or UnreadableText for a stream that breaks off."""
-    problems = data_flag_problems(config)
+    problems = text_flag_problems(config)
     if given.output.suffix not in FORMATS:
         problems.append(f"output={given.output}: end the name in one of {', '.join(FORMATS)}")
     problems += [

@@ -26,7 +26,7 @@ from llm_local.data.sets import Data, prepare_all
 from llm_local.data.token_folder import TOKENIZER, TRAIN, VALIDATION, output_problems, write_token_folder
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.problems import data_flag_problems
+from llm_local.problems import text_flag_problems
 from llm_local.program import program
 
 NAME = program(__file__)
@@ -35,7 +35,7 @@ NAME = program(__file__)
 def prepare(config: Config, output: Path | None = None) -> Data:
     """Raises ConfigError with all that is wrong with the flags, or the first thing that is with the data, and Unwritten
     where there is no room for it."""
-    problems = data_flag_problems(config)
+    problems = text_flag_problems(config)
     if not problems:
         problems = [
             f"{source.named} is a stream (streaming=True), which is tokenised as it is read; leave streaming out"

@@ -25,7 +25,7 @@ from llm_local.config import ConfigError, Parser, parse, refused
 from llm_local.data.sets import data_problems
 from llm_local.data.tokenizer_training import KINDS, sample_texts, train_tokenizer
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.problems import data_flag_problems
+from llm_local.problems import text_flag_problems
 from llm_local.program import program
 
 NAME = program(__file__)
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     try:
         given, rest = make_parser().parse_known_args(arguments)
         config = parse(rest)
-        problems = data_flag_problems(config) or data_problems(config)
+        problems = text_flag_problems(config) or data_problems(config)
         if given.characters < 1:
             problems.append(f"characters={given.characters} must be greater than 0")
         if problems:

@@ -8,11 +8,9 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import gcd
 
-from transformers import PretrainedConfig
-
-from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config
 from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters
+from llm_local.cut import plan_partition, run_setting
 from llm_local.head_problems import cut_problems
 from llm_local.methods.method import local_methods
 from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
@@ -37,7 +35,6 @@ from llm_local.plan.memory import (
 )
 from llm_local.plan.times import Link, Pipe, StageSeconds
 from llm_local.registry import HEADS
-from llm_local.run_costs import run_setting
 
 PEER_METHODS = ("data_parallel", "gpipe", "1f1b", "interleaved", "zero_bubble")
 CHUNKS = 2  # of a stage of the interleaved schedule
@@ -273,4 +270,4 @@ class Stages:
 
 @lru_cache(maxsize=256)
 def _cut(config: Config, anatomy: Anatomy, stage_speeds: tuple[float, ...]) -> Partition:
-    return plan_partition(config, PretrainedConfig(), anatomy, stage_speeds=stage_speeds)
+    return plan_partition(config, anatomy, stage_speeds=stage_speeds)

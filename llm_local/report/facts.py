@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_local.costs import count_flops
+from llm_local.cut import run_setting, run_shape
 from llm_local.data.packing import PackedSource
 from llm_local.export.model_card import installed_versions
 from llm_local.files import write_json, write_whole
 from llm_local.metrics import FOLDER, read_records
-from llm_local.run_costs import run_setting, run_shape
 from llm_local.setup import Setup
 
 FILE, SAMPLES = "run.json", "samples.jsonl"

@@ -28,16 +28,15 @@ from typing import Any
 
 import yaml
 
-from llm_local.checks.preflight import plan_partition
 from llm_local.config import Config, ConfigError, parse
 from llm_local.costs import Setting, Shape
+from llm_local.cut import plan_partition, run_setting, run_shape
 from llm_local.device import supports
 from llm_local.flags import AMOUNT, LAYOUT, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
 from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS, METHODS
-from llm_local.run_costs import run_setting, run_shape
 
 KEYS = ("base", "seeds", "grid", "points", "builtin_vocab_size")
 GRID_KEYS = ("method", "head", "blocks", "head_layers")
@@ -248,7 +247,7 @@ def _measures(config: Config) -> tuple[Config, Shape, Setting]:
     anatomy = _anatomy(config.model)
     if anatomy.num_tokens:
         config = replace(config, data=replace(config.data, seq_length=anatomy.num_tokens))
-    partition = plan_partition(config, load_model_config(config.model), anatomy)
+    partition = plan_partition(config, anatomy)
     if problems := cut_problems(config, partition):
         raise ConfigError(problems)
     return config, run_shape(config, anatomy), run_setting(config, partition, anatomy.layer_matrices)

@@ -1,0 +1,61 @@
+"""How a run's model is cut into stages and blocks, and the numbers that costs.py counts its FLOPs of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_local.config import Config
+from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
+from llm_local.model.anatomy import Anatomy
+from llm_local.model.heads.head import head_of
+from llm_local.partition import Costs, Partition, estimate_costs, make_partition
+from llm_local.problems import parse_stage_layers
+
+
+def plan_partition(
+    config: Config,
+    anatomy: Anatomy,
+    costs: Costs | None = None,
+    stage_speeds: Sequence[float] = (),
+) -> Partition:
+    """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
+    ValueError where it leaves a stage without a layer."""
+    local = config.local
+    shape = run_shape(config, anatomy)
+    sizes = (shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
+    costs = costs or estimate_costs(*sizes)
+    by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
+    return make_partition(
+        num_layers=anatomy.num_layers,
+        num_stages=local.num_stages,
+        costs=costs,
+        layers_per_block=config.method.block_layers(local),
+        block_stride=config.method.window_stride(local),
+        stage_layers=by_hand,
+        local_heads=not config.is_pipelined,
+        head_layers=config.head_layers_schedule,
+        shared_head=head_of(config).shares_matrix,
+        token_fraction=local.head_token_fraction,
+        stage_speeds=stage_speeds,
+    )
+
+
+def run_shape(config: Config, anatomy: Anatomy) -> Shape:
+    """The head counts as much as of it is run: it may read some positions only."""
+    head = round(anatomy.head_parameters * config.task.scored_share(config.data))
+    return Shape(anatomy.hidden_size, config.data.seq_length, anatomy.active_layer_parameters, head)
+
+
+def run_setting(config: Config, partition: Partition, layer_matrices: Sequence[tuple[int, int]]) -> Setting:
+    """layer_matrices: as an Anatomy has them."""
+    local = config.local
+    if not config.method.has_local_losses:
+        return Setting(partition.blocks, token_fraction=0.0)
+    return setting_of(
+        partition,
+        config.head_layers_schedule,
+        private_parameters=None if local.head_rank is None else low_rank_parameters(layer_matrices, local.head_rank),
+        frozen_heads=head_of(config).shares_matrix,
+        token_fraction=local.head_token_fraction,
+        final_backprop_share=local.final_backprop_steps / config.train.max_steps,
+    )
