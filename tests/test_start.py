@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
-from llm_local.data.tokenizer import builtin_tokenizer_dir
+from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.launch import Launch
 from llm_local.links.packet import TRAIN
 from llm_local.rank import _make_feed
@@ -131,8 +131,9 @@ def test_the_data_that_rank_0_has_read_is_not_read_again(trainer: Trainer):
 
     config = parse(trainer.flags("run", train_file="not there"))
     data = Data(Rows(), (ValidationSet("validation", Rows(), 1.0),))
-    setup: Any = SimpleNamespace(config=config, documents=None)
-    start: Any = SimpleNamespace(tokenizer=None, data=data)
+    anatomy = SimpleNamespace(num_tokens=0)
+    setup: Any = SimpleNamespace(config=config, documents=None, anatomy=anatomy, model_config=lambda: None)
+    start: Any = SimpleNamespace(processing_class=load_tokenizer(config), data=data)
     feed = _make_feed(setup, Place(0, (1,)), start, (0, 0))
     assert torch.equal(feed(TRAIN, 8, 0).input_ids, torch.full((2, 32), 7))
     with pytest.raises(ConfigError, match="does not exist"):

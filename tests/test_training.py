@@ -101,7 +101,7 @@ def test_run_yaml_is_a_config_and_records_have_every_field(trainer: Trainer):
     flat = yaml.safe_load((output / "run.yaml").read_text())
     assert from_flat(flat) == parse([str(output / "run.yaml")])
     fields = list(Record.__dataclass_fields__)
-    of_others = ["sent_replica_bytes", "name", "perplexity", "bits_per_byte"]
+    of_others = ["sent_replica_bytes", "name", "perplexity", "bits_per_byte", "accuracy", "top_5_accuracy"]
     for stage in (0, 1):
         for record in records(output, stage):
             assert list(record) == fields
