@@ -199,16 +199,20 @@ def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[
 
 def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> list[float]:
     """Of the stage's blocks."""
-    key, seconds = f"{each.split}/{step}/{stage}", float(config.train.ddp_timeout)
-    return [float(loss) for loss in world.fetch(key, seconds, f"stage {stage} to evaluate").split()]
+    return _published(f"{each.split}/{step}/{stage}", config, world, stage)
 
 
 def _measured_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> tuple[float, ...]:
     """What the task measures beside the loss of the stage's exit."""
     if not each.measures or (config.is_pipelined and stage + 1 < config.local.num_stages):
         return ()
-    key, seconds = measures_key(each.split, step, stage), float(config.train.ddp_timeout)
-    return tuple(float(value) for value in world.fetch(key, seconds, f"stage {stage} to evaluate").split())
+    return tuple(_published(measures_key(each.split, step, stage), config, world, stage))
+
+
+def _published(key: str, config: Config, world: World, stage: int) -> list[float]:
+    """What an evaluation of the stage has left in the store."""
+    text = world.fetch(key, float(config.train.ddp_timeout), f"stage {stage} to evaluate")
+    return [float(value) for value in text.split()]
 
 
 def _training(run: Rank, step: int, losses: tuple[float | None, ...], exits: tuple[int, ...]) -> Training:

@@ -210,3 +210,14 @@ def until_step(step: int, output: Path, num_stages: int, text: Callable[[], str]
 def losses(output: Path, num_stages: int) -> list[list[float]]:
     """The training losses of each stage, by step."""
     return [[record["loss"] for record in records(output, k)] for k in range(num_stages)]
+
+
+def runs_with_transformers_alone(command: str, *arguments: str) -> None:
+    """Runs a command of llm-local in a fresh interpreter, which must not have imported what trains."""
+    code = (
+        f"import sys; from llm_local.commands import {command}\n"
+        f"assert {command}.main({[*arguments]!r}) == 0\n"
+        "assert not {'deepspeed', 'datasets', 'llm_local.train'} & {*sys.modules}\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr

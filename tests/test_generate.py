@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import TINY, Trainer
+from launching import runs_with_transformers_alone
 
 from llm_local.commands import generate
 
@@ -89,13 +88,7 @@ class TestGenerate:
         assert "NOT the same with the assistant after prompt 1, from token 2 on, where the two best logits" in printed
 
     def test_it_needs_transformers_alone(self, export: Path):
-        code = (
-            "import sys; from llm_local.commands import generate\n"
-            f"assert generate.main(['--export', {str(export)!r}, '--prompt', 'x', '--max_new_tokens', '2']) == 0\n"
-            "assert not {'deepspeed', 'datasets', 'llm_local.train'} & {*sys.modules}\n"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr
+        runs_with_transformers_alone("generate", "--export", str(export), "--prompt", "x", "--max_new_tokens", "2")
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, TINY_BERT, Trainer, records
+from launching import runs_with_transformers_alone
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
@@ -98,13 +98,7 @@ class TestMaskedSentences:
         assert error.count("\n") == 1
 
     def test_it_needs_transformers_alone(self, export: Path):
-        code = (
-            "import sys; from llm_local.commands import predict\n"
-            f"assert predict.main(['--export', {str(export)!r}, '[MASK]']) == 0\n"
-            "assert not {'deepspeed', 'datasets', 'llm_local.train'} & {*sys.modules}\n"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr
+        runs_with_transformers_alone("predict", "--export", str(export), "[MASK]")
 
 
 def test_an_image_is_what_the_pipeline_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

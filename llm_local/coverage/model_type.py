@@ -32,6 +32,7 @@ from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
+from llm_local.model.observation import name_of
 from llm_local.model.slices import new_slice, try_slices
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
@@ -156,7 +157,8 @@ class _Trial:
         wanted = _tensors(whole.model)
         if self.anatomy.tied:  # a slice is not; what a tied matrix is at first is its embedding
             embedding: Any = whole.model.get_input_embeddings()
-            wanted[f"{_name_of(whole.model, whole.model.get_output_embeddings())}.weight"] = embedding.weight
+            output: Any = whole.model.get_output_embeddings()
+            wanted[f"{name_of(whole.model, output)}.weight"] = embedding.weight
         found: dict[str, torch.Tensor] = dict(_parts(self.blocks))
         for name in sorted(wanted.keys() | found.keys()):
             _same(f"new weights {name}", found.get(name), wanted.get(name))
@@ -307,10 +309,6 @@ def _named_once(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [(names[id(parameter)], parameter) for parameter in model.parameters()]
-
-
-def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
 def _same(what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:

@@ -41,6 +41,7 @@ from llm_local.model.observation import (
     find_output_length,
     first_tensor,
     is_used,
+    name_of,
     text_config,
     watch,
 )
@@ -217,9 +218,7 @@ def _watched(
         trust_remote_code=model.trust_remote_code,
     )
     fake: Any = None
-    if (
-        row_shape
-    ):  # while they are made some classes read a drop rate for each layer, which is no number in a fake tensor
+    if row_shape:  # some classes read a drop rate of each layer while they are made, which a fake tensor has not
         with torch.device("meta"), no_init_weights():
             fake = make()
     with fake_tensors(), _unchanged_parameters_stay(), nothing_kept():
@@ -323,7 +322,7 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
         raise SliceError(f"its hidden states change from shape {shape} to {other}, and a stage's border has one")
     if len(shape) != 3 or shape[: 1 if row_shape else 2] != (ROWS, TOKENS)[: 1 if row_shape else 2]:
         raise SliceError(f"its hidden states have shape {shape}, not (batch, sequence, hidden)")
-    embedding = "" if row_shape else _name_of(model, model.get_input_embeddings())
+    embedding = "" if row_shape else name_of(model, model.get_input_embeddings())
     head = model.get_output_embeddings()
     heads = [head] if head is not None else [model.get_submodule(each) for each in after] if row_shape else []
     return Anatomy(
@@ -346,10 +345,6 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
         tuples={each: length for each, length in events.lengths.items() if each in before},
         shapes={each: shape for each, shape in events.shapes.items() if each in before and row_shape},
     )
-
-
-def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
-    return next(key for key, module in model.named_modules() if module is wanted)
 
 
 def experts_of(text: Any) -> tuple[int, int]:

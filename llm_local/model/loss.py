@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from llm_local.adapters.torch_internals import modules_of, twin_of
 from llm_local.device import memory_bytes
 from llm_local.model.anatomy import SliceError
+from llm_local.model.observation import name_of
 from llm_local.model.slices import Slice
 from llm_local.tasks.task import IGNORED
 
@@ -177,5 +178,5 @@ def fit_head(part: Slice) -> None:
     chunked = type(output) is nn.Linear and output.in_features == normed.shape[-1]
     if chunked and torch.equal(F.linear(normed, output.weight, output.bias), logits):
         # by name: the class's own setter may tie more than the matrix
-        model.set_submodule(next(k for k, m in model.named_modules() if m is output), LossLinear.of(output))
+        model.set_submodule(name_of(model, output), LossLinear.of(output))
     model.train(was_training)

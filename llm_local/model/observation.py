@@ -56,6 +56,11 @@ def check_parameters(model: PreTrainedModel, name: str, layers: nn.ModuleList, e
             raise SliceError(f"it uses {key} without calling the module that has it")
 
 
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The dotted name of a module of the model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
 def is_used(module: nn.Module, events: Events) -> bool:
     """Whether the logits depend on a parameter that the module itself has."""
     return bool(_used_parameters(events.logits) & {id(p) for p in module.parameters(recurse=False)})

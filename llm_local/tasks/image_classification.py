@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.registry import HEADS
-from llm_local.tasks.task import Task, register_task
+from llm_local.tasks.task import Task, Wrong, causal_only, register_task
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class ImageClassification(Task):
         self, model: ModelArguments, data: DataArguments, local: LocalArguments, train: TrainArguments
     ) -> list[str]:
         head = HEADS.get(local.head)
-        wrong = {
+        wrong: Wrong = {
             f"head={local.head}": (
                 head is not None and head.shares_matrix,
                 "a classifier is small, and each block has its own; use head=linear or decoder",
@@ -84,17 +84,13 @@ class ImageClassification(Task):
                 local.head_token_fraction < 1,
                 "a head pools all of an image; leave it out",
             ),
-            f"distillation_weight={local.distillation_weight:g}": (
-                local.distillation_weight > 0,
-                "soft targets are of what comes next; leave it out",
-            ),
-            f"gguf_file={model.gguf_file}": (model.gguf_file is not None, "GGUF holds causal models; use safetensors"),
+            **causal_only(model, local),
             f"stage={local.stage}": (
                 local.stage is not None,
                 "jobs of one stage each train on text alone; launch all stages together",
             ),
         }
-        return [f"{given} with task={self.name}: {why}" for given, (is_wrong, why) in wrong.items() if is_wrong]
+        return self.refusals(wrong)
 
     def usage(self, trust: str, drafts: Sequence[int]) -> list[str]:
         return [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.registry import HEADS
-from llm_local.tasks.task import IGNORED, Ask, Parts, Task, register_task
+from llm_local.tasks.task import IGNORED, Ask, Parts, Task, Wrong, causal_only, register_task
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class MaskedLM(Task):
         self, model: ModelArguments, data: DataArguments, local: LocalArguments, train: TrainArguments
     ) -> list[str]:
         head = HEADS.get(local.head)
-        wrong = {
+        wrong: Wrong = {
             f"seq_length={data.seq_length}": (
                 data.seq_length < 3,
                 "a document's begin and end leave nothing to mask; use 3 or more",
@@ -99,17 +99,13 @@ class MaskedLM(Task):
                 local.head_token_fraction < 1,
                 "a head reads the masked tokens alone already; leave it out",
             ),
-            f"distillation_weight={local.distillation_weight:g}": (
-                local.distillation_weight > 0,
-                "soft targets are of what comes next; leave it out",
-            ),
-            f"gguf_file={model.gguf_file}": (model.gguf_file is not None, "GGUF holds causal models; use safetensors"),
+            **causal_only(model, local),
             f"sample_prompt={train.sample_prompt!r}": (
                 train.sample_prompt is not None,
                 "such a model writes no text; leave it out",
             ),
         }
-        return [f"{given} with task={self.name}: {why}" for given, (is_wrong, why) in wrong.items() if is_wrong]
+        return self.refusals(wrong)
 
     def usage(self, trust: str, drafts: Sequence[int]) -> list[str]:
         return [

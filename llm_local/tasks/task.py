@@ -19,6 +19,7 @@ IGNORED = -100  # the label of a position that is not scored
 
 Parts: TypeAlias = "dict[str, torch.Tensor]"  # tensors (B, T) of a micro-batch, by the names that models give them
 Ask: TypeAlias = "Callable[[Parts, Sequence[int]], Parts]"  # with a seed for each row
+Wrong: TypeAlias = "dict[str, tuple[bool, str]]"  # what was given: whether it is wrong, and why
 
 
 class Task(ABC):
@@ -80,6 +81,10 @@ class Task(ABC):
         """What is wrong with the flags for this task."""
         return []
 
+    def refusals(self, wrong: Wrong) -> list[str]:
+        """Lines on what is wrong with this task."""
+        return [f"{given} with task={self.name}: {why}" for given, (is_wrong, why) in wrong.items() if is_wrong]
+
     def asker(self, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Ask | None:
         """Makes of the parts of rows what a model is asked, by a seed for each; None: they are as they stand."""
         return None
@@ -136,6 +141,17 @@ class Task(ABC):
     def has_class(self, config: PretrainedConfig) -> bool:
         """Whether transformers, or the model's own code, has a class for such a model."""
         return type(config) in self.classes or self.auto_class in (getattr(config, "auto_map", None) or {})
+
+
+def causal_only(model: ModelArguments, local: LocalArguments) -> Wrong:
+    """What is for models that write text."""
+    return {
+        f"distillation_weight={local.distillation_weight:g}": (
+            local.distillation_weight > 0,
+            "soft targets are of what comes next; leave it out",
+        ),
+        f"gguf_file={model.gguf_file}": (model.gguf_file is not None, "GGUF holds causal models; use safetensors"),
+    }
 
 
 def register_task(name: str, task: Task) -> None:
