@@ -5,6 +5,7 @@ The test part of UCI's "Optical Recognition of Handwritten Digits"; a data set t
 
 from __future__ import annotations
 
+from functools import cache
 from io import BytesIO
 
 import numpy as np
@@ -20,9 +21,17 @@ INSTALL = "dataset_name=digits needs scikit-learn; pip install 'llm_local[digits
 def digits() -> Dataset:
     """Columns image and label. Raises ConfigError without scikit-learn."""
     try:
-        from sklearn.datasets import load_digits
+        import sklearn.datasets  # noqa: F401
     except ImportError as error:
         raise ConfigError([INSTALL]) from error
+    return _digits()
+
+
+@cache
+def _digits() -> Dataset:
+    """A start asks for them several times."""
+    from sklearn.datasets import load_digits
+
     values, labels = load_digits(return_X_y=True)
     grey = np.minimum(np.asarray(values).reshape(-1, 8, 8) * 16, 255).astype(np.uint8)  # of 0 to 16
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(n) for n in range(10)])})
