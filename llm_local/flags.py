@@ -170,7 +170,7 @@ class DataArguments:
         of_rows=TEXT,
     )
     mlm_probability: float = _option(
-        0.15, "Share of the tokens that are masked, and predicted (task masked-lm).", SHARE
+        0.15, "Share of the tokens that are masked, and predicted (task masked-lm).", SHARE, of_rows=TEXT
     )
     preprocessing_num_workers: int = _option(
         1, "Processes that read text files and tokenise, or threads that read images.", POSITIVE, decides=WATCH

@@ -447,6 +447,9 @@ def test_flags_of_text_and_of_images(settings: Settings):
     assert text_flag_problems(settings(dataset_name="digits")) == [
         "task=image-classification reads images, and this is for text; a run reads them as they are"
     ]
+    assert data_flag_problems(settings(dataset_name="digits", mlm_probability=0.3)) == [
+        "mlm_probability=0.3 is for text; leave it out, or choose another task"
+    ]
     assert data_flag_problems(settings(dataset_name="digits", packing="none", tokenizer_name="x")) == [
         "tokenizer_name=x is for text; leave it out, or choose another task",
         "packing=none is for text; leave it out, or choose another task",
