@@ -63,20 +63,19 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     startup, model_config = float(config.train.ddp_timeout), setup.model_config()
     text = text_config(model_config)
     of_engine = of_stage(config, place.replicas, place.stage)
-    name = f"stage-{place.stage:02d}"
+    name, model = f"stage-{place.stage:02d}", (model_config, setup.anatomy, setup.partition)
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(of_engine, place.num_replicas, text, name if place.is_recorder else None)
-        model = (model_config, setup.anatomy, setup.partition)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
-    blocks = build_blocks(config, model_config, setup.anatomy, setup.partition, place.stage, setup.documents)
+    blocks = build_blocks(config, *model, place.stage, setup.documents, world.tensor)
     engines = []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
         settings = resolve(of_engine, config.engine_ranks(place.num_replicas), text, monitor)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
-            engines.append(make_block_engine(config, block, settings))
+            engines.append(make_block_engine(config, block, settings, world.tensor))
     world.everybody("ready", startup, "all stages to be built")
     local = config.local
     links = (

@@ -6,7 +6,7 @@ blocks train alike wherever they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,8 @@ from llm_local.adapters.deepspeed_internals import (
 from llm_local.adapters.torch_internals import buffers_of
 from llm_local.config import Config
 from llm_local.model.stage import Block
+from llm_local.model.tensor_parallel import part_of
+from llm_local.world import TensorRanks
 
 WAITS = "waits"  # key of the parameter groups that are not trained while heads train alone
 
@@ -39,10 +41,11 @@ WAITS = "waits"  # key of the parameter groups that are not trained while heads 
 class BlockEngine(HookedEngine):
     """An ordinary DeepSpeed engine that also knows the gradient norm where DeepSpeed keeps none (fp32, ZeRO 0).
 
-    waiting_steps: first steps in which only the block's head is trained.
+    waiting_steps: first steps in which only the block's head is trained. ranks: between which the block is divided.
     """
 
     waiting_steps = 0
+    ranks: TensorRanks | None = None
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
@@ -53,21 +56,35 @@ class BlockEngine(HookedEngine):
 
     def before_step(self) -> None:
         if not (self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization()):
-            module: Any = self.module
-            grads = [p.grad for p in module.parameters() if p.grad is not None]
-            # row by row: on a CPU torch's norm of a million float32 numbers is off by 1e-5, which ZeRO's is not
-            rows = torch.cat([torch.linalg.vector_norm(grad, dim=-1).reshape(-1) for grad in grads])
-            self.keep_grad_norm(torch.linalg.vector_norm(rows, dtype=torch.float64).float())
+            self.keep_grad_norm(self._norm().float())
         if self.waiting_steps and self.lr_scheduler is not None:
             scheduler: Any = self.lr_scheduler
             if scheduler.last_epoch == self.waiting_steps:
                 _forget_waiting(self)
+
+    def _norm(self) -> torch.Tensor:
+        """Of the gradients, each part of a parameter counted once, float64."""
+        module: Any = self.module
+        trained = [p for p in module.parameters() if p.grad is not None]
+        if self.ranks is None:
+            return _norm_of(trained)
+        parts = [p for p in trained if part_of(p) is not None]
+        whole = [p for p in trained if part_of(p) is None]
+        return torch.sqrt(_norm_of(whole) ** 2 + self.ranks.sum(_norm_of(parts) ** 2))
 
     def clip_fp32_gradients(self) -> None:
         """By the norm that is known already."""
         module: Any = self.module
         norm: Any = self.get_global_grad_norm()
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.gradient_clipping(), norm)
+
+
+def _norm_of(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Of their gradients, float64."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # row by row: on a CPU torch's norm of a million float32 numbers is off by 1e-5, which ZeRO's is not
+    rows = [torch.linalg.vector_norm(grad, dim=-1).reshape(-1) for grad in grads]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64)
 
 
 def _forget_waiting(engine: DeepSpeedEngine) -> None:
@@ -176,11 +193,15 @@ def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimize
     return partial(getattr(lr_scheduler, name), **settings["scheduler"].get("params", {}))
 
 
-def make_block_engine(config: Config, block: Block, settings: dict[str, Any]) -> BlockEngine:
-    """A DeepSpeed engine around one block. Every replica of the stage must call."""
+def make_block_engine(
+    config: Config, block: Block, settings: dict[str, Any], ranks: TensorRanks | None = None
+) -> BlockEngine:
+    """A DeepSpeed engine around one block. Every rank of the stage must call; ranks: between which it is divided."""
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)
-    engine = BlockEngine(config_class=DeepSpeedConfig(settings), **engine_arguments(config, block, settings, waiting))
+    arguments = engine_arguments(config, block, settings, waiting)
+    engine = BlockEngine(config_class=DeepSpeedConfig(settings, ranks), mpu=ranks, **arguments)
+    engine.ranks = ranks
     engine.waiting_steps = config.local.head_warmup_steps if waiting else 0
     if engine.dp_world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # which copies all gradients to a buffer and back

@@ -19,6 +19,7 @@ Json = dict[str, Any]
 # DeepSpeed's monitors, and which of their settings tells the stages apart
 MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}
 
+TENSOR_PARALLEL = "tensor_parallel"  # a section that says what a flag says, and is DeepSpeed's no more
 REPORTERS = {"tensorboard": "tensorboard", "csv": "csv_monitor"}  # of these, by what --report_to calls them
 
 
@@ -80,6 +81,7 @@ def resolve(config: Config, num_replicas: int, model_config: Any, monitor: str |
         bf16_full_eval=False,
         get_warmup_steps=lambda _total: config.warmup_steps,
     )
+    settings.pop(TENSOR_PARALLEL, None)
     filled = HfTrainerDeepSpeedConfig(settings)
     try:
         filled.trainer_config_process(arguments)

@@ -26,7 +26,6 @@ UNUSED = {
     "expert_parallel": "--num_stages divides a model",
     "hybrid_engine": "it is for reinforcement learning",
     "sequence_parallel_size": "--num_stages divides a model",
-    "tensor_parallel": "--num_stages divides a model",
     "torch_autocast": "give --bf16 true or --fp16 true",
     "weight_quantization": "it is for inference",
     "zero_optimization.offload_optimizer.super_offload": "use device cpu alone",

@@ -35,10 +35,11 @@ from llm_local.export.stages import (
 from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
 from llm_local.model.slices import Slice
+from llm_local.place import Place
 from llm_local.rank import Rank, Start
 from llm_local.report.facts import add_sample
 from llm_local.setup import Setup
-from llm_local.world import Place, World
+from llm_local.world import World
 
 
 def finish(run: Rank, step: int, is_evaluated: bool) -> None:

@@ -266,6 +266,13 @@ class LocalArguments:
         "those of a replica of the stage with the most, others have more.",
         decides=LAYOUT,
     )
+    tensor_parallel_size: int = _option(
+        1,
+        "Ranks of a replica, between which each layer and the output matrix are divided; ranks / num_stages / "
+        "tensor_parallel_size is the data-parallel degree.",
+        POSITIVE,
+        decides=LAYOUT,
+    )
     stage: int | None = _option(
         None, "The stage that this launch trains, as a job of its own; default: all.", NOT_NEGATIVE, decides=START
     )

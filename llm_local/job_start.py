@@ -37,9 +37,9 @@ from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positi
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
 from llm_local.links.wire import expected
+from llm_local.place import Place
 from llm_local.setup import Setup
 from llm_local.watchdog import LostPeer
-from llm_local.world import Place
 
 GB = 10**9
 # of the machine that a stage runs on: they change rounding at most

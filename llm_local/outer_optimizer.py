@@ -35,7 +35,8 @@ from llm_local.adapters.deepspeed_internals import forget_second_copies
 from llm_local.checkpoint.catalog import Catalog, read_manifest
 from llm_local.checkpoint.shards import OUTER, Shard, Stretch, shards
 from llm_local.flags import LocalArguments
-from llm_local.world import Place, World
+from llm_local.place import Place
+from llm_local.world import World
 
 ANCHOR, MOMENTUM = "anchor", "momentum_buffer"  # the latter as torch's SGD calls it
 MOVED = "moved"  # of what is on its way

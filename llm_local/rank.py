@@ -36,6 +36,7 @@ from llm_local.metrics import MetricsFile, best_step
 from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.outer_optimizer import OuterOptimizer, make_outer, open_checkpoint
 from llm_local.owner import claim_folder
+from llm_local.place import Place
 from llm_local.progress import Progress
 from llm_local.recorder import Recorder
 from llm_local.rendezvous import Rendezvous, fetch_setup
@@ -45,7 +46,7 @@ from llm_local.run_trace import begin_trace
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.watchdog import Watchdog
-from llm_local.world import Place, World, announce_device, connect, device_names, join_stage
+from llm_local.world import World, announce_device, connect, device_names, join_stage
 
 
 @dataclass
@@ -239,6 +240,8 @@ def _say_what_begins(
     stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
     apart = setup.config.local.replica_sync_steps
     replicas = f"{replicas_text(place.replicas)} replicas" + (f" that meet every {apart} steps" if apart else "")
+    if place.tensor_ranks > 1:
+        replicas += f" x {place.tensor_ranks} ranks"
     layout = f"{stages} x {replicas}, {setup.config.precision}"
     progress.say(f"llm_local: {layout}; {setup.partition.describe()}")
     for source in data.sources if data is not None else ():

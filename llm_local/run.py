@@ -39,13 +39,13 @@ from llm_local.files import Unwritten
 from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
 from llm_local.links.packet import EVAL, TRAIN
+from llm_local.place import Place
 from llm_local.rank import Rank
 from llm_local.report.facts import note_end
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
 from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
 from llm_local.watchdog import leave
-from llm_local.world import Place
 
 
 class Run:

@@ -1,6 +1,6 @@
-"""Where a rank lives, and what the ranks of a run tell each other.
+"""What the ranks of a run tell each other.
 
-A stage is an ordinary DeepSpeed job: its replicas form the default process group of their processes, and no group
+A stage is an ordinary DeepSpeed job: its ranks form the default process group of their processes, and no group
 spans two stages (backprop's stock pipeline is the exception and takes all ranks as one world). Everything else that
 ranks tell each other goes through the store of the launcher's rendezvous.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -18,91 +17,73 @@ import torch
 import torch.distributed as dist
 
 from llm_local.aside import DeviceClock
-from llm_local.config import Config
 from llm_local.device import DeviceName, collective_backend, local_device, prepare_cpu, set_deepspeed_device
 from llm_local.launch import Launch
+from llm_local.place import Place
 from llm_local.rendezvous import fetch
-from llm_local.replicas import Dealing, replicas_of, share
 from llm_local.watchdog import Peer, Watchdog, decode, encode
 
 _ELEMENTS_AT_A_TIME = 1 << 24
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's stage and replica: ranks count through the replicas of stage 0 first. replicas: of each stage; job: the
-    launch's only stage."""
+class TensorRanks:
+    """The ranks of a replica, between which its layers are divided, and what they tell each other; to DeepSpeed its
+    model parallelism unit, by the names that it asks for. group: of these ranks; replicas: of those that have the same
+    part of the model as this one."""
 
-    rank: int
-    replicas: tuple[int, ...]
-    job: int | None = None
+    def __init__(self, group: Any, replicas: Any):
+        self.group = group
+        self.replicas = replicas
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
 
-    @staticmethod
-    def of(rank: int, config: Config, world_size: int) -> Place:
-        """Of a rank of a launch with so many."""
-        return Place(rank, replicas_of(config, world_size), config.local.stage)
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise, of all ranks' values."""
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
 
-    @property
-    def num_stages(self) -> int:
-        return len(self.replicas)
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise."""
+        found = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return found
 
-    @property
-    def stages(self) -> range:
-        """Those of this launch."""
-        return range(self.num_stages) if self.job is None else range(self.job, self.job + 1)
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Those of each rank, in order."""
+        mine = values.detach().contiguous()
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self.group)
+        return found
 
-    @property
-    def stage(self) -> int:
-        return next(stage for stage in reversed(self.stages) if self.rank_of(stage, 0) <= self.rank)
+    def take_from_first(self, values: torch.Tensor) -> None:
+        """Puts the first rank's values in the place of these."""
+        dist.broadcast(values, group=self.group, group_src=0)
 
-    @property
-    def replica(self) -> int:
-        return self.rank - self.rank_of(self.stage, 0)
+    def get_model_parallel_rank(self) -> int:
+        return self.rank
 
-    @property
-    def num_replicas(self) -> int:
-        """Of this rank's stage."""
-        return self.replicas[self.stage]
+    def get_model_parallel_world_size(self) -> int:
+        return self.size
 
-    @property
-    def world_size(self) -> int:
-        """Ranks of the launch."""
-        return sum(self.replicas[stage] for stage in self.stages)
+    def get_model_parallel_group(self) -> Any:
+        return self.group
 
-    def rank_of(self, stage: int, replica: int) -> int:
-        return sum(self.replicas[self.stages.start : stage]) + replica
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.replicas)
 
-    @property
-    def neighbours(self) -> list[int]:
-        """The stages of this launch before and behind this one."""
-        return [stage for stage in (self.stage - 1, self.stage + 1) if stage in self.stages]
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.replicas)
 
-    def share(self, count: int) -> int:
-        """Micro-batches of this rank, where a replica of the stage with the most replicas has `count`."""
-        return share(count, self.replicas, self.stage)
-
-    def dealing(self, stage: int) -> Dealing:
-        """Between this rank and the replicas of another stage."""
-        return Dealing(self.replica, self.num_replicas, self.replicas[stage])
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.num_stages - 1
-
-    @property
-    def is_recorder(self) -> bool:
-        """Replica 0 speaks for its stage."""
-        return self.replica == 0
+    def get_data_parallel_group(self) -> Any:
+        return self.replicas
 
 
 class World:
     """The ranks of this run: the store between all of them, the process group of this stage.
 
-    is_apart: whether each replica is a world of its own to DeepSpeed.
+    is_apart: whether each replica is a world of its own to DeepSpeed. tensor: the ranks of this rank's replica, where
+    there are several.
     """
 
     def __init__(self, place: Place, device: torch.device, store: Any, watchdog: Watchdog, timeout_seconds: float):
@@ -116,6 +97,7 @@ class World:
         self.clock = DeviceClock(device)
         self.replicas: Any = None  # this stage's group where it is not the default one
         self.is_apart = False
+        self.tensor: TensorRanks | None = None
 
     def publish(self, key: str, value: str) -> None:
         self.store.set(key, value)
@@ -171,9 +153,9 @@ class World:
         self.fetch(f"{key}/all", seconds, what)
 
     def stage_barrier(self) -> None:
-        """Waits for the other replicas of this stage only."""
-        if self.place.num_replicas > 1:
-            dist.barrier(group=self.replicas)
+        """Waits for the other ranks of this stage only."""
+        if self.place.stage_ranks > 1:
+            dist.barrier(group=None if self.tensor else self.replicas)
 
     def finish(self) -> None:
         """Says goodbye, and leaves the process groups."""
@@ -222,10 +204,10 @@ def connect(
 
 
 def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
-    """Makes the default process group: this stage's replicas, or all ranks for the stock pipeline, or this rank alone,
+    """Makes the default process group: this stage's ranks, or all ranks for the stock pipeline, or this rank alone,
     where replicas train apart for so many steps; these meet through host memory, and may be as far apart in time."""
     place = world.place
-    name, rank, size = f"stage{place.stage}", place.replica, place.num_replicas
+    name, rank, size = f"stage{place.stage}", place.rank - place.rank_of(place.stage, 0), place.stage_ranks
     if one_world:
         name, rank, size = "all", place.rank, place.world_size
     if steps_apart:
@@ -244,12 +226,23 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
         stages = [range(k * place.num_replicas, (k + 1) * place.num_replicas) for k in range(place.num_stages)]
         groups = [dist.new_group(list(ranks)) for ranks in stages]
         world.replicas = groups[place.stage]
+    if place.tensor_ranks > 1:
+        world.tensor = _tensor_ranks(place)
+        world.replicas = world.tensor.replicas
     # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     set_deepspeed_device(world.device)
     import deepspeed
 
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)
+
+
+def _tensor_ranks(place: Place) -> TensorRanks:
+    """Of this rank's replica. Every rank of the stage makes all groups, in one order."""
+    count, size = place.tensor_ranks, place.stage_ranks
+    alike = [dist.new_group(list(range(first, size, count))) for first in range(count)]
+    together = [dist.new_group(list(range(first, first + count))) for first in range(0, size, count)]
+    return TensorRanks(together[place.replica], alike[place.tensor_rank])
 
 
 def join_nobody() -> None:

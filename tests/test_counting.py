@@ -25,8 +25,8 @@ from llm_local.examine import Readout
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
 from llm_local.offline_export import export_checkpoint
+from llm_local.place import Place
 from llm_local.progress import Progress
-from llm_local.world import Place
 
 PAD = mark_of(2)
 

@@ -24,7 +24,7 @@ from llm_local.data.sets import prepare
 from llm_local.data.streams import StreamedSequences
 from llm_local.data.text_files import UnreadableText, pieces_of, read_texts
 from llm_local.links.packet import EVAL, TRAIN
-from llm_local.world import Place
+from llm_local.place import Place
 
 LENGTH = 4
 DOCUMENTS = 3000

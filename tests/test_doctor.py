@@ -11,7 +11,7 @@ import torch
 from fake_gpu import cuda
 
 from llm_local.commands import doctor
-from llm_local.world import Place
+from llm_local.place import Place
 
 
 def test_a_cpu(capsys: pytest.CaptureFixture):

@@ -26,8 +26,8 @@ from llm_local.export.stages import StageTensors, write_stage
 from llm_local.finish import check_stage
 from llm_local.model.anatomy import probe
 from llm_local.partition import Partition, Span
+from llm_local.place import Place
 from llm_local.setup import Setup
-from llm_local.world import Place
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 4096, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},

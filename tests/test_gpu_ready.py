@@ -30,7 +30,7 @@ from llm_local.ds_config import load_json, resolve
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.links.transports import transport
 from llm_local.model.loss import chunk_rows
-from llm_local.world import Place
+from llm_local.place import Place
 
 
 @pytest.mark.parametrize(("fused", "wanted"), [(True, "meta"), (False, "cpu"), (None, "cpu")])

@@ -27,8 +27,8 @@ from llm_local.data.objects import with_objects
 from llm_local.data.sets import class_names, data_problems, load_processing_class, prepare_all
 from llm_local.flags import DataArguments
 from llm_local.links.packet import EVAL, TRAIN
+from llm_local.place import Place
 from llm_local.problems import data_flag_problems, text_flag_problems
-from llm_local.world import Place
 
 Settings = Callable[..., Config]
 MODEL = ViTConfig(image_size=16, num_channels=3)

@@ -17,24 +17,24 @@ methods: schedule soft_targets final_steps method backprop chunked greedy overla
 tasks: task causal_lm masked_lm image_classification
 trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
-owner device aside launch trace stopping watchdog rendezvous world
-links: packet wire message link transports dealt ends
+owner device aside launch trace stopping watchdog rendezvous place world
+links: packet wire message link transports dealt together ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache observation remote_code overrides token_ids anatomy standins slices pretrained classes
-model: loss router_loss document_mask distillation
+model: tensor_cut tensor_parallel loss router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lowrank windows head_start stage refresh
 head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed
-ds_config ds_problems reporting block_engine engine backprop
+ds_config ds_problems tensor_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder stages parts model_card sample reading
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
-checks: devices epochs profile tiny trial exit_check class_problems tokenizer_check weight_problems engine_trial
-checks: preflight
+checks: devices epochs profile tiny trial tensor_trial exit_check class_problems tokenizer_check weight_problems
+checks: engine_trial preflight
 job_status job_start job
 report: curves library facts read charts tables now timeline page
 examine assembly outer_optimizer run_trace recorder rank best finish

@@ -25,9 +25,9 @@ from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.loss import fit_head, head_loss
 from llm_local.model.slices import new_slice
 from llm_local.partition import Span
+from llm_local.place import Place
 from llm_local.registry import TASKS
 from llm_local.tasks.task import IGNORED
-from llm_local.world import Place
 
 MASKED = ModelArguments(task="masked-lm")
 DATA = DataArguments(mlm_probability=0.3)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llm_local.metrics import MetricsFile, Record, keep_until, read_records
+from llm_local.place import Place
 from llm_local.progress import Progress
-from llm_local.world import Place
 
 
 def record(step: int, split: str = "train", loss: float = 1.0) -> Record:

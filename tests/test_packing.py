@@ -21,8 +21,8 @@ from llm_local.data.packing import count_cut, inputs_of, mark_of, marked, pack, 
 from llm_local.data.sets import prepare, prepare_all
 from llm_local.data.streams import StreamedSequences
 from llm_local.links.packet import CHECK, TRAIN
+from llm_local.place import Place
 from llm_local.problems import static_problems
-from llm_local.world import Place
 
 PAD = mark_of(2)
 

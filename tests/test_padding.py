@@ -18,9 +18,10 @@ from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
 from llm_local.model.stage import Block, build_block
 from llm_local.partition import Partition, Span
+from llm_local.place import Place
 from llm_local.rendezvous import open_store
 from llm_local.watchdog import Watchdog
-from llm_local.world import Place, connect
+from llm_local.world import connect
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64, "num_hidden_layers": 3}
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}

@@ -21,7 +21,7 @@ from llm_local.data.feed import Feed
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.links.packet import EVAL
-from llm_local.world import Place
+from llm_local.place import Place
 
 ROWS = 4  # of the run's evaluation
 SMALL_VIT: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from conftest import Trainer, block_losses, records, weights
 
 from llm_local.config import parse
+from llm_local.place import Place
 from llm_local.replicas import Dealing, parse_replicas, replica_problems, replicas_of, share
-from llm_local.world import Place
 
 DS = Path(__file__).parent.parent / "configs" / "ds"
 

@@ -23,11 +23,11 @@ from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.launch import Launch
 from llm_local.links.packet import TRAIN
+from llm_local.place import Place
 from llm_local.rank import _make_feed
 from llm_local.rendezvous import open_store
 from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
-from llm_local.world import Place
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from llm_local.config import ConfigError, parse
 from llm_local.files import Unwritten
 from llm_local.methods.overlapping import OverlapSchedule
 from llm_local.methods.schedule import LocalSchedule
+from llm_local.place import Place
 from llm_local.timeline.chrome_trace import meetings
 from llm_local.timeline.measured import Row, RunTrace, measured, read_trace, stage_times
 from llm_local.timeline.replay import simulated
@@ -39,7 +40,7 @@ from llm_local.trace import (
     read_clock,
 )
 from llm_local.watchdog import Watchdog
-from llm_local.world import Place, World
+from llm_local.world import World
 
 MICRO_BATCHES, STEPS = 3, 4
 METHODS: dict[str, dict[str, Any]] = {

@@ -14,9 +14,9 @@ from llm_local.config import from_flat
 from llm_local.data.sets import prepare_all
 from llm_local.evaluation import EvalSet, better_exit, split_of
 from llm_local.partition import Partition, Span
+from llm_local.place import Place
 from llm_local.problems import static_problems
 from llm_local.progress import Progress
-from llm_local.world import Place
 
 
 def test_each_named_file_is_a_set_of_its_own(settings, tokenizer, tmp_path, jsonl, texts):

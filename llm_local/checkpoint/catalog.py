@@ -1,6 +1,7 @@
 """Checkpoints: what a folder of one holds, and reading it at any layout.
 
     OUTPUT/checkpoints/step-00000200/stage-00/replica-00.safetensors    this rank's stretch of every tensor of its stage
+    OUTPUT/checkpoints/step-00000200/stage-00/replica-00-part-01.safetensors   the same of a replica's other ranks
     OUTPUT/checkpoints/step-00000200/stage-00/state.json                schedulers and loss scales of the stage's blocks
     OUTPUT/checkpoints/step-00000200/stage-00/replica-00/               where replicas are apart: each one's, of these
     OUTPUT/checkpoints/step-00000200/stage-00/outer.safetensors         and of the outer optimizer (outer_optimizer.py)
@@ -33,10 +34,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import NAME_OR_PATH
-from llm_local.checkpoint.shards import OUTER, SCALAR, STATE, Stretch
+from llm_local.checkpoint.shards import OUTER, PART, SCALAR, STATE, Stretch
 from llm_local.config import Config, ConfigError, from_flat
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
+from llm_local.model.tensor_cut import TensorCut
 from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
 from llm_local.registry import HEADS, METHODS
@@ -242,11 +244,13 @@ class Catalog:
         self._numels: dict[str, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._folders: dict[str, tuple[Path, ...]] = {}  # of a mean, those of all its parts
+        self._cuts: dict[str, TensorCut] = {}  # of parameters that are there in parts
         for stage in self.manifest.held():
             folder, replicas = checkpoint / f"stage-{stage:02d}", range(self.manifest.layout.stage_replicas[stage])
             if not self.manifest.apart:
                 self._add_blocks(folder)
-                self._add(folder, [replica_file(each) for each in replicas])
+                parts = range(self.manifest.flags.get("tensor_parallel_size", 1))
+                self._add(folder, [replica_file(each, part) for each in replicas for part in parts])
                 continue
             self._add(folder, [OUTER_FILE])
             wanted = replicas[replica[0] :][:1] if replica and replica[1] == len(replicas) else replicas
@@ -256,7 +260,10 @@ class Catalog:
 
     def _add_blocks(self, folder: Path) -> None:
         try:
-            self.blocks += json.loads((folder / STATE_FILE).read_text())
+            blocks = json.loads((folder / STATE_FILE).read_text())
+            self.blocks += blocks
+            cuts = {name: cut for block in blocks for name, cut in block.get("cuts", {}).items()}
+            self._cuts |= {name: TensorCut(**cut | {"shape": tuple(cut["shape"])}) for name, cut in cuts.items()}
         except (OSError, ValueError) as error:
             raise BrokenCheckpoint(folder / STATE_FILE, error) from error
 
@@ -272,7 +279,13 @@ class Catalog:
             self._folders[name] = (*self._folders.get(name, ()), folder)
             if len(self._folders[name]) > 1:
                 continue
-            self._numels[name], self._dtypes[name] = tensor.size.numel(), tensor.properties.dtype
+            self._dtypes[name] = tensor.properties.dtype
+            if PART in name:  # known by the name of the whole, which the first part gives
+                name, _, number = name.partition(PART)
+                if number != "0":
+                    continue
+            cut = self._cut_of(name)
+            self._numels[name] = tensor.size.numel() if cut is None else cut.numel
             for kept, mark in ((self.states, STATE), (self.scalars, SCALAR)):
                 if mark in name:
                     kept.setdefault(name.partition(mark)[0], []).append(name)
@@ -288,8 +301,21 @@ class Catalog:
             name = next((block["tied"][name] for block in self.blocks if name in block["tied"]), name)
         return name if self._numels.get(name) == numel else None
 
+    def _cut_of(self, name: str) -> TensorCut | None:
+        """Of a parameter that is there in parts, or of a state of one."""
+        return None if SCALAR in name else self._cuts.get(name.partition(STATE)[0])
+
     def read(self, wanted: Mapping[str, Stretch]) -> None:
         """Fills the stretches, in whatever dtype they have, from the tensors of these names."""
+        in_parts = {n: stretch for n, stretch in wanted.items() if stretch.cut is not None or self._cut_of(n)}
+        for name, stretch in in_parts.items():
+            tensor = self.tensor(name)  # of any cut, whole for as long as this takes
+            tensor = tensor if stretch.cut is None else stretch.cut.part(tensor).view(-1)
+            with torch.no_grad():
+                stretch.values.copy_(tensor.narrow(0, stretch.start, len(stretch.values)))
+        self._read({name: stretch for name, stretch in wanted.items() if name not in in_parts})
+
+    def _read(self, wanted: Mapping[str, Stretch]) -> None:
         batches: dict[tuple[Path, ...], list[dict[str, Stretch]]] = {}
         for name, stretch in wanted.items():
             found = batches.setdefault(self._folders[name], [{}])
@@ -318,9 +344,13 @@ class Catalog:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole of one, flat."""
-        whole = torch.empty(self._numels[name], dtype=self._dtypes[name])
-        self.read({name: Stretch(whole.numel(), 0, whole)})
-        return whole
+        cut = self._cut_of(name)
+        names = [name] if cut is None else [f"{name}{PART}{rank}" for rank in range(cut.ranks)]
+        numel = self._numels[name] // len(names)
+        parts = {part: Stretch(numel, 0, torch.empty(numel, dtype=self._dtypes[part])) for part in names}
+        self._read(parts)
+        found = [stretch.values for stretch in parts.values()]
+        return found[0] if cut is None else cut.whole(found).reshape(-1)
 
 
 def _load(folder: Path, wanted: Mapping[str, Stretch]) -> None:
@@ -335,8 +365,9 @@ def replica_folder(stage_folder: Path, replica: int) -> Path:
     return stage_folder / f"replica-{replica:02d}"
 
 
-def replica_file(replica: int) -> str:
-    return f"replica-{replica:02d}.safetensors"
+def replica_file(replica: int, tensor_rank: int = 0) -> str:
+    part = f"-part-{tensor_rank:02d}" if tensor_rank else ""
+    return f"replica-{replica:02d}{part}.safetensors"
 
 
 def save_stretches(tensors: dict[str, torch.Tensor], starts: Mapping[str, int], path: Path) -> None:

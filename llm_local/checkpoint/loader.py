@@ -80,7 +80,7 @@ def load_engines(catalog: Catalog, engines: Sequence[DeepSpeedEngine], replica: 
     for engine in engines:
         for shard in shards(engine, replica):
             stretches = [*([shard.master] if shard.master else []), *shard.weights]
-            source = catalog.source(shard.name, stretches[0].numel) if stretches else None
+            source = catalog.source(shard.name, stretches[0].whole_numel) if stretches else None
             if source is None:
                 missing |= {shard.name} if stretches else set()
                 continue

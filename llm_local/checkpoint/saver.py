@@ -32,7 +32,16 @@ from llm_local.checkpoint.catalog import (
     save_stretches,
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
-from llm_local.checkpoint.shards import SCALAR, STATE, check_masters, saved_module, shards, states_of
+from llm_local.checkpoint.shards import (
+    PART,
+    SCALAR,
+    STATE,
+    check_masters,
+    cuts_of,
+    saved_module,
+    shards,
+    states_of,
+)
 from llm_local.config import Config
 from llm_local.ds_config import load_json
 from llm_local.files import unwritten, writing
@@ -107,13 +116,13 @@ class Saver:
         self._world.stage_barrier()
         with writing(own, repair=REPAIR):
             own.mkdir(exist_ok=True)
-        tensors, starts = snapshot(engines, self._world.shard)
+        tensors, starts = snapshot(engines, self._world.shard, place.tensor_rank)
         files: dict[Path, str] = {}
         if place.is_recorder or self._world.is_apart:
             for name, matrix in (shared_head or {}).items():
                 tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
             files[own / STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
-        shares = [(own / replica_file(place.replica), tensors)]
+        shares = [(own / replica_file(place.replica, place.tensor_rank), tensors)]
         if place.is_recorder:
             notes = {**(notes or {}), NOTE: asdict(positions) if positions else None}
             files |= {folder / name: json.dumps(value) for name, value in notes.items() if value}
@@ -181,11 +190,13 @@ class Saver:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def snapshot(
+    engines: Sequence[DeepSpeedEngine], replica: int, tensor_rank: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Copies in host memory of all that this rank owns, flat, and the first element of each in its tensor.
 
-    What every replica has is replica 0's to save. Raises UnsavedCheckpoint for an optimizer whose state is neither one
-    number for each weight nor one for the parameter.
+    What every replica has is replica 0's to save, what every rank of a replica has the first one's. Raises
+    UnsavedCheckpoint for an optimizer whose state is neither one number for each weight nor one for the parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
@@ -194,15 +205,19 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
         for shard in shards(engine, replica):
             if shard.master is None or (shard.is_replicated and replica > 0):
                 continue
-            tensors[shard.name] = shard.master.values.to("cpu", copy=True)
-            starts[shard.name] = shard.master.start
+            cut = shard.master.cut
+            if cut is None and tensor_rank > 0:
+                continue
+            part = "" if cut is None else f"{PART}{cut.rank}"
+            tensors[f"{shard.name}{part}"] = shard.master.values.to("cpu", copy=True)
+            starts[f"{shard.name}{part}"] = shard.master.start
             state = {} if shard.holder is None else states.get(shard.holder, {})
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and shard.fits(value):
-                    tensors[f"{shard.name}{STATE}{key}"] = shard.part(value.detach()).to("cpu", copy=True)
-                    starts[f"{shard.name}{STATE}{key}"] = shard.master.start
+                    tensors[f"{shard.name}{STATE}{key}{part}"] = shard.part(value.detach()).to("cpu", copy=True)
+                    starts[f"{shard.name}{STATE}{key}{part}"] = shard.master.start
                 elif isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-                    if shard.master.start == 0:
+                    if shard.master.start == 0 and tensor_rank == 0:
                         tensors[f"{shard.name}{SCALAR}{key}"] = torch.as_tensor(value).cpu().clone().view(1)
                 else:
                     kind = type(base_optimizer(engine.optimizer)).__name__
@@ -213,7 +228,8 @@ def snapshot(engines: Sequence[DeepSpeedEngine], replica: int) -> tuple[dict[str
 
 
 def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """Where the block's schedule stands, which names stand for others, and with fp16 its loss scale."""
+    """Where the block's schedule stands, which names stand for others, how tensors are cut, and with fp16 its loss
+    scale."""
     scheduler: Any = engine.lr_scheduler
     position = {"last_epoch": getattr(scheduler, "last_epoch", None)}
     if position["last_epoch"] is None:  # DeepSpeed's own count from -1
@@ -221,7 +237,8 @@ def block_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     module = saved_module(engine)
     span = None if module.span is None else [module.span.start, module.span.stop]
     scales = {f"{number}.{name}": value for number, name, _, value in loss_scales(engine)}
-    return {"span": span, "tied": module.tied_names(), "scheduler": position, "loss_scale": scales}
+    cuts = {name: asdict(cut) for name, cut in cuts_of(engine).items()}
+    return {"span": span, "tied": module.tied_names(), "scheduler": position, "loss_scale": scales, "cuts": cuts}
 
 
 def loss_scales(engine: DeepSpeedEngine) -> list[tuple[int, str, Any, float]]:

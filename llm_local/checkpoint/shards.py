@@ -8,13 +8,14 @@ stretches, so that a run of any layout takes from it what it needs.
     model.layers.3.mlp.up_proj.weight/state/exp_avg    what the optimizer keeps for each weight
     model.layers.3.mlp.up_proj.weight/scalar/step      and for the parameter as a whole
     model.layers.3.mlp.up_proj.weight/outer/anchor     where replicas train apart: where they met (outer_optimizer.py)
+    model.layers.3.mlp.up_proj.weight/part/0           what a rank of a replica has of it, where layers are divided
     exits.4.model.norm.weight                          of the head that reads layer 3, unless it is the model's own
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,9 +32,11 @@ from llm_local.adapters.deepspeed_internals import (
     partition_of,
     whole_numel,
 )
+from llm_local.model.tensor_cut import TensorCut
+from llm_local.model.tensor_parallel import part_of
 from llm_local.partition import Span
 
-STATE, SCALAR, OUTER = "/state/", "/scalar/", "/outer/"
+STATE, SCALAR, OUTER, PART = "/state/", "/scalar/", "/outer/", "/part/"
 
 
 class MisplacedWeights(RuntimeError):
@@ -42,11 +45,18 @@ class MisplacedWeights(RuntimeError):
 
 @dataclass(frozen=True)
 class Stretch:
-    """Elements from `start` on of a tensor of `numel` elements; values: a flat view of them."""
+    """Elements from `start` on of a tensor of `numel` elements; values: a flat view of them. cut: that of the tensor,
+    if it is a part of another."""
 
     numel: int
     start: int
     values: torch.Tensor
+    cut: TensorCut | None = None
+
+    @property
+    def whole_numel(self) -> int:
+        """Of the tensor that the model has."""
+        return self.numel if self.cut is None else self.cut.numel
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,17 @@ class Shard:
     weights: tuple[Stretch, ...] = ()
     momentum: tuple[int, int] | None = None
 
+    def of_part(self, cut: TensorCut) -> Shard:
+        """The same of a tensor that is a part of another."""
+        master = None if self.master is None else replace(self.master, cut=cut)
+        return replace(self, master=master, weights=tuple(replace(each, cut=cut) for each in self.weights))
+
     def kept(self, state: torch.Tensor) -> Stretch:
         """What a state has of the parameter."""
         assert self.master is not None
         if self.momentum is None:
             values = state.view(-1).narrow(0, self.offset, len(self.master.values))
-            return Stretch(self.master.numel, self.master.start, values)
+            return replace(self.master, values=values)
         return Stretch(self.master.numel, 0, state.view(-1).narrow(0, self.momentum[0], self.master.numel))
 
     def part(self, state: torch.Tensor) -> torch.Tensor:
@@ -110,6 +125,12 @@ def saved_module(engine: DeepSpeedEngine) -> SavedModule:
     return module
 
 
+def cuts_of(engine: DeepSpeedEngine) -> dict[str, TensorCut]:
+    """Of the tensors of the engine's block that are parts of others, by name."""
+    found = {name: part_of(tensor) for name, tensor in saved_module(engine).saved_tensors().items()}
+    return {name: part.cut for name, part in found.items() if part is not None}
+
+
 def states_of(engine: DeepSpeedEngine) -> Any:
     """The state of the optimizer that DeepSpeed wraps, by holder."""
     return base_optimizer(engine.optimizer).state
@@ -118,17 +139,21 @@ def states_of(engine: DeepSpeedEngine) -> Any:
 def shards(engine: DeepSpeedEngine, replica: int) -> Iterator[Shard]:
     """This rank's part of every tensor of the engine's block."""
     for name, tensor in saved_module(engine).saved_tensors().items():
-        if is_partitioned(tensor):
-            yield _of_zero3(engine.optimizer, name, tensor, replica)
-        elif not tensor.requires_grad:
-            yield Shard(name, whole(tensor), None, 0, True)
-        elif is_linked(tensor):
-            yield _of_flat_partition(engine.optimizer, name, tensor)
-        else:
-            holder, offset = master_without_zero(engine.optimizer, tensor)
-            values = holder.detach().view(-1).narrow(0, offset, tensor.numel())
-            weights = () if holder is tensor else (whole(tensor),)
-            yield Shard(name, Stretch(tensor.numel(), 0, values), holder, offset, True, weights)
+        shard, part = _of_tensor(engine.optimizer, name, tensor, replica), part_of(tensor)
+        yield shard if part is None else shard.of_part(part.cut)
+
+
+def _of_tensor(optimizer: Any, name: str, tensor: torch.Tensor, replica: int) -> Shard:
+    if is_partitioned(tensor):
+        return _of_zero3(optimizer, name, tensor, replica)
+    if not tensor.requires_grad:
+        return Shard(name, whole(tensor), None, 0, True)
+    if is_linked(tensor):
+        return _of_flat_partition(optimizer, name, tensor)
+    holder, offset = master_without_zero(optimizer, tensor)
+    values = holder.detach().view(-1).narrow(0, offset, tensor.numel())
+    weights = () if holder is tensor else (whole(tensor),)
+    return Shard(name, Stretch(tensor.numel(), 0, values), holder, offset, True, weights)
 
 
 def check_masters(engines: Sequence[DeepSpeedEngine], replica: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llm_local.config import Config
 from llm_local.device import DeviceName
-from llm_local.world import Place
+from llm_local.place import Place
 
 
 def device_problems(config: Config, place: Place, names: Sequence[DeviceName]) -> list[str]:

@@ -25,6 +25,7 @@ from llm_local.checks.class_problems import class_problems, skipped_positions
 from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.profile import measure_costs
+from llm_local.checks.tensor_trial import division_problems
 from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
@@ -51,6 +52,7 @@ from llm_local.model.lowrank import rank_problems
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
+from llm_local.model.tensor_parallel import plan_problems
 from llm_local.model.token_ids import set_token_ids
 from llm_local.owner import folder_problems
 from llm_local.partition import Partition
@@ -58,6 +60,7 @@ from llm_local.problems import static_problems
 from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
 from llm_local.setup import Setup, model_values
+from llm_local.tensor_problems import tensor_problems
 from llm_local.trace import FOLDER as TRACE
 
 _EXPORT = Path("export")
@@ -72,6 +75,7 @@ def preflight(given: Config, world_size: int) -> Setup:
         config = replace(config, deepspeed_json=load_json(config))
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
     problems += report_problems(config) + _of_engines(deepspeed_problems, config, world_size)
+    problems += tensor_problems(config)
     problems = problems or _of_engines(engine_problems, config, world_size) + surroundings_problems(config)
     problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
@@ -162,6 +166,10 @@ class _Model:
         problems += _length_problems(config, model_config, anatomy) + _support_problems(config, model_config)
         config = self.sized(config)
         problems += class_problems(config, model_config, anatomy)
+        if (ranks := config.local.tensor_parallel_size) > 1:
+            trusted = config.model.trust_remote_code
+            unfit = plan_problems(model_config, anatomy, ranks, trust_remote_code=trusted)
+            problems += unfit or division_problems(config, model_config, anatomy)
         if config.data.document_mask:
             problems += document_problems(config, model_config, anatomy)
         if wants_router_loss(model_config):

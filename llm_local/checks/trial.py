@@ -28,7 +28,7 @@ LARGEST_TRIED = 20_000_000  # parameters of a model that is tried as it is
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")
 ON_ANY_DEVICE = (None, "sdpa", "eager")
 DOCUMENTS = ((5, 9, 6), (12, 4, 4))  # tokens of each in two rows; one is longer than a small sliding window
-_EXACT, _ROUNDED = 1e-4, 5e-2  # of the outputs' size: differences of rounding in float32 and in bfloat16
+EXACT, _ROUNDED = 1e-4, 5e-2  # of the outputs' size: differences of rounding in float32 and in bfloat16
 _FIRST_WORD = 16  # below are EOS and its like
 
 
@@ -93,9 +93,9 @@ def document_problems(config: Config, model_config: PretrainedConfig, anatomy: A
         model = small_model(config, model_config, anatomy, kernel)
         difference = _between_documents(model, getattr(model, anatomy.base), kernel)
     except Exception as error:  # whatever a model class makes of masks that it does not know
-        line = f"document_mask: model type {kind!r} does not take masks of documents ({_named(error)})"
+        line = f"document_mask: model type {kind!r} does not take masks of documents ({named(error)})"
         return [f"{line}; leave document_mask out"]
-    limit = _EXACT if kernel in ON_ANY_DEVICE else _ROUNDED
+    limit = EXACT if kernel in ON_ANY_DEVICE else _ROUNDED
     if difference <= limit:
         return []
     kernel = attention_kernel_of(model.config)
@@ -106,7 +106,7 @@ def document_problems(config: Config, model_config: PretrainedConfig, anatomy: A
     ]
 
 
-def _named(error: Exception) -> str:
+def named(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -143,7 +143,7 @@ def router_problems(config: Config, model_config: PretrainedConfig, anatomy: Ana
         plain = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=False).loss
         ours = float(router_loss(part, output.router_logits).detach())
     except Exception as error:
-        return [f"{given}: model type {kind!r} has no router loss ({_named(error)}); set it to false"]
+        return [f"{given}: model type {kind!r} has no router loss ({named(error)}); set it to false"]
     if not ours > 0 or not math.isclose(float((output.loss - plain).detach()), ours, rel_tol=1e-3, abs_tol=1e-6):
         return [f"{given}: model type {kind!r} adds no router loss to its own; set it to false"]
     return [f"{given}{problem}" for problem in config.method.router_problems(config.local)]

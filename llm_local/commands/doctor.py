@@ -34,8 +34,8 @@ from llm_local.device import (
 )
 from llm_local.launch import PORT
 from llm_local.links.transports import transport
+from llm_local.place import Place
 from llm_local.program import program
-from llm_local.world import Place
 
 NAME = program(__file__)
 _PACKAGES = ("transformers", "deepspeed", "datasets", "accelerate")

@@ -15,9 +15,9 @@ from llm_local.data.sets import SourceData
 from llm_local.head_plan import seed_of
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
+from llm_local.place import Place
 from llm_local.registry import TASKS
 from llm_local.tasks.task import Ask, Parts, Task
-from llm_local.world import Place
 
 CHECK_TOKENS = 64
 TOKENS, SOURCES = "tokens", "sources"  # of a state: tokens trained on, and what they are of

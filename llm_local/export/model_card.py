@@ -210,6 +210,8 @@ def _facts(training: Training) -> dict[str, str]:
         facts = {"started from": config.model.model_name_or_path, **facts}
     if local.final_backprop_steps:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
+    if local.tensor_parallel_size > 1:
+        facts["stages × replicas"] += f", each of {local.tensor_parallel_size} ranks"
     if local.replica_sync_steps:
         momentum = f", Nesterov momentum {local.outer_momentum:g}" if local.outer_momentum else ""
         fragments = f", {local.replica_sync_fragments} fragments" if local.replica_sync_fragments > 1 else ""
@@ -291,7 +293,7 @@ def _reproduce(training: Training) -> str:
     default = Config().flat()
     incidental = deciding(START, MACHINE)
     given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in incidental}
-    ranks = sum(training.replicas)
+    ranks = sum(training.replicas) * training.config.local.tensor_parallel_size
     text = (
         f"With `run.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}```\n\n"
         f"```sh\ndeepspeed --num_gpus {ranks} scripts/pretrain.py run.yaml\n```"

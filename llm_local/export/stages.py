@@ -37,6 +37,7 @@ from llm_local.model.lowrank import multiplied
 from llm_local.model.overrides import is_per_layer
 from llm_local.model.router_loss import want_none
 from llm_local.model.slices import Slice
+from llm_local.model.tensor_parallel import part_of
 from llm_local.partition import Partition
 from llm_local.registry import TASKS
 from llm_local.tasks.task import Task
@@ -64,9 +65,9 @@ def collect(
 ) -> StageTensors:
     """The tensors of a stage's layers, and of its last block's head where that is a slice of its own, on the CPU.
 
-    Every replica must call under ZeRO-3 and with masters, where the parameters are gathered one by one; `keep` says who
-    gets them. folded: tensors of the head that take the place of its own. dtype: of the parameters, by default the
-    model's own. masters: where they are read from instead of the model.
+    Every rank must call where parameters are gathered one by one: under ZeRO-3, with masters, and of divided layers;
+    `keep` says who gets them. folded: tensors of the head that take the place of its own. dtype: of the parameters, by
+    default the model's own. masters: where they are read from instead of the model.
     """
     body: dict[str, torch.Tensor] = {}
     heads: dict[str, torch.Tensor] = {}
@@ -93,7 +94,11 @@ def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dic
     places: set[int] = set()
     for name, tensor in named.items():
         master = None if masters is None else masters(tensor)
-        if master is not None:
+        if (divided := part_of(tensor)) is not None:
+            gathered = divided.whole(tensor if master is None else master)
+            if keep:
+                kept[name] = gathered.to("cpu")
+        elif master is not None:
             if keep:
                 kept[name] = master.detach().to("cpu", copy=True)
         elif zero3 and isinstance(tensor, torch.nn.Parameter):

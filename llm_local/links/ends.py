@@ -32,6 +32,7 @@ from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
 from llm_local.links.link import ReceivingEnd, SendingEnd, StepReceivingEnd
 from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_size, pack, unpack
 from llm_local.links.packet import END, KINDS, Packet
+from llm_local.links.together import SharedReceiver
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
 from llm_local.rendezvous import fetch
 from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
@@ -323,6 +324,20 @@ class Links:
     ) -> Links:
         """Makes them, boundary by boundary. Every rank must call. back_dtype: that of gradients or soft targets, and
         refresh_dtype: that of a shared head's matrix, where the run has such."""
+        if world.tensor is None:
+            return Links._own(world, wire_dtype, max_in_flight, back_dtype, refresh_dtype)
+        assert (back_dtype, refresh_dtype) == (None, None), "tensor_problems.py refuses what comes back"
+        first, nobody = world.place.tensor_rank == 0, SenderToAll([])
+        links = Links._own(world, wire_dtype, max_in_flight, None, None) if first else Links(sender=nobody)
+        shared = SharedReceiver(links.receiver, world.tensor, world.device)
+        is_first, is_last = world.place.is_first_stage, world.place.is_last_stage
+        return Links(None if is_first else shared, None if is_last else links.sender)
+
+    @staticmethod
+    def _own(
+        world: World, wire_dtype: str, max_in_flight: int, back_dtype: str | None, refresh_dtype: str | None
+    ) -> Links:
+        """Of a rank that shares none."""
         place = world.place
         before, behind = place.stage - 1, place.stage + 1
         receiver = sender = refresh_sender = refresh_receiver = None

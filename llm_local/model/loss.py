@@ -24,6 +24,7 @@ from llm_local.device import memory_bytes
 from llm_local.model.anatomy import SliceError
 from llm_local.model.observation import name_of
 from llm_local.model.slices import Slice
+from llm_local.model.tensor_parallel import OutputMatrix, gathered, part_of, shared, summed
 from llm_local.tasks.task import IGNORED
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -79,10 +80,11 @@ def head_logits(part: Slice, normed: torch.Tensor, input_ids: torch.Tensor | Non
     return type(part.model).forward(without_layers(part, normed), input_ids=input_ids, **part.task.options).logits
 
 
-class LossLinear(nn.Linear):
+class LossLinear(OutputMatrix):
     """An output matrix that turns hidden states and targets into summed cross-entropy.
 
-    The loss is computed inside the module's forward, so that ZeRO-3 gathers the matrix as for any other module.
+    The loss is computed inside the module's forward, so that ZeRO-3 gathers the matrix as for any other module. Where
+    the matrix is cut, each rank has the logits of its part of the vocabulary, and no rank those of another.
     """
 
     @staticmethod
@@ -95,9 +97,11 @@ class LossLinear(nn.Linear):
     def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """(N, D), (N,) → the sum of the positions' losses, float32; without targets (N, D) → (N, V) logits."""
         if targets is None:
-            return super().forward(input)
+            return super().forward(input) if self.ranks is None else gathered(self._own_logits(input), self.ranks)
         input = input.to(self.weight.dtype)  # some models keep the residual stream in float32
         rows = chunk_rows(self.out_features, input.device)
+        if self.ranks is not None:
+            return _by_chunks(self._loss_of_parts, input, targets, rows)
         if not hasattr(F, "linear_cross_entropy"):  # torch before 2.13
             return _by_chunks(self._loss_of, input, targets, rows)
         # A chunked bf16 sum is wrong by percents (8.8 for 10.4); single losses are right and are summed in float32.
@@ -111,6 +115,24 @@ class LossLinear(nn.Linear):
 
     def _loss_of(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return _summed(super().forward(states), targets)
+
+    def _own_logits(self, states: torch.Tensor) -> torch.Tensor:
+        assert self.ranks is not None
+        return F.linear(shared(states, self.ranks), self.weight, self.bias)
+
+    def _loss_of_parts(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same on all ranks: they tell each other a position's largest logit, its sum of exponentials, and the
+        target's logit."""
+        part, count = part_of(self.weight), self.out_features
+        assert self.ranks is not None
+        assert part is not None
+        logits = self._own_logits(states).float()
+        logits = logits - self.ranks.largest(logits.amax(-1)).unsqueeze(-1)
+        own = targets - part.cut.start
+        at = logits.gather(-1, own.clamp(0, count - 1).unsqueeze(-1)).squeeze(-1)
+        at = at.masked_fill((own < 0) | (own >= count), 0.0)
+        total, target = summed(torch.stack([logits.exp().sum(-1), at]), self.ranks)
+        return (total.log() - target).masked_fill(targets == IGNORED, 0.0).sum()
 
 
 def head_loss(

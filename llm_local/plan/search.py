@@ -44,6 +44,8 @@ def check_plan(given: Mapping[str, Any], config: Config) -> None:
         for name, value in config.flat().items()
         if name in _SET and value != defaults[name]
     ]
+    if (size := config.local.tensor_parallel_size) > 1:
+        problems.append(f"--tensor_parallel_size {size}: no layout that divides layers is ranked yet; leave it out")
     for method in given["method"]:
         for head in given["head"] or default_heads(config):
             problems += static_problems(Candidate(method, 1, 1, 0, head).flags(config), 1, True, True)
