@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil
 
 from llm_local.config import Config, ConfigError, from_flat
+from llm_local.data import image_sources
 from llm_local.data.digits import digits
 from llm_local.data.feed import Feed
 from llm_local.data.image_files import UnreadableImage, header_problem, read_image
@@ -55,7 +57,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, 
 
 def folder(path: Path, classes: str = "cat dog", images: int = 6) -> Path:
     for n, name in enumerate(classes.split()):
-        (path / name).mkdir(parents=True)
+        (path / name).mkdir(parents=True, exist_ok=True)
         for number in range(images):
             picture(100 * n + number).save(path / name / f"{number}.png")
     return path
@@ -98,6 +100,18 @@ def test_a_folder_of_classes(settings: Settings, tmp_path: Path):
         theirs = Pixels(processor, 1.0, False).as_they_are([file.convert("RGB") for file in files])
         found = [any(torch.equal(mine, each) for each in theirs) for mine in pixels]
         assert found == [int(label) == n for label in labels]
+
+
+def test_a_start_opens_its_folders_once(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened, really = [], image_sources.load_dataset
+    monkeypatch.setattr(image_sources, "load_dataset", lambda *a, **b: opened.append(a) or really(*a, **b))
+    config = settings(train_dir=str(folder(tmp_path / "train")))
+    for seen in (("cat", "dog"), ("cat", "dog", "owl")):
+        assert data_problems(config) == []
+        assert class_names(config) == seen
+        assert prepare_all(replace(config, train=replace(config.train, max_steps=7)), None).counts()
+        folder(tmp_path / "train", "cat dog owl")
+    assert len(opened) == 2
 
 
 def test_validation_is_the_folder_that_is_given_or_the_data_sets_own(settings: Settings, tmp_path: Path):

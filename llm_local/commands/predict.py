@@ -59,6 +59,18 @@ def read_processing(folder: Path, task: Task, trusted: bool) -> dict[str, Any]:
         raise ValueError(f"{folder} has no image processor: {str(error).strip().splitlines()[0]}") from error
 
 
+def question(line: str, task: Task, model: Any, processing: Any) -> Any:
+    """What the pipeline is asked of a line; of an image's file the image, as training reads it. Raises ValueError."""
+    if not task.reads_images:
+        return task.question(line, processing)
+    from llm_local.data.image_files import UnreadableImage, read_image  # text needs no Pillow
+
+    try:
+        return read_image({"path": line}, task.row_shape(model.config)[0])
+    except UnreadableImage as error:
+        raise ValueError(f"{line} {error}") from error
+
+
 def show(given: str, answers: list[Any], key: str) -> None:
     """Prints the answers; of a sentence with several masks, one mask after the other."""
     several = answers if isinstance(answers[0], list) else [answers]
@@ -84,7 +96,7 @@ def predict(given: argparse.Namespace, lines: Iterable[str]) -> int:
     (processing,) = beside.values()
     for line in given.inputs or (line.rstrip("\n") for line in lines):
         try:
-            answers = ask(task.question(line, processing), top_k=given.top_k)
+            answers = ask(question(line, task, model, processing), top_k=given.top_k)
         except (IndexError, RuntimeError) as error:  # too long a text, say
             raise ValueError(f"{line!r} cannot be read by the model: {str(error).strip().splitlines()[0]}") from error
         if given.json:

@@ -36,6 +36,7 @@ from llm_local.tasks.task import Ask, Parts
 
 PROBLEMS_A_SET = 3
 HEADERS_AT_A_TIME = 1000
+_opened: dict[tuple[Any, ...], Images] = {}  # the sets that were asked for last
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,18 @@ def _read(named: tuple[str, dict[str, Any]], channels: int) -> Image.Image:
         raise UnreadableImage(f"{place} {error}") from error
 
 
-def read_images(config: Config) -> Images:
-    """The run's sets, opened; no image is looked at. Raises ConfigError."""
+def read_images(config: Config, again: bool = False) -> Images:
+    """The run's sets, opened; no image is looked at. A start asks several times, and they are opened when it begins
+    (again). Raises ConfigError."""
+    sources = (tuple(training_sources(config)), tuple(validation_sources(config).items()))
+    key = (*sources, config.data.validation_split_percentage, config.cache_dir)
+    if again or key not in _opened:
+        _opened.clear()
+        _opened[key] = _open(config)
+    return _opened[key]
+
+
+def _open(config: Config) -> Images:
     given = {name: read_labelled(config, source)[0] for name, source in validation_sources(config).items()}
     train, own = zip(*(read_labelled(config, source) for source in training_sources(config)), strict=True)
     classes, percentage = classes_of(train), config.data.validation_split_percentage

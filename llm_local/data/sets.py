@@ -37,7 +37,7 @@ from llm_local.data.encoding import (
 )
 from llm_local.data.image_processor import load_processor
 from llm_local.data.image_sets import prepare_images
-from llm_local.data.images import class_names
+from llm_local.data.images import class_names, read_images
 from llm_local.data.mixture import TOKENS, Source, training_sources, validation_sources
 from llm_local.data.packing import CONCAT, Packed, Pieces, count_openings, mark_of
 from llm_local.data.prepared import Job, Prepared, open_tokens, packed_rows, prepare_tokens
@@ -81,7 +81,7 @@ def data_problems(config: Config) -> list[str]:
     if not config.task.reads_images:
         return text_problems(config)
     try:
-        class_names(config)
+        read_images(config, again=True)
     except ConfigError as error:
         return error.problems
     return []

@@ -90,14 +90,14 @@ class Task(ABC):
         return None
 
     def question(self, text: str, processing: Any) -> Any:
-        """What a pipeline is asked of what a person has typed. processing: what the export has beside its model.
+        """What a pipeline is asked of a text. processing: what the export has beside its model.
 
         Raises ValueError saying what it lacks.
         """
         return text
 
     def scored_share(self, data: DataArguments) -> float:
-        """Of the positions, about."""
+        """Of a text's positions, about."""
         return 1.0
 
     def measure(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
