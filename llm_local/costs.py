@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_local.partition import Partition, Span, estimate_costs
+from llm_local.partition import Costs, Partition, Span, estimate_costs
 
 BACKWARD = 2 / 3  # of the FLOPs of a trained part
 WEIGHT_GRADIENT = 1 / 3  # of the FLOPs of a trained matrix
@@ -24,12 +24,19 @@ WEIGHT_GRADIENT = 1 / 3  # of the FLOPs of a trained matrix
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model. Parameters are those that take part in a product with each token."""
+    """The numbers of a model. Parameters are those that take part in a product with each token; first_parameters: of
+    what runs before the layers, if that is no table. hidden_size: 0 where attention is counted among them."""
 
     hidden_size: int
     seq_length: int
     layer_parameters: int
     head_parameters: int
+    first_parameters: int = 0
+
+    def costs(self) -> Costs:
+        """Of each part, for one token."""
+        parameters = (self.layer_parameters, self.head_parameters)
+        return estimate_costs(*parameters, self.hidden_size, self.seq_length, self.first_parameters)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Passes:
 
 def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
     """The FLOPs of each block in a local step, pass by pass; those of a block add up to its part of `count_flops`."""
-    costs = estimate_costs(shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
+    costs = shape.costs()
     found = []
     for index, span in enumerate(setting.blocks):
         is_last = index == len(setting.blocks) - 1
@@ -104,10 +111,11 @@ def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
         number = setting.private_layers[index] if setting.private_layers else 0
         each = shape.layer_parameters if setting.private_parameters is None else setting.private_parameters
         # a matrix takes 2 FLOPs a parameter for the gradient of its weights; attention has no weights of its own
-        weights = 2.0 * (len(span) * shape.layer_parameters + fraction * number * each)
+        first = 0.0 if index else costs.first
+        weights = 2.0 * (len(span) * shape.layer_parameters + fraction * number * each) + first / 3
         trains_matrix = is_last or not setting.frozen_heads
         weights += WEIGHT_GRADIENT * matrix * trains_matrix
-        layers = costs.layer * len(span) + private
+        layers = costs.layer * len(span) + private + first
         above = 0.0 if is_last else BACKWARD * costs.layer * min(setting.overlap, len(span))
         backward = BACKWARD * (layers + matrix) - (0 if trains_matrix else WEIGHT_GRADIENT * matrix)
         found.append(Passes((1 - BACKWARD) * (layers + matrix), backward, weights, above, (1 - BACKWARD) * layers))
@@ -116,16 +124,16 @@ def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
 
 def count_flops(shape: Shape, setting: Setting) -> Flops:
     """FLOPs of one token, means over the run where its last steps train globally."""
-    costs = estimate_costs(shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
+    costs = shape.costs()
     count = len(setting.blocks)
     blocks = []
     for index, span in enumerate(setting.blocks):
         is_last = index == count - 1
         # the loss above sends a second gradient through the upper layers of this block
         again = 0 if is_last else min(setting.overlap, len(span))
-        layers = costs.layer * (len(span) + BACKWARD * again)
+        layers = costs.layer * (len(span) + BACKWARD * again) + (0.0 if index else costs.first)
         blocks.append(layers + _head(shape, setting, index, is_last))
-    backprop = costs.layer * setting.blocks[-1].stop + costs.head
+    backprop = costs.first + costs.layer * setting.blocks[-1].stop + costs.head
     share = setting.final_backprop_share
     return Flops(
         total=(1 - share) * sum(blocks) + share * backprop,

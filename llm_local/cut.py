@@ -8,7 +8,7 @@ from llm_local.config import Config
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.heads.head import head_of
-from llm_local.partition import Costs, Partition, estimate_costs, make_partition
+from llm_local.partition import Costs, Partition, make_partition
 from llm_local.problems import parse_stage_layers
 
 
@@ -21,9 +21,7 @@ def plan_partition(
     """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
     ValueError where it leaves a stage without a layer."""
     local = config.local
-    shape = run_shape(config, anatomy)
-    sizes = (shape.layer_parameters, shape.head_parameters, shape.hidden_size, shape.seq_length)
-    costs = costs or estimate_costs(*sizes)
+    costs = costs or run_shape(config, anatomy).costs()
     by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
     return make_partition(
         num_layers=anatomy.num_layers,
@@ -41,7 +39,11 @@ def plan_partition(
 
 
 def run_shape(config: Config, anatomy: Anatomy) -> Shape:
-    """The head counts as much as of it is run: it may read some positions only."""
+    """The head counts as much as of it is run: it may read some positions only. Of a row of fixed shape all products
+    are known, those of attention, too."""
+    if anatomy.row_shape:
+        first, layer, head = (round(products / anatomy.num_tokens) for products in anatomy.products)
+        return Shape(0, config.data.seq_length, layer, head, first)
     head = round(anatomy.head_parameters * config.task.scored_share(config.data))
     return Shape(anatomy.hidden_size, config.data.seq_length, anatomy.active_layer_parameters, head)
 

@@ -113,7 +113,7 @@ class LocalEngine:
         self._measures: list[torch.Tensor] = []  # (M,) float64 of each block
         self._tokens = 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
-        self.check_ids: torch.Tensor | None = None
+        self.check_row: torch.Tensor | None = None  # of images the first stage's alone
         self._instruction_map: dict[type, Callable[..., None]] = {
             instructions.LoadMicroBatch: self._exec_load,
             instructions.RecvActivation: self._exec_receive,
@@ -157,13 +157,13 @@ class LocalEngine:
 
     @torch.no_grad()
     def check_logits(self) -> torch.Tensor:
-        """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with, check_ids."""
+        """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with, check_row."""
         for engine in self.engines:
             engine.eval()
         self._kind, self._step, self._num_entered = CHECK, 0, 0
         self._exec_load(0) if self.links.receiver is None else self._exec_receive(0)
         entered = self._buffers.pop(0)
-        self.check_ids = entered.packet.input_ids
+        self.check_row = entered.packet.inputs().get(self.blocks[-1].head.task.main_input)
         logits, hidden = torch.empty(0), entered.hidden
         for engine in self.engines:
             inputs = self._inputs(entered.packet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -104,12 +104,18 @@ def over_replicas(world: World, result: EvalResult) -> Found:
 
 
 def better_exit(
-    name: str, losses: Sequence[Sequence[float]], partition: Partition, exits: Mapping[int, Path] | None, resume: str
+    name: str,
+    losses: Sequence[Sequence[float]],
+    partition: Partition,
+    exits: Mapping[int, Path] | None,
+    resume: str,
+    override: Callable[[int], str] = "num_hidden_layers={}".format,
 ) -> str:
     """Which exit to keep, in a line for a person, where one is better than the whole model; '' if none is.
 
     name: of the validation set; losses: by stage, of its blocks. exits: the folders of those that are models, by stage;
-    None: the run makes none. resume: the flags with which the run goes on, '' where it saved nothing.
+    None: the run makes none. resume: the flags with which the run goes on, '' where it saved nothing. override: what
+    makes a config one of so many layers.
     """
     flat = [loss for of_stage in losses for loss in of_stage]
     behind, best = flat[-1] - min(flat), partition.blocks[flat.index(min(flat))].stop
@@ -118,15 +124,15 @@ def better_exit(
     on = "the validation set" if name == "validation" else name
     gap = f"({flat[-1]:.4f} against {min(flat):.4f}) on {on}"
     said = f"the whole model is {behind:.3f} nats behind the exit of layers 0-{best - 1} {gap}"
-    return said if exits is None else f"{said}: {_how_to_keep(best, partition, exits, resume)}"
+    return said if exits is None else f"{said}: {_how_to_keep(best, partition, exits, resume, override(best))}"
 
 
-def _how_to_keep(best: int, partition: Partition, exits: Mapping[int, Path], resume: str) -> str:
+def _how_to_keep(best: int, partition: Partition, exits: Mapping[int, Path], resume: str, override: str) -> str:
     """Of the exit of so many layers."""
     ends = [partition.layers_of(stage).stop for stage in range(partition.num_stages)]
     if best in ends and ends.index(best) in exits:
         return f"keep {exits[ends.index(best)]}"
-    alone = f"train a model of its own with --config_overrides num_hidden_layers={best}"
+    alone = f"train a model of its own with --config_overrides {override}"
     if best in ends:
         return f"it is no model by itself; {alone}"
     if not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from llm_local.evaluation import EvalSet, better_exit, measures_key
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, write_cards
 from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
-from llm_local.export.parts import write_part
+from llm_local.export.parts import Check, write_part
 from llm_local.export.sample import sample
 from llm_local.export.stages import (
     CHECK_FILE,
@@ -34,6 +35,7 @@ from llm_local.export.stages import (
 )
 from llm_local.files import Unwritten
 from llm_local.links.packet import CHECK
+from llm_local.model.levels import layers_override
 from llm_local.model.slices import Slice
 from llm_local.place import Place
 from llm_local.rank import Rank, Start
@@ -67,13 +69,12 @@ def finish_part(run: Rank, checkpoint: Path) -> Path:
     logits = engine.check_logits()
     if run.start is None:
         return export
-    assert engine.check_ids is not None
     config = run.setup.model_config()
     config.dtype = DTYPES[run.config.export_dtype]
     name = type(engine.bodies[0].model).__name__
     model = _described(run.setup, config, name, run.start)
     metrics = run.metrics.path if run.metrics else None
-    write_part(checkpoint, export, model, (engine.check_ids, logits), metrics)
+    write_part(checkpoint, export, model, Check(engine.check_row, logits), metrics)
     run.progress.say(f"part: {export}; llm-local assemble makes the model of those of all stages")
     return export
 
@@ -194,8 +195,9 @@ def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[
     resume = "--resume_from_checkpoint true" if committed(config.output_dir) else ""
     if resume and config.local.layers_per_block is not None:
         resume += f" --layers_per_block {config.local.layers_per_block}"
-    found = [better_exit(name, scores, run.setup.partition, folders, resume) for name, scores in losses.items()]
-    return [line for line in found if line]
+    override = partial(layers_override, config.task.part_of(run.setup.model_config()))
+    told = (run.setup.partition, folders, resume, override)
+    return [line for name, scores in losses.items() if (line := better_exit(name, scores, *told))]
 
 
 def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> list[float]:

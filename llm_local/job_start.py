@@ -63,7 +63,8 @@ class Facts:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Facts:
-        return Facts(values["run"], tuple(EvalSet(**each) for each in values["eval_sets"]))
+        sets = (EvalSet(**each | {"measures": tuple(each["measures"])}) for each in values["eval_sets"])
+        return Facts(values["run"], tuple(sets))
 
 
 def fingerprint(setup: Setup, replicas: Sequence[int]) -> dict[str, Any]:
@@ -221,10 +222,12 @@ def _asked(connection: ssl.SSLSocket, first: Frame, terms: Terms) -> dict[str, A
 
 
 def packet_bytes(setup: Setup, wire_dtype: str) -> int:
-    """Of hidden states and token ids of a micro-batch."""
+    """Of hidden states and what travels beside them of a micro-batch."""
     rows, tokens = setup.config.train.per_device_train_batch_size, setup.config.data.seq_length
-    tensors = [((rows, tokens), torch.int32), *expected(wire_dtype, (rows, tokens, setup.anatomy.hidden_size))]
-    return body_size(tensors) + HEADER_BYTES
+    task = setup.config.task
+    beside = [(rows, 1)] if task.answers_once else [(rows, tokens)] * (2 if task.sends_labels else 1)
+    hidden = expected(wire_dtype, (rows, tokens, setup.anatomy.hidden_size))
+    return body_size([*((shape, torch.int32) for shape in beside), *hidden]) + HEADER_BYTES
 
 
 def log_need(setup: Setup, place: Place) -> tuple[int, str]:

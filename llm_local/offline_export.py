@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BaseImageProcessor
@@ -30,7 +31,7 @@ from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.export.model_card import Training, installed_versions, model_card, write_cards
 from llm_local.export.model_folder import CARD, Description, replaced, write_text
-from llm_local.export.parts import MODEL, fitting, read_check
+from llm_local.export.parts import MODEL, Check, fitting, read_check
 from llm_local.export.stages import (
     StageTensors,
     check_exit,
@@ -82,7 +83,7 @@ class _Run:
                 trust_remote_code=config.model.trust_remote_code,
                 attn_implementation="eager",
             )
-            model = described(replace(config, model=named))
+            model = described(replace(config, model=named), of_export=True)
             config = replace(config, model=replace(config.model, model_name_or_path=None))  # no weights to begin with
         model.config.dtype = DTYPES[dtype]
         anatomy = probe(model.config, config.model, row_shape=_row_shape(model))
@@ -96,11 +97,13 @@ def _row_shape(model: Description) -> tuple[int, ...] | None:
     return pixel_shape(model.tokenizer) if isinstance(model.tokenizer, BaseImageProcessor) else None
 
 
-def described(config: Config) -> Description:
-    """The run's model as its flags describe it. Raises ConfigError where what they name is not there."""
+def described(config: Config, of_export: bool = False) -> Description:
+    """The run's model as its flags describe it. of_export: they name what a run has written, which knows the classes.
+    Raises ConfigError where what they name is not there."""
     if config.task.reads_images:
         model_config = load_model_config(config.model)
-        set_classes(model_config, class_names(config))
+        if not of_export:
+            set_classes(model_config, class_names(config))
         processing: ProcessingClass = load_processor(config, model_config)
         generation = None
     else:
@@ -149,17 +152,29 @@ def assemble(
         _write(draft, run, catalogs, exits, say)
         for stage in stages if exits else stages[-1:]:
             reason = refused.get(exit_name(stage))
-            say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, checks[stage]))
+            say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, _check_of(checks, stage)))
         there = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
         skipped = tuple(read_note(part, NOTE, stage).get("skipped", 0) for stage, part in enumerate(parts))
-        losses = tuple(_loss(part, stage, catalogs[0].manifest.step) for stage, part in enumerate(parts))
-        write_cards(replace(_training(catalogs[0], config, run), exits=there, losses=losses, skipped=skipped), draft)
+        found = [_evaluated(part, stage, catalogs[0].manifest.step) for stage, part in enumerate(parts)]
+        losses = tuple(each.get("loss") for each in found)
+        measures = tuple(tuple(each[name] for name in config.task.measures) for each in found) if all(found) else ()
+        training = replace(_training(catalogs[0], config, run), exits=there, losses=losses, measures=measures)
+        write_cards(replace(training, skipped=skipped), draft)
 
 
-def _loss(part: Path, stage: int, step: int) -> float | None:
-    """On the first validation set, if the exit was evaluated after that step."""
+def _check_of(checks: Sequence[Check | None], stage: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The stage's logits, with the row that they are of: of an image the first stage alone has it."""
+    own, first = checks[stage], checks[0]
+    if own is None:
+        return None
+    row = own.row if own.row is not None or first is None else first.row
+    return None if row is None else (row, own.logits)
+
+
+def _evaluated(part: Path, stage: int, step: int) -> dict[str, Any]:
+    """What the exit scored on the first validation set after that step; nothing if it was not evaluated then."""
     records = read_records(part / METRICS / f"stage-{stage:02d}.jsonl")
-    return next((each["loss"] for each in reversed(records) if (each["split"], each["step"]) == ("eval", step)), None)
+    return next((each for each in reversed(records) if (each["split"], each["step"]) == ("eval", step)), {})
 
 
 def _stage_of(exit: str | None, catalog: Catalog, partition: Partition) -> int:

@@ -76,24 +76,29 @@ class Partition:
 class Costs:
     """What each part costs in training, forward and backward, FLOPs or seconds; only their ratios matter.
 
-    layer: the mean of them, or of each if `layers` is (), else it has each layer's own. head: the model's.
+    layer: the mean of them, or of each if `layers` is (), else it has each layer's own. head: the model's. first: what
+    runs before the layers.
     """
 
     layer: float
     head: float
     layers: tuple[float, ...] = ()
+    first: float = 0.0
 
     def of(self, span: Span) -> float:
         """Of the span's layers."""
         return sum(self.layers[span.start : span.stop]) if self.layers else self.layer * len(span)
 
 
-def estimate_costs(layer_parameters: int, head_parameters: int, hidden_size: int, seq_length: int) -> Costs:
+def estimate_costs(
+    layer_parameters: int, head_parameters: int, hidden_size: int, seq_length: int, first_parameters: int = 0
+) -> Costs:
     """6 FLOPs a parameter and token, and 12·T·H for the attention of a layer (PaLM, Chowdhery et al. 2022, app. B).
 
     Parameters that take part in a matrix product count: of a sparse layer, those active for one token.
     """
-    return Costs(6.0 * layer_parameters + 12.0 * seq_length * hidden_size, 6.0 * head_parameters)
+    layer = 6.0 * layer_parameters + 12.0 * seq_length * hidden_size
+    return Costs(layer, 6.0 * head_parameters, first=6.0 * first_parameters)
 
 
 def held(schedule: Sequence[Number], block: int) -> Number:
@@ -149,14 +154,17 @@ def make_partition(
         whole = matrix + costs.of(Span(stop, min(stop + held(head_layers, block), num_layers)))
         return token_fraction * whole if stop < num_layers else whole
 
+    def after_first(items: list[float]) -> list[float]:
+        return [costs.first + items[0], *items[1:]]
+
     speeds = stage_speeds or [1.0] * num_stages
     assert len(speeds) == num_stages
     if stage_layers is not None:
         stages = _stages_by_hand(blocks, num_layers, stage_layers)
     elif layers_per_block is not None:
-        stages = _balance([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)], speeds)
+        stages = _balance(after_first([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)]), speeds)
     else:
-        stages = _balance([costs.of(Span(i, i + 1)) for i in range(num_layers)], speeds, head)
+        stages = _balance(after_first([costs.of(Span(i, i + 1)) for i in range(num_layers)]), speeds, head)
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
         stages = tuple(Span(k, k + 1) for k in range(num_stages))

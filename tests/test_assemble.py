@@ -23,7 +23,7 @@ from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import committed
 from llm_local.commands.assemble import main
 from llm_local.data.tokenizer import builtin_tokenizer_dir
-from llm_local.export.parts import write_part
+from llm_local.export.parts import Check, write_part
 from llm_local.export.stages import exit_folder
 from llm_local.offline_export import described
 
@@ -52,7 +52,7 @@ def parts_of(run: Path, folder: Path, checks: bool = False) -> list[Path]:
         made.append(folder / f"part-{stage}")
         model = described(manifest.config()) if stage == 0 else None
         own = run / "export" if stage == last else exit_folder(run / "export", stage)
-        write_part(job, made[-1], model, (IDS, logits(own)) if checks else None)
+        write_part(job, made[-1], model, Check(IDS, logits(own)) if checks else None)
     return made
 
 
@@ -171,7 +171,7 @@ def test_each_exit_is_compared_with_its_stage(run: Path, tmp_path: Path, capsys:
     folders = [out / "exits/stage-00", out / "exits/stage-01", out]
     assert [f"assemble.py: {folder}: {equal}" for folder in folders] == capsys.readouterr().err.splitlines()[3:-1]
     same_models(out, run / "export")
-    wrong = {"input_ids": IDS, "logits": logits(run / "export/exits/stage-00") * 2}
+    wrong = {"row": IDS, "logits": logits(run / "export/exits/stage-00") * 2}
     save_file(wrong, parts[0] / "check.safetensors")
     assert main([*map(str, parts), str(out)]) == 0
     said = capsys.readouterr().err

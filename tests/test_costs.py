@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from llm_local.costs import (
     Setting,
     Shape,
     count_flops,
+    count_passes,
     flops_so_far,
     head_in_layers,
     low_rank_parameters,
@@ -75,6 +77,15 @@ def test_a_head_costs_what_torch_counts():
     head = measured(2) - 2 * LAYER
     assert head == pytest.approx(HEAD, rel=ROTARY)
     assert measured(2, frozen_head=True) - 2 * LAYER == pytest.approx(HEAD * 2 / 3, rel=ROTARY)
+
+
+def test_what_runs_before_the_layers_is_the_first_blocks():
+    setting = Setting((Span(0, 2), Span(2, 3)))
+    plain, more = (count_flops(replace(SHAPE, first_parameters=n), setting) for n in (0, 100))
+    assert more.blocks == (plain.blocks[0] + 600, plain.blocks[1])
+    assert more.backprop == plain.backprop + 600
+    passes = count_passes(replace(SHAPE, first_parameters=100), setting)
+    assert passes[0].forward + passes[0].backward == pytest.approx(more.blocks[0])
 
 
 def test_attention_grows_with_the_length():

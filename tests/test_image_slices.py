@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from llm_local.checks.exit_check import difference_at
+from llm_local.checks.tiny import tiny_config
 from llm_local.config import parse
+from llm_local.export.stages import trim_config
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.levels import layers_override
 from llm_local.model.loss import head_loss
 from llm_local.model.slices import check_set, new_slice, try_slices
 from llm_local.partition import Span
@@ -38,12 +42,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "clip": {"vision_config": SEEING, "num_labels": 10},
     "metaclip_2": {"vision_config": SEEING, "num_labels": 10},
 }
+# the level of six layers is cut; numbers in other orders in memory, positions and sizes that levels hand on, pooling
+LEVELS = ("swin", "hiera", "pvt", "segformer", "convnext")
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+def small(kind: str) -> Any:
+    return AutoConfig.for_model(kind, **CONFIGS[kind]) if kind in CONFIGS else tiny_config(kind, TASK)
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *LEVELS])
 def test_slices_together_are_the_classifier(kind: str):
     """Weights, logits, loss and every gradient equal the undivided model's bit for bit."""
-    config = AutoConfig.for_model(kind, **CONFIGS[kind])
+    config = small(kind)
     anatomy = probe(config, IMAGES, try_slices)
     whole = new_slice(config, anatomy, Span(0, 6), seed=3)
     parts = [new_slice(config, anatomy, Span(a, b), seed=3, has_head=b == 6) for a, b in pairwise((0, 1, 4, 6))]
@@ -51,13 +61,13 @@ def test_slices_together_are_the_classifier(kind: str):
         check_set(part)
         part.model.eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, 16, 16, generator=generator)
-    labels = torch.randint(0, 10, (4, 1), generator=generator)
+    images = torch.randn(4, *anatomy.row_shape, generator=generator)
+    labels = torch.randint(0, config.num_labels, (4, 1), generator=generator)
     hidden, logits = None, torch.empty(0)
     for part in parts:
         hidden, logits = part(hidden, **({"pixel_values": images} if part.is_first else {}))
     assert hidden is not None
-    assert hidden.shape == (4, anatomy.num_tokens, 32)
+    assert hidden.shape == (4, anatomy.num_tokens, anatomy.hidden_size)
     theirs = whole.model(pixel_values=images, labels=labels.flatten())
     assert torch.equal(logits, theirs.logits)
     loss = head_loss(parts[-1], logits, None, labels)
@@ -70,19 +80,105 @@ def test_slices_together_are_the_classifier(kind: str):
         for key, parameter in part.model.named_parameters():
             seen.add(key)
             assert torch.equal(parameter, wanted[key]), key
-            if wanted[key].grad is not None:
+            if (gradient := wanted[key].grad) is not None:
                 assert parameter.grad is not None, key
-                assert torch.equal(parameter.grad, wanted[key].grad), key
+                assert torch.equal(parameter.grad, gradient), key
     assert seen == wanted.keys()
     assert difference_at(parse(["--task", TASK]), config, anatomy, 2) == "", "two layers with a head are a model"
+
+
+def test_an_exit_has_fewer_layers_of_the_level_that_is_cut():
+    config = tiny_config("swin", TASK)
+    assert trim_config(config, 2, TASKS[TASK]).depths == [1, 1, 2, 1]
+    assert layers_override(config, 2) == "depths=[1,1,2,1]"
+    assert layers_override(AutoConfig.for_model("vit", **SIZES), 2) == "num_hidden_layers=2"
+
+
+def test_products_of_a_row_are_all_that_it_takes():
+    """Of a ViT they are those of the formula: matrices, and two products of attention."""
+    products = probe(AutoConfig.for_model("vit", **SIZES), IMAGES).products
+    tokens, matrices = 17, 4 * 32 * 32 + 2 * 32 * 64
+    assert products == (16 * 48 * 32, tokens * matrices + 2 * tokens * tokens * 32, 32 * 10)
+
+
+class TwiceConfig(ViTConfig):
+    model_type = "vit_that_sees_twice"
+
+
+class Twice(ViTForImageClassification):
+    """Its logits have a part of the patches themselves."""
+
+    config_class = TwiceConfig
+
+    def forward(self, pixel_values: Any, **options: Any) -> Any:  # pyright: ignore
+        output = super().forward(pixel_values, **options)
+        output.logits = output.logits + self.vit.embeddings(pixel_values).mean()
+        return output
+
+
+class HalvingConfig(ViTConfig):
+    model_type = "vit_that_halves"
+
+
+class Halving(ViTForImageClassification):
+    """Its third layer drops every other position."""
+
+    config_class = HalvingConfig
+
+    def __init__(self, config: HalvingConfig):
+        super().__init__(config)
+        self.get_submodule("vit.layers.2").register_forward_hook(lambda _layer, _args, hidden: hidden[:, ::2])
+
+
+class Boxed(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> Any:
+        return {"patches": super().forward(input)}
+
+
+class BoxingConfig(ViTConfig):
+    model_type = "vit_that_boxes"
+
+
+class Boxing(ViTForImageClassification):
+    """What it reads comes in a dictionary."""
+
+    config_class = BoxingConfig
+
+    def __init__(self, config: BoxingConfig):
+        super().__init__(config)
+        self.first = Boxed(3, 3, 1)
+
+    def forward(self, pixel_values: Any, **options: Any) -> Any:  # pyright: ignore
+        return super().forward(self.first(pixel_values)["patches"], **options)
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("resnet", r"its width changes on the way \(hidden_sizes=\[256, 512, 1024, 2048\]\), and all borders of"),
-        ("convnext", r"its width changes on the way \(hidden_sizes=\[96, 192, 384, 768\]\), and all borders of"),
-        ("swin", r"its hidden states change from shape"),
+        (Boxing, "first returns neither tensors nor plain values, which could be made up"),
+        (Twice, r"vit\.embeddings.*, which runs before its layers, is also used behind them"),
+        (Halving, r"its hidden states change from shape \(3, 17, 32\) to \(3, 9, 32\), and a stage's border has one"),
+    ],
+)
+def test_what_flows_otherwise_is_refused(kind: Any, reason: str):
+    AutoModelForImageClassification.register(kind.config_class, kind, exist_ok=True)
+    with pytest.raises(SliceError, match=reason):
+        probe(kind.config_class(**SIZES), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "resnet",
+            r"\(hidden_sizes=\[256, 512, 1024, 2048\]\), and it has no list of layers of one width",
+        ),
+        ("cvt", "its config has no num_hidden_layers: it is no stack of like layers"),
+        (
+            "mobilevit",
+            r"its width changes on the way \(hidden_sizes=\[144, 192, 240\]\), and it has no list of layers",
+        ),
+        ("textnet", "its BatchNorm has each row depend on the others of its micro-batch, and so on the layout"),
         ("mobilenet_v2", "its config has no num_hidden_layers: it is no stack of like layers"),
         (
             "gpt2",

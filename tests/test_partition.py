@@ -114,6 +114,11 @@ def test_one_head_at_the_end_is_paid_by_the_last_stage_alone():
     assert sizes(make_partition(6, 2, costs, layers_per_block=1, local_heads=False)) == [4, 2]
 
 
+def test_what_runs_before_the_layers_is_paid_by_the_first_stage():
+    for layers_per_block in (None, 1):
+        assert sizes(make_partition(6, 2, Costs(1, 0, first=2), layers_per_block)) == [2, 4]
+
+
 def test_stages_by_hand():
     assert sizes(make_partition(6, 2, LAYER_ONLY, stage_layers=[1, 5])) == [1, 5]
     partition = make_partition(7, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[4, 3])

@@ -11,6 +11,10 @@ from types import ModuleType
 import pytest
 from planning import MODEL
 
+from llm_local.checks.tiny import tiny_config
+from llm_local.export.model_folder import model_without_memory
+from llm_local.flags import ModelArguments
+from llm_local.plan.model import read_model
 from llm_local.plan.stages import PEER_METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +54,22 @@ def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: 
     assert all(event["dur"] > 0 and event["ts"] >= 0 for event in spans)
     assert {event["cat"] for event in spans} == {"forward", "backward", "optimizer"}
     assert len(spans) == best["num_stages"] * 2 * (2 * best["gradient_accumulation_steps"] + 1)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("vit", "6 layers, hidden size 32"), ("swin", "6 layers, hidden size 64")])
+def test_a_plan_for_images(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, size: str):
+    path, task = tmp_path / "model.json", "image-classification"
+    path.write_text(json.dumps(tiny_config(kind, task).to_dict()))
+    given = ["--model", str(path), "--devices", "2", "--task", task, "--json", str(tmp_path / "plan.json")]
+    assert script.main(given) == 0
+    said = capsys.readouterr().out
+    assert f"{size}, classes 2" in said
+    assert "a step is 16 images of" in said
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert {each["head"] for each in plan["local"]} == {"linear"}
+    assert (plan["head_in_layers"] > 0.1) == (kind == "swin"), "the level behind is part of each head"
+    whole = sum(parameter.numel() for parameter in model_without_memory(tiny_config(kind, task), task).parameters())
+    assert read_model(ModelArguments(task=task, config_name=str(path)))[1].num_parameters == whole
 
 
 def test_what_is_left_where_stages_fail(script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, Trainer, records, weights
 from launching import BIN, ROOT, until
 from ranks import free_port
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from llm_local.commands.assemble import main as assemble
 from llm_local.commands.key import main as make_key
@@ -83,11 +83,11 @@ def trained(folder: Path, stage: int) -> list[tuple[Any, ...]]:
     ]
 
 
-def same_model(one: Path, other: Path) -> None:
+def same_model(one: Path, other: Path, loader: Any = AutoModelForCausalLM) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    found: Any = AutoModelForCausalLM.from_pretrained(one, output_loading_info=True)
+    found = loader.from_pretrained(one, output_loading_info=True)
     assert not any(found[1].values())
 
 
@@ -111,6 +111,21 @@ def test_the_middle_one_is_killed_under_llm_local_up(trainer: Trainer):
         assert trained(folders[stage], stage) == trained(one, stage)
     same_model(folder / "export", one / "export")
     assert "## Validation loss" in (folder / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trainer", ["image-classification"], indirect=True)
+def test_images_are_seen_by_the_first_alone(trainer: Trainer):
+    """Labels are in the log, and at the end the first stage's part has the image that all exits are compared with."""
+    settings = {"num_stages": 2, "max_steps": 6, "save_steps": 3, "eval_steps": 3}
+    one = trainer.run("one", 2, **settings)
+    folder, flags = trainer.folder / "jobs", trainer.flags("jobs", **settings)
+    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+        up.ends_well()
+    for stage in range(2):
+        assert trained(folder / f"stage-{stage:02d}", stage) == trained(one, stage)
+    same_model(folder / "export", one / "export", AutoModelForImageClassification)
+    assert up.text.count("loads with no missing or unexpected key, logits equal the pipeline's") == 2
+    assert "| exit | loss | accuracy | top 5 accuracy |" in (folder / "export/README.md").read_text()
 
 
 def test_replicas_that_meet_rarely_come_back_as_they_were(trainer: Trainer):

@@ -75,6 +75,8 @@ def test_the_exit_to_keep_is_named_where_the_whole_model_is_not_the_best():
     assert said([4.5, 4.30], [4.6, 4.43], exits=None) == on_text, "a run without exits"
     alone = "train a model of its own with --config_overrides num_hidden_layers"
     assert said([4.5, 4.30], [4.6, 4.43], exits={}) == f"{on_text}: it is no model by itself; {alone}=4"
+    levels = better_exit("validation", ([4.5, 4.30], [4.6, 4.43]), cut, {}, resume, "depths=[1,{}]".format)
+    assert levels.endswith("with --config_overrides depths=[1,4]")
     within = [4.5, 4.40], [4.3, 4.43]
     command = f"to have it, run again in 3 processes with --num_stages 3 --stage_layers 4,2,2 {resume}"
     on_text = behind.format(5, "the validation set")

@@ -131,7 +131,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-OVERRIDES |= {kind: {"num_layers": 4, "num_hidden_layers": 4} for kind in ("swin", "swinv2", "donut-swin")}
+_LEVELS = {"depths": [1, 1, NUM_LAYERS, 1], "hidden_sizes": [16, 32, 40, 64]}  # widths change on the way
+_DOUBLED = {**_LEVELS, "embed_dim": 16, "hidden_sizes": [32, 64, 128, 128]}
+_WINDOWS = {"depths": _LEVELS["depths"], "embed_dim": 16, "num_heads": [1, 2, 4, 8]}
+OVERRIDES |= {kind: _LEVELS for kind in ("convnext", "convnextv2", "poolformer", "pvt", "pvt_v2", "segformer")}
+OVERRIDES |= {kind: _WINDOWS | {"num_layers": 4, "num_hidden_layers": 4} for kind in ("swin", "swinv2", "donut-swin")}
+OVERRIDES |= {"focalnet": _DOUBLED, "hiera": _WINDOWS | {"image_size": [64, 64]}}
 OVERRIDES["dots3_note"] = {"text_config": OVERRIDES["dots3_note_text"]}
 OVERRIDES["gemma3n"] = {"text_config": OVERRIDES["gemma3n_text"]}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}

@@ -94,6 +94,8 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
         devices_per_host=hosts if len(set(hosts)) > 1 else given.devices_per_host[0],
     )
     anatomy, sizes = read_model(config.model)
+    if anatomy.num_tokens:
+        config = replace(config, data=replace(config.data, seq_length=anatomy.num_tokens))
     rows = given.devices * train.per_device_train_batch_size * train.gradient_accumulation_steps
     return Planner(anatomy, sizes, machine, config, rows)
 

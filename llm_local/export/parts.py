@@ -4,7 +4,7 @@
     PART/stage-01/state.json, data.json, links.json     as in a checkpoint
     PART/model/                             the model's config and its tokenizer, in one of the parts at least
     PART/metrics/stage-01.jsonl             all that the stage measured
-    PART/check.safetensors                  a row of text, and the stage's logits on it
+    PART/check.safetensors                  a row of the data, and the stage's logits on it
     PART/manifest.json                      written last
 
 So a part is a checkpoint of one stage, on one replica. It appears whole or not at all.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -44,7 +44,14 @@ from llm_local.jobs.positions import NOTE
 MODEL = "model"
 MOST_POSITIONS = 64  # of the logits that a part brings along
 
-Check = tuple[torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True)
+class Check:
+    """What an export of the stage is compared with. row: what the model reads, (1, T) ids or (1, C, H, W) pixels; None
+    of an image behind the first stage. logits: the stage's, (1, T, V) or (1, classes)."""
+
+    row: torch.Tensor | None
+    logits: torch.Tensor
 
 
 def write_part(
@@ -56,8 +63,8 @@ def write_part(
 ) -> None:
     """Makes a part of a checkpoint that holds one stage, in memory that its weights take.
 
-    model: of the run; one part must have it where the files that the flags name may be gone. check: ids (1, T) and the
-    stage's logits (1, T, V). metrics: the stage's file. Raises BrokenCheckpoint, and Unwritten naming a file.
+    model: of the run; one part must have it where the files that the flags name may be gone. metrics: the stage's file.
+    Raises BrokenCheckpoint, and Unwritten naming a file.
     """
     catalog = Catalog(checkpoint)
     (stage,) = catalog.manifest.held()
@@ -79,8 +86,8 @@ def write_part(
                 (draft / MODEL).mkdir()
                 write_description(draft / MODEL, model)
         if check is not None:
-            ids, logits = check
-            tensors = {"input_ids": ids, "logits": logits[:, :MOST_POSITIONS].float()}
+            tensors = {"logits": check.logits[:, :MOST_POSITIONS].float()}
+            tensors |= {} if check.row is None else {"row": check.row}
             with writing(draft / CHECK_FILE):
                 save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, draft / CHECK_FILE)
         manifest = replace(catalog.manifest, layout=replace(catalog.manifest.layout, replicas=1), apart=False)
@@ -94,7 +101,7 @@ def read_check(part: Path) -> Check | None:
         return None
     try:
         tensors = load_file(path)
-        return tensors["input_ids"], tensors["logits"]
+        return Check(tensors.get("row"), tensors["logits"])
     except (OSError, SafetensorError, KeyError) as error:
         raise BrokenCheckpoint(path, error) from error
 

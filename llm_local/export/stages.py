@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -33,6 +34,7 @@ from llm_local.export.model_folder import (
     tied_names,
     write_shard,
 )
+from llm_local.model.levels import longest_level, with_layers
 from llm_local.model.lowrank import multiplied
 from llm_local.model.overrides import is_per_layer
 from llm_local.model.router_loss import want_none
@@ -218,7 +220,10 @@ def trim_config(config: PretrainedConfig, num_layers: int, task: Task | None = N
     """The config of the first num_layers layers, of a model for the task, by default one of text. Of fewer than all, it
     asks for no router loss: none of them may have a router."""
     config = copy.deepcopy(config)
-    part = (task or TASKS["causal-lm"]).part_of(config)
+    part: Any = (task or TASKS["causal-lm"]).part_of(config)
+    if longest_level(part) is not None:
+        part.depths = with_layers(part, num_layers)["depths"]
+        return config
     whole = part.num_hidden_layers
     if num_layers < whole:
         want_none(config)

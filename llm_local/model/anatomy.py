@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
+from math import prod
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import JsonValue
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
@@ -34,7 +36,9 @@ from llm_local.model.observation import (
     ROWS,
     TOKENS,
     SliceError,
+    check_borders,
     check_parameters,
+    count_products,
     example,
     find_argument,
     find_layers,
@@ -44,6 +48,7 @@ from llm_local.model.observation import (
     name_of,
     text_config,
     watch,
+    whole_modules,
 )
 from llm_local.model.overrides import overridden, parse_overrides
 from llm_local.model.remote_code import OF_CODE, UNTRUSTED, check_code, is_untrusted
@@ -65,9 +70,11 @@ class Anatomy:
     active_layer_parameters: of a layer's, on average, those that one token passes; fewer in a mixture of experts.
     layer_matrices: rows and columns of the matrices of the first layer.
     task: what the model is trained for, by name. row_shape: of what it reads of a row, where that is fixed, and
-    num_tokens: the positions (T) of its hidden states then. tuples, shapes: of the modules before the layers
-    that return a tuple, its length; what they return then, (ROWS, ...). fresh: parameters that the run makes anew,
-    whatever a checkpoint has (model/classes.py).
+    num_tokens: the positions (T) of its hidden states then. returned: what modules before the layers return, of a fixed
+    row also those behind them, as `observation.pattern` has it. products: multiplications that a fixed row takes
+    before the layers, in a layer on average, and behind them. grid: height and width of hidden states (B, D, H, W),
+    which are (B, H*W, D) outside the model; () where they are that inside it; keeps_channels_last: how their numbers
+    lie in memory. fresh: parameters that the run makes anew, whatever a checkpoint has (model/classes.py).
     """
 
     layers: str
@@ -86,14 +93,27 @@ class Anatomy:
     task: str = "causal-lm"
     row_shape: tuple[int, ...] = ()
     num_tokens: int = 0
-    tuples: dict[str, int] = field(default_factory=dict, hash=False)  # the planner keeps cuts by anatomy
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    returned: dict[str, JsonValue] = field(default_factory=dict, hash=False)  # the planner keeps cuts by anatomy
+    products: tuple[int, int, int] = (0, 0, 0)
+    grid: tuple[int, ...] = ()
+    keeps_channels_last: bool = False
     fresh: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
         """The model below the output matrix. Not base_model_prefix: that of Llama 4 names no module of it."""
         return self.layers.partition(".")[0]
+
+    def outside(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states as the model has them → (B, T, D)."""
+        return hidden.flatten(2).transpose(1, 2).contiguous() if self.grid else hidden
+
+    def inside(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, T, D) as the model has them, in memory, too: kernels round by that."""
+        if not self.grid:
+            return hidden
+        found = hidden.transpose(1, 2).unflatten(2, self.grid)
+        return found if self.keeps_channels_last else found.contiguous()
 
 
 def load_model_config(model: ModelArguments) -> PretrainedConfig:
@@ -320,8 +340,20 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
     shape, *others = [tuple(first_tensor(events.outputs[index]).shape) for index in range(len(layers))]
     if other := next((other for other in others if other != shape), None):
         raise SliceError(f"its hidden states change from shape {shape} to {other}, and a stage's border has one")
-    if len(shape) != 3 or shape[: 1 if row_shape else 2] != (ROWS, TOKENS)[: 1 if row_shape else 2]:
+    leaving, is_map = first_tensor(events.outputs[0]), len(shape) == 4 and bool(row_shape)
+    if (len(shape) != 3 and not is_map) or shape[: 1 if row_shape else 2] != (ROWS, TOKENS)[: 1 if row_shape else 2]:
         raise SliceError(f"its hidden states have shape {shape}, not (batch, sequence, hidden)")
+    mixing = [*layers.modules(), *(model.get_submodule(each) for each in (*before, *after))]
+    if any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for module in mixing):
+        raise SliceError("its BatchNorm has each row depend on the others of its micro-batch, and so on the layout")
+    again, products = [each for each in before if isinstance(events.returned.get(each), list)], (0, 0, 0)
+    if row_shape:
+        check_borders(model, before, events)
+        products = count_products(model, layers, inputs)
+        again = [m for own in (before, after) for m in whole_modules(model, name, own, events.returned)]
+        for module in (*before, *after):
+            if not any(f"{module}.".startswith(f"{each}.") for each in again):
+                raise SliceError(f"{module} returns neither tensors nor plain values, which could be made up")
     embedding = "" if row_shape else name_of(model, model.get_input_embeddings())
     head = model.get_output_embeddings()
     heads = [head] if head is not None else [model.get_submodule(each) for each in after] if row_shape else []
@@ -333,7 +365,7 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
         embedding=embedding,
         before=before,
         after=after,
-        hidden_size=int(shape[-1]),
+        hidden_size=int(shape[1 if is_map else -1]),
         layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
         active_layer_parameters=_count_active(layers, text_config(model.config)) // len(layers),
         head_parameters=sum(p.numel() for each in heads for p in each.parameters(recurse=head is not None)),
@@ -341,9 +373,11 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
         layer_matrices=tuple((m.out_features, m.in_features) for m in layers[0].modules() if isinstance(m, nn.Linear)),
         task=task.name,
         row_shape=row_shape,
-        num_tokens=shape[1] if row_shape else 0,
-        tuples={each: length for each, length in events.lengths.items() if each in before},
-        shapes={each: shape for each, shape in events.shapes.items() if each in before and row_shape},
+        num_tokens=0 if not row_shape else prod(shape[2:]) if is_map else shape[1],
+        returned={each: events.returned[each] for each in again},
+        products=products,
+        grid=shape[2:] if is_map else (),
+        keeps_channels_last=is_map and not leaving.is_contiguous(),
     )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.adapters.hf_internals import layer_classes
+from llm_local.model.levels import layers_of_level, longest_level
 from llm_local.tasks.task import Parts, Task
 
 ROWS, TOKENS = 3, 8  # two rows could be taken for a pair of outputs
@@ -32,9 +36,7 @@ class Events:
     order: list[tuple[str, str]] = field(default_factory=list)
     inputs: dict[int, tuple[tuple, dict, dict]] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
-    # what modules with parameters beside the layers returned: lengths of tuples, shapes of tensors
-    lengths: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    returned: dict[str, JsonValue] = field(default_factory=dict)  # by modules beside the layers, as `pattern` has it
     logits: torch.Tensor | None = None
 
 
@@ -66,10 +68,20 @@ def is_used(module: nn.Module, events: Events) -> bool:
     return bool(_used_parameters(events.logits) & {id(p) for p in module.parameters(recurse=False)})
 
 
-def _used_parameters(output: torch.Tensor | None) -> set[int]:
-    """The ids of the leaves that the output's graph ends in."""
+def check_borders(model: PreTrainedModel, before: Collection[str], events: Events) -> None:
+    """Whether what runs before the layers reaches the logits through them alone."""
+    last = first_tensor(events.outputs[max(events.outputs)])
+    beside = _used_parameters(events.logits, last)
+    for name in before:
+        if any(id(parameter) in beside for parameter in model.get_submodule(name).parameters(recurse=False)):
+            raise SliceError(f"{name}, which runs before its layers, is also used behind them")
+
+
+def _used_parameters(output: torch.Tensor | None, border: torch.Tensor | None = None) -> set[int]:
+    """The ids of the leaves that the output's graph ends in; border: a tensor that is not looked behind."""
     found: set[int] = set()
-    seen, pending = set(), [None if output is None else output.grad_fn]
+    seen: set[Any] = set() if border is None else {border.grad_fn}
+    pending = [None if output is None else output.grad_fn]
     while pending:
         node: Any = pending.pop()
         if node is None or node in seen:
@@ -82,12 +94,16 @@ def _used_parameters(output: torch.Tensor | None) -> set[int]:
 
 
 def find_layers(model: PreTrainedModel, task: Task, inputs: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
-    """The outermost module list with num_hidden_layers entries. inputs: of a forward pass, as for `watch`."""
+    """The outermost module list with num_hidden_layers entries, or the layers of one level where there are several.
+    inputs: of a forward pass, as for `watch`."""
     part = task.part_of(model.config)
+    if (level := longest_level(part)) is not None and (found := layers_of_level(model, part, level)) is not None:
+        return found
     for name in ("hidden_sizes", "encoder_hidden_sizes", "embed_dims"):
         widths = getattr(part, name, None)
         if isinstance(widths, (list, tuple)) and len({*widths}) > 1:
-            raise SliceError(f"its width changes on the way ({name}={[*widths]}), and all borders of stages have one")
+            missing = "and it has no list of layers of one width that its config counts (depths)"
+            raise SliceError(f"its width changes on the way ({name}={[*widths]}), {missing}")
     wanted = getattr(part, "num_hidden_layers", None)
     if wanted is None:
         raise SliceError("its config has no num_hidden_layers: it is no stack of like layers")
@@ -117,11 +133,43 @@ def _called(
     return [(key, layers) for key, layers in lists if key in ran]
 
 
+def whole_modules(model: nn.Module, layers: str, own: Collection[str], returned: Mapping[str, Any]) -> Iterator[str]:
+    """The largest modules beside the layers whose parameters are all of modules in `own`, and that returned something
+    that can be made again."""
+
+    def descend(module: nn.Module, prefix: str) -> Iterator[str]:
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            inside = {
+                f"{name}.{inner}".rstrip(".")
+                for inner, each in child.named_modules()
+                if next(each.parameters(recurse=False), None) is not None
+            }
+            if not inside or name == layers:
+                continue
+            if inside <= {*own} and returned.get(name) is not None:
+                yield name
+            else:
+                yield from descend(child, f"{name}.")
+
+    yield from descend(model, "")
+
+
 def example(task: Task, row_shape: tuple[int, ...]) -> Parts:
     """Rows to watch a model with. row_shape: as Task has it."""
     if row_shape:
         return {task.main_input: torch.zeros(ROWS, *row_shape)}
     return {task.main_input: torch.full((ROWS, TOKENS), 3, dtype=torch.long)}
+
+
+def pattern(output: Any) -> JsonValue:
+    """What a module returns without its numbers, of a forward pass of ROWS rows: of a tensor {"shape": ...}, of a tuple
+    a list. None of what is neither of these nor a plain value."""
+    if isinstance(output, torch.Tensor):
+        return {"shape": [*output.shape]}
+    if isinstance(output, (tuple, list)):
+        return [pattern(each) for each in output]
+    return output if isinstance(output, (int, float, str)) else None
 
 
 def watch(model: PreTrainedModel, layers: nn.ModuleList, inputs: Mapping[str, Any]) -> Events:
@@ -148,9 +196,7 @@ def watch(model: PreTrainedModel, layers: nn.ModuleList, inputs: Mapping[str, An
 
     def leave_module(name: str):
         def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if isinstance(output, tuple):
-                events.lengths[name] = len(output)
-            events.shapes[name] = tuple(first_tensor(output).shape)
+            events.returned[name] = pattern(output)
 
         return hook
 
@@ -158,15 +204,32 @@ def watch(model: PreTrainedModel, layers: nn.ModuleList, inputs: Mapping[str, An
         handles.append(layer.register_forward_pre_hook(enter_layer(index), with_kwargs=True))
         handles.append(layer.register_forward_hook(leave_layer(index)))
     for name, module in model.named_modules():
-        if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
-            handles.append(module.register_forward_pre_hook(enter_module(name)))
+        if id(module) not in inside:
             handles.append(module.register_forward_hook(leave_module(name)))
+            if next(module.parameters(recurse=False), None) is not None:
+                handles.append(module.register_forward_pre_hook(enter_module(name)))
     model.eval()
     with torch.enable_grad():  # side inputs that depend on parameters show by requires_grad
         events.logits = model(**inputs).logits
     for handle in handles:
         handle.remove()
     return events
+
+
+def count_products(model: PreTrainedModel, layers: nn.ModuleList, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Multiplications of matrix products and convolutions that a row takes before the layers, in a layer on average,
+    and behind them."""
+    counter, passed = FlopCounterMode(display=False), []
+    handles = [
+        layers[0].register_forward_pre_hook(lambda *_: passed.append(counter.get_total_flops())),
+        layers[-1].register_forward_hook(lambda *_: passed.append(counter.get_total_flops())),
+    ]
+    with torch.no_grad(), counter:
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    before, inside, behind = (b - a for a, b in pairwise((0, *passed, counter.get_total_flops())))
+    return before // (2 * ROWS), inside // (2 * ROWS * len(layers)), behind // (2 * ROWS)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

@@ -167,7 +167,7 @@ def try_slices(model: PreTrainedModel, anatomy: Anatomy) -> None:
         first(None, **inputs)
         head = Slice(model, anatomy, nothing, True, prune(model, anatomy, nothing, has_head=True))
         head(hidden, **inputs)
-        take_head(model, anatomy)
+        take_head(model, anatomy, head.border)
         head(hidden, **inputs)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_local.adapters.hf_internals import rows_as_they_stand
 from llm_local.config import Config
@@ -232,6 +233,9 @@ def build_slice(
     if config.train.gradient_checkpointing:
         # reentrant checkpointing would drop the gradients of a stage whose input needs none
         part.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, module in part.model.named_modules():
+            if isinstance(module, GradientCheckpointingLayer) and anatomy.layers.startswith(f"{name}."):
+                module.gradient_checkpointing = False  # a level of the model, whose borders run once
     if config.train.torch_compile:
         layers: Any = part.model.get_submodule(anatomy.layers)
         for layer in layers[span.start : span.stop]:

@@ -26,9 +26,9 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
         if not span.start <= index < span.stop:
             layers[index] = AbsentLayer(layers[index], border, anatomy, enters=index == span.start - 1)
     if len(span):
-        layers[span.stop - 1].register_forward_hook(_leave(border))
+        layers[span.stop - 1].register_forward_hook(_leave(border, anatomy))
     if not has_head:
-        take_head(model, anatomy)
+        take_head(model, anatomy, border)
     if span.start > 0:
         _replace_preamble(model, anatomy, border)
     for name in uncalled:
@@ -43,10 +43,20 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
     return border
 
 
-def take_head(model: PreTrainedModel, anatomy: Anatomy) -> None:
+def take_head(model: PreTrainedModel, anatomy: Anatomy, border: Border) -> None:
     """Puts stand-ins where norm and output matrix were, in place."""
-    for name in _outermost(anatomy.after):
-        model.set_submodule(name, PassedBy(model.get_submodule(name)))
+    for name in _whole(anatomy, anatomy.after):
+        original = model.get_submodule(name)
+        model.set_submodule(
+            name, AbsentModule(original, border, anatomy, name) if anatomy.row_shape else PassedBy(original)
+        )
+
+
+def _whole(anatomy: Anatomy, names: Sequence[str]) -> list[str]:
+    """The modules that go where those of these names do."""
+    if not anatomy.row_shape:
+        return _outermost(names)
+    return [each for each in anatomy.returned if any(f"{name}.".startswith(f"{each}.") for name in names)]
 
 
 def _outermost(names: Sequence[str]) -> list[str]:
@@ -67,7 +77,7 @@ def _uncalled(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
 
 def _replace_preamble(model: PreTrainedModel, anatomy: Anatomy, border: Border) -> None:
     """Stand-ins for what has parameters and runs before the layers."""
-    for name in _outermost(anatomy.before):
+    for name in _whole(anatomy, anatomy.before):
         original = model.get_submodule(name)
         if name == anatomy.embedding:
             model.set_submodule(name, AbsentEmbedding(original, border))
@@ -75,12 +85,12 @@ def _replace_preamble(model: PreTrainedModel, anatomy: Anatomy, border: Border) 
             model.set_submodule(name, AbsentModule(original, border, anatomy, name))
 
 
-def _leave(border: Border) -> Any:
+def _leave(border: Border, anatomy: Anatomy) -> Any:
     """Keeps what the last layer returns: it is what leaves the slice."""
 
     def hook(_layer: nn.Module, _args: tuple, output: Any) -> None:
         if border.running:
-            border.leaving = output if isinstance(output, torch.Tensor) else output[0]
+            border.leaving = anatomy.outside(output if isinstance(output, torch.Tensor) else output[0])
 
     return hook
 
@@ -146,7 +156,7 @@ class AbsentLayer(StandIn):
         where = anatomy.argument
         hidden = args[where] if isinstance(where, int) else kwargs[where]
         if self.enters:
-            hidden = border.entering
+            hidden = anatomy.inside(border.entering)
         return hidden if anatomy.output_length is None else (hidden,) + (None,) * (anatomy.output_length - 1)
 
 
@@ -163,17 +173,26 @@ class AbsentEmbedding(StandIn):
 
 
 class AbsentModule(StandIn):
-    """Another trained module of the preamble: learned positions, embedding norm, projection."""
+    """Another trained module of the preamble: learned positions, embedding norm, projection. Where a row has a fixed
+    shape, any module beside the layers, which returns zeros as the original's output was made up."""
 
     def __init__(self, original: nn.Module, border: Border, anatomy: Anatomy, name: str):
         super().__init__(original, border)
-        self.__dict__ |= {"length": anatomy.tuples.get(name), "shape": anatomy.shapes.get(name)}
+        self.__dict__ |= {"returned": anatomy.returned.get(name), "is_fixed": bool(anatomy.row_shape)}
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        zeros, shape, length = self.zeros(), self.__dict__["shape"], self.__dict__["length"]
-        if shape is not None:
-            zeros = zeros.new_zeros(len(zeros) if shape[0] == ROWS else shape[0], *shape[1:])
-        return zeros if length is None else (zeros,) + (None,) * (length - 1)
+        returned, border = self.__dict__["returned"], self.__dict__["border"]
+        if self.__dict__["is_fixed"]:
+            return _like(returned, border.leaving if border.entering is None else border.entering)
+        return (self.zeros(),) + (None,) * (len(returned) - 1) if returned else self.zeros()
+
+
+def _like(returned: Any, hidden: torch.Tensor) -> Any:
+    """Zeros in that pattern, of as many rows as hidden states have."""
+    if isinstance(returned, dict):
+        rows, *others = returned["shape"]
+        return hidden.new_zeros(len(hidden) if rows == ROWS else rows, *others)
+    return tuple(_like(each, hidden) for each in returned) if isinstance(returned, list) else returned
 
 
 class PassedBy(nn.Module):

@@ -20,8 +20,10 @@ from llm_local.model.anatomy import (
     probe,
     text_config,
 )
+from llm_local.model.levels import longest_level, num_layers_of
 from llm_local.model.overrides import parse_overrides
 from llm_local.plan.memory import ModelSizes
+from llm_local.registry import TASKS
 
 MOST_LAYERS = 16  # that are looked at; the rest is taken to be like them
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -30,12 +32,12 @@ _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 def read_model(model: ModelArguments) -> tuple[Anatomy, ModelSizes]:
     """How the model is put together, and its numbers. Raises ConfigError for a config that is none, says no sizes, or
     is of a model that cannot be cut."""
-    config = load_model_config(model)
+    config, task = load_model_config(model), TASKS[model.task]
     _require_sizes(model, config)
-    num_layers = int(text_config(config).num_hidden_layers)
+    num_layers = num_layers_of(task.part_of(config))
     found: list[ModelSizes] = []
     try:
-        small = trim_config(config, min(num_layers, MOST_LAYERS))
+        small = trim_config(config, min(num_layers, MOST_LAYERS), task)
         anywhere = replace(model, attn_implementation="eager")  # the kernel may be on the machines that are planned for
         anatomy = probe(small, anywhere, lambda fake, seen: found.append(_measure(fake, seen, num_layers)))
     except SliceError as error:
@@ -54,7 +56,9 @@ def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
     named = {key for part in parts for key in part}
     aliases = {**type(config).attribute_map, **type(text_config(config)).attribute_map}
     given = parse_overrides(model.config_overrides)
-    missing = [size for size in _SIZES if not {size, aliases.get(size, size), *_OLD.get(size, ())} & {*named, *given}]
+    wanted = _SIZES[:2] if TASKS[model.task].reads_images else _SIZES
+    wanted = ("depths",) if longest_level(TASKS[model.task].part_of(config)) is not None else wanted
+    missing = [size for size in wanted if not {size, aliases.get(size, size), *_OLD.get(size, ())} & {*named, *given}]
     if missing:
         raise ConfigError([f"{source} does not say {', '.join(missing)}; a plan needs the model's sizes, so add them"])
 
@@ -66,16 +70,18 @@ _OLD = {
 
 
 def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> ModelSizes:
-    text: Any = text_config(model.config)
+    text: Any = TASKS[anatomy.task].part_of(model.config)
     layers = model.get_submodule(anatomy.layers)
     whole = sum(p.numel() for p in layers.parameters())
-    head = anatomy.head_parameters or sum(p.numel() for p in model.get_input_embeddings().parameters())
+    head = anatomy.head_parameters
+    if not head:  # the matrix is the embedding
+        head = sum(p.numel() for p in model.get_input_embeddings().parameters())
     outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
     width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
     return ModelSizes(
         num_layers=num_layers,
         hidden_size=anatomy.hidden_size,
-        vocab_size=int(text.vocab_size),
+        vocab_size=int(text.vocab_size) if not anatomy.row_shape else len(model.config.id2label or {}),
         layer_parameters=round(whole / anatomy.num_layers),
         active_layer_parameters=anatomy.active_layer_parameters,
         head_parameters=head,
@@ -83,7 +89,7 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
         is_tied=anatomy.tied,
         feed_forward_width=width,
         is_gated=is_gated,
-        num_attention_heads=int(getattr(text, "num_attention_heads", 0) or 0),
+        num_attention_heads=heads if isinstance(heads := getattr(text, "num_attention_heads", 0), int) else 0,
         max_positions=getattr(text, "max_position_embeddings", None),
         layer_matrices=anatomy.layer_matrices,
         model_type=model.config.model_type,

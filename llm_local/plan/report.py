@@ -41,15 +41,22 @@ def text(planner: Planner, plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
+def head_share(planner: Planner) -> float:
+    """FLOPs of a head in those of a layer."""
+    _, layer, head = planner.anatomy.products
+    return head / layer if layer else head_in_layers(planner.sizes.vocab_size, planner.sizes.hidden_size)
+
+
 def _model(planner: Planner) -> str:
     sizes, machine, config = planner.sizes, planner.machine, planner.config
-    share = head_in_layers(sizes.vocab_size, sizes.hidden_size)
-    rows = f"{planner.rows:,} rows of {config.data.seq_length:,} tokens"
+    share, of_images = head_share(planner), bool(planner.anatomy.row_shape)
+    by = "" if of_images else "V/(12h) = "
+    rows = f"{planner.rows:,} {'images' if of_images else 'rows'} of {config.data.seq_length:,} tokens"
     return "\n".join(
         [
             f"{sizes.model_type}, {sizes.num_parameters / 1e6:,.0f}M parameters, {sizes.num_layers} layers, "
-            f"hidden size {sizes.hidden_size}, vocabulary {sizes.vocab_size:,}",
-            f"a head costs as much as V/(12h) = {share:.2f} layers: each block beside the last adds "
+            f"hidden size {sizes.hidden_size}, {'classes' if of_images else 'vocabulary'} {sizes.vocab_size:,}",
+            f"a head costs as much as {by}{share:.2f} layers: each block beside the last adds "
             f"{share / sizes.num_layers:.1%} to the model's layers",
             f"{_devices(machine)}; {machine.link_gbps:g} Gb/s between hosts; a step is {rows}",
         ]
@@ -160,7 +167,7 @@ def as_json(planner: Planner, plan: Plan) -> dict[str, Any]:
     """Everything in numbers: seconds, bytes, shares; the best layouts stage by stage."""
     return {
         "model": {**asdict(planner.sizes), "parameters": planner.sizes.num_parameters},
-        "head_in_layers": head_in_layers(planner.sizes.vocab_size, planner.sizes.hidden_size),
+        "head_in_layers": head_share(planner),
         "machine": asdict(planner.machine),
         "rows": planner.rows,
         "seq_length": planner.config.data.seq_length,

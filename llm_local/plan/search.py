@@ -94,9 +94,10 @@ def _list(values: Sequence[float]) -> str:
 
 
 def default_heads(config: Config) -> tuple[str, ...]:
-    """Those that the flags leave: some have private layers."""
+    """Those that the flags leave: some have private layers, and some a matrix that only causal models share."""
     private = config.local.head_layers or config.local.head_layers_schedule
-    return tuple(name for name, head in HEADS.items() if private or not head.needs_private_layers)
+    fitting = {name: head for name, head in HEADS.items() if config.task.generates or not head.shares_matrix}
+    return tuple(name for name, head in fitting.items() if private or not head.needs_private_layers)
 
 
 def _positive(name: str, value: float) -> str:

@@ -10,7 +10,7 @@ from math import gcd
 
 from llm_local.config import Config
 from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters
-from llm_local.cut import plan_partition, run_setting
+from llm_local.cut import plan_partition, run_setting, run_shape
 from llm_local.head_problems import cut_problems
 from llm_local.methods.method import local_methods
 from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
@@ -85,7 +85,7 @@ class Stages:
     """The stages of a layout on a machine. Raises ValueError saying what does not fit the model."""
 
     def __init__(self, layout: Candidate, config: Config, anatomy: Anatomy, sizes: ModelSizes, machine: Machine):
-        self.layout, self.config, self.sizes, self.machine = layout, config, sizes, machine
+        self.layout, self.config, self.anatomy, self.sizes, self.machine = layout, config, anatomy, sizes, machine
         ends = [0, *accumulate(layout.replicas)]
         self.groups = [machine.group(range(a, b)) for a, b in pairwise(ends)]
         speeds = [group.num_replicas * group.flops for group in self.groups]
@@ -213,9 +213,10 @@ class Stages:
     def _passes(self) -> tuple[Passes, ...]:
         """FLOPs of a token through each block. Of backpropagation the last head is the only one."""
         sizes = self.sizes
-        shape = Shape(
-            sizes.hidden_size, self.config.data.seq_length, sizes.active_layer_parameters, sizes.head_parameters
-        )
+        parameters = (sizes.active_layer_parameters, sizes.head_parameters)
+        shape = Shape(sizes.hidden_size, self.config.data.seq_length, *parameters)
+        if self.anatomy.row_shape:
+            shape = run_shape(self.config, self.anatomy)
         if not self.layout.is_local:
             return count_passes(shape, Setting(self.partition.blocks, token_fraction=0.0))
         return count_passes(shape, run_setting(self.config, self.partition, sizes.layer_matrices))

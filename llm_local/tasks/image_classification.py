@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_local.flags import DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.registry import HEADS
@@ -31,7 +31,6 @@ class ImageClassification(Task):
     answers_once = True
     measures = ("accuracy", "top_5_accuracy")
     answer = "label"
-    answer = "label"
 
     def scored(
         self, states: torch.Tensor, input_ids: torch.Tensor | None, labels: torch.Tensor | None
@@ -46,16 +45,6 @@ class ImageClassification(Task):
         found = (logits.topk(min(TOP, logits.shape[-1])).indices == targets[:, None]).float()  # (B, 5), best first
         return found.cumsum(dim=1)[:, [0, -1]].mean(dim=0)
 
-    def question(self, text: str, processing: Any) -> Any:
-        """A file."""
-        from PIL import Image
-
-        try:
-            with Image.open(text) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a broken file depends on its format
-            raise ValueError(f"{text} is no image that can be read: {error}") from error
-
     def part_of(self, config: PretrainedConfig) -> PretrainedConfig:
         return getattr(config, "vision_config", None) or config
 
@@ -64,9 +53,6 @@ class ImageClassification(Task):
         size = getattr(part, "image_size", None) or 224
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return (getattr(part, "num_channels", 3), height, width)
-
-    def scored_share(self, data: DataArguments) -> float:
-        return 1 / data.seq_length  # of an image's tokens one
 
     def order_problem(self, config: PretrainedConfig, reads_ahead: bool) -> str:
         return ""
@@ -85,10 +71,6 @@ class ImageClassification(Task):
                 "a head pools all of an image; leave it out",
             ),
             **causal_only(model, local),
-            f"stage={local.stage}": (
-                local.stage is not None,
-                "jobs of one stage each train on text alone; launch all stages together",
-            ),
         }
         return self.refusals(wrong)
 
