@@ -16,6 +16,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from llm_local.registry import TASKS
+
 pytest_plugins = ["documents", "planning"]
 torch.set_num_threads(1)  # two that share a core with others wait for each other most of the time
 
@@ -43,8 +45,17 @@ TINY_BERT = {
     "attention_probs_dropout_prob": 0.0,
     "tie_word_embeddings": False,
 }
-MODELS = {"causal-lm": TINY, "masked-lm": TINY_BERT}  # by task
-
+TINY_VIT = {
+    "model_type": "vit",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 3,
+}
+MODELS = {"causal-lm": TINY, "masked-lm": TINY_BERT, "image-classification": TINY_VIT}  # by task
 
 VERSIONS = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "sentencepiece", "safetensors", "numpy")
 
@@ -60,7 +71,10 @@ def _train(arguments: list[str]) -> int:
 
 
 class Trainer:
-    """Trains tiny models in folders of their own and reads what they wrote."""
+    """Trains tiny models in folders of their own, on text or on digits, and reads what they wrote.
+
+    tokens: that a model sees of a row; integers: that travel of one beside its hidden states.
+    """
 
     def __init__(self, folder: Path, cache: Path, task: str = "causal-lm"):
         self.folder = folder
@@ -69,6 +83,9 @@ class Trainer:
         self.text = folder / "text.txt"
         self.text.write_text((inspect.getsource(textwrap) + inspect.getsource(string)) * 2)
         self.config = self.model(MODELS[task])
+        self.reads_images = TASKS[task].reads_images
+        self.tokens = 17 if self.reads_images else 32
+        self.integers = 1 if self.reads_images else 64 if TASKS[task].sends_labels else 32
 
     def model(self, config: dict[str, Any]) -> Path:
         path = self.folder / f"{config['model_type']}.json"
@@ -79,10 +96,9 @@ class Trainer:
         defaults = {
             "task": self.task,
             "config_name": self.config,
-            "train_file": self.text,
+            **({"dataset_name": "digits"} if self.reads_images else {"train_file": self.text, "seq_length": 32}),
             "cache_dir": self.cache,
             "output_dir": self.folder / name,
-            "seq_length": 32,
             "per_device_train_batch_size": 2,
             "max_steps": 4,
             "learning_rate": 3e-3,

@@ -11,22 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Trainer, records, weights
+from conftest import MODELS, TINY, Trainer, records, weights
 from launching import START_SECONDS, job
 from ranks import run_ranks
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from llm_local.checks.preflight import open_output
 from llm_local.config import parse
-from llm_local.data.sets import prepare
-from llm_local.data.tokenizer import load_tokenizer
+from llm_local.data.feed import Feed
+from llm_local.data.sets import load_processing_class, prepare_all
 from llm_local.export.model_folder import WrongExport
 from llm_local.export.stages import StageTensors, write_stage
 from llm_local.finish import check_stage
+from llm_local.links.packet import EVAL
 from llm_local.model.anatomy import probe
 from llm_local.partition import Partition, Span
 from llm_local.place import Place
+from llm_local.registry import TASKS
 from llm_local.setup import Setup
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -40,7 +42,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 SMALL["llama4_text"] = {**TINY, "model_type": "llama4_text", "head_dim": 8, "intermediate_size_mlp": 64}
 SMALL["llama4_text"] |= {"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64}
-MODELS = {"llama-tied": TINY | {"tie_word_embeddings": True}}
 MINICPM3 = TINY | {
     **{
         "model_type": "minicpm3",
@@ -51,34 +52,41 @@ MINICPM3 = TINY | {
     },
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "scale_depth": 1.4, "dim_model_base": 32},
 }
-MODELS |= {name: {"model_type": name, "bos_token_id": 1, "eos_token_id": 2} | config for name, config in SMALL.items()}
+EXPORTED = [
+    ("causal-lm", TINY | {"tie_word_embeddings": True}),
+    *(("causal-lm", {"model_type": name, "bos_token_id": 1, "eos_token_id": 2} | SMALL[name]) for name in SMALL),
+    *((task, model) for task, model in MODELS.items() if task != "causal-lm"),
+]
+TYPES = [model["model_type"] for _, model in EXPORTED]
 
 
 def validation_loss(trainer: Trainer, folder: Path) -> float:
-    """What plain transformers says of the exported model, on the run's validation rows."""
+    """What transformers' pipeline of the exported model says of the run's validation rows."""
     config = parse(trainer.flags("unused"))
-    _, validation = prepare(config, load_tokenizer(config))
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    rows = validation.batch(0, 4)
+    processing = load_processing_class(config, AutoConfig.from_pretrained(folder))
+    data = prepare_all(config, processing)
+    held_out, ask = [data.validation[0].sequences], data.asker(config, processing)
+    parts = Feed(data.train, held_out, Place(0, (1,)), 4, 1, 1, task=trainer.task, ask=ask)(EVAL, 0, 0).inputs()
+    make: Any = pipeline
     with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss for row in rows]
-    return float(torch.stack(losses).mean())
+        model = make(config.task.pipeline_tag, model=str(folder)).model.eval()
+        return float(model(**{"labels": parts.get("input_ids"), **config.task.options, **parts}).loss)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", MODELS)
-def test_every_exit_is_a_model_with_the_loss_that_was_measured(trainer: Trainer, name: str):
-    path = trainer.model(MODELS[name])
-    output = trainer.run("run", 2, num_stages=2, config_name=path)
+@pytest.mark.parametrize(
+    ("trainer", "model"), EXPORTED, ids=[m["model_type"] for _, m in EXPORTED], indirect=["trainer"]
+)
+def test_every_exit_is_a_model_with_the_loss_that_was_measured(trainer: Trainer, model: dict[str, Any]):
+    output = trainer.run("run", 2, num_stages=2, config_name=trainer.model(model))
     for stage, folder in ((0, output / "export/exits/stage-00"), (1, output / "export")):
-        loader: Any = AutoModelForCausalLM
-        _, info = loader.from_pretrained(folder, output_loading_info=True)
+        _, info = TASKS[trainer.task].loader.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         measured = records(output, stage, "eval")[-1]["loss"]
         assert validation_loss(trainer, folder) == pytest.approx(measured, rel=1e-5)
     assert AutoConfig.from_pretrained(output / "export/exits/stage-00").num_hidden_layers == 2
-    if name == "llama-tied":  # stage 0's head reads its own embedding; the last stage has another matrix
+    if model["model_type"] == "llama":  # stage 0's head reads its own embedding; the last stage has another matrix
         assert AutoConfig.from_pretrained(output / "export/exits/stage-00").tie_word_embeddings
         assert not AutoConfig.from_pretrained(output / "export").tie_word_embeddings
 

@@ -22,10 +22,8 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
-DROPOUT = {
-    "causal-lm": {"attention_dropout": 0.1},
-    "masked-lm": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
-}
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+GREEDY = {"method": "greedy", "gradient_checkpointing": True}
 
 
 def same_bits(one: Path, other: Path) -> None:
@@ -44,13 +42,14 @@ def same_bits(one: Path, other: Path) -> None:
         ("masked-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero2_offload.json"}),
         ("causal-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero0.json", "bf16": True}),
         ("causal-lm", 2, {"num_stages": 2, "method": "backprop", "deepspeed": CONFIGS / "zero1.json"}),
+        ("image-classification", 4, {"num_stages": 2, "deepspeed": CONFIGS / "zero2.json", "bf16": True, **GREEDY}),
     ],
-    ids=["fp32", "masked-zero1-bf16", "zero3-blocks", "masked-offload", "zero0-bf16", "backprop"],
+    ids=["fp32", "masked-zero1-bf16", "zero3-blocks", "masked-offload", "zero0-bf16", "backprop", "images-greedy"],
     indirect=["trainer"],
 )
 def test_resume_equals_never_having_stopped(trainer: Trainer, ranks: int, settings: dict):
     """Weights, optimizer, schedule, data position and dropout go on bit for bit."""
-    trainer.model(MODELS[trainer.task] | DROPOUT[trainer.task])
+    trainer.model(MODELS[trainer.task] | DROPOUT)
     common = {**settings, "lr_scheduler_type": "cosine", "warmup_steps": 2, "save_steps": 3, "eval_batches": 1}
     straight = trainer.run("straight", ranks, max_steps=6, **common)
     resumed = trainer.folder / "resumed"
