@@ -12,6 +12,7 @@ import pytest
 from browser import MISSING, chromium, console, resize
 from reports import falling, make_run
 
+from llm_local.bench.figures import page_of
 from llm_local.report.facts import add_sample
 from llm_local.report.page import write_report
 
@@ -32,6 +33,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def show(browser: Chrome, *runs: Path, width: int = 1280, dark: bool = False) -> None:
     page = runs[0].parent / "report.html"
     write_report(runs, page)
+    look(browser, page, width, dark)
+
+
+def look(browser: Chrome, page: Path, width: int, dark: bool = False) -> None:
     resize(browser, width, 900, dark)
     browser.get(page.as_uri())
     assert console(browser) == []
@@ -82,6 +87,23 @@ def test_200_000_records(browser: Chrome, tmp_path: Path):
     seconds = browser.execute_script("return performance.now() / 1000")
     print(f"200,000 records: drawn {seconds:.2f} s after the page was opened")
     assert "Loss" in charts(browser)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_of_benchmarks(browser: Chrome, tmp_path: Path, width: int):
+    """Each figure of a column of figures has a bar, the column's largest over the whole of its cell."""
+    pages = sorted((Path(__file__).parents[1] / "docs/bench").glob("*.md"))
+    assert pages
+    for markdown in pages:
+        page = tmp_path / f"{markdown.stem}.html"
+        page.write_text(page_of(markdown))
+        look(browser, page, width)
+    browser.get((tmp_path / "throughput.html").as_uri())
+    assert text(browser, "h1") == "Throughput"
+    shares = browser.execute_script("""
+        return [...document.querySelectorAll(".bar")].map((bar) => bar.firstChild.offsetWidth / bar.offsetWidth)""")
+    assert max(shares) == 1
+    assert min(shares) < 0.5
 
 
 def test_two_runs_beside_each_other(browser: Chrome, tmp_path: Path):

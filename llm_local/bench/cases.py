@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from llm_local.bench.figures import page_of
 from llm_local.config import Config
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.device import describe_device
@@ -166,10 +167,11 @@ def _positive(text: str) -> int:
 
 
 def write(output: Path, name: str, text: str, data: dict[str, Any]) -> None:
-    """OUTPUT/name.md for people and OUTPUT/name.json for programs."""
+    """OUTPUT/name.md and name.html for people, name.json for programs."""
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
     made = f"Made by `python scripts/bench_{name}.py` on {machine()}."
     (output / f"{name}.md").write_text(f"# {name.replace('_', ' ').capitalize()}\n\n{text.strip()}\n\n{made}\n")
+    (output / f"{name}.html").write_text(page_of(output / f"{name}.md"))
     print(text)
-    print(f"\n{output / name}.md, {output / name}.json", file=sys.stderr)
+    print(f"\n{output / name}.md, .json, .html", file=sys.stderr)

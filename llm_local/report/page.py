@@ -20,6 +20,7 @@ from llm_local.report.read import RunData, read_runs
 from llm_local.report.tables import alarms, headline, parts_of, tables_of
 from llm_local.report.timeline import timeline_of
 
+NO_CHARTS = Markup('{"charts": [], "tokens": []}')
 _FOLDER = Path(__file__).parent / "page"
 REPORT = "report.html"
 
@@ -46,15 +47,21 @@ def report_problem(folders: Sequence[Path], output: Path) -> str:
 
 def render(runs: Sequence[RunData], seconds: float = 0.0) -> str:
     """The page. seconds: how often it asks its server for what is new; 0 of one that stands alone. Raises NoCharts."""
+    title = ", ".join(run.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+    return framed(title, **content(runs, is_live=seconds > 0), seconds=seconds)
+
+
+def framed(title: str, main: Markup, data: Markup = NO_CHARTS, seconds: float = 0.0) -> str:
+    """A page that needs nothing else. data: of its charts. Raises NoCharts."""
     script, style = uplot()
-    return _template("page.html").render(
-        title=", ".join(run.name for run in runs[:3]) + (", ..." if len(runs) > 3 else ""),
+    return template("page.html").render(
+        title=title,
         uplot=Markup(script),  # both are known byte for byte
         uplot_style=Markup(style),
         uplot_version=UPLOT,
         style=Markup((_FOLDER / "page.css").read_text()),
         script=Markup((_FOLDER / "page.js").read_text()),
-        content=content(runs, is_live=seconds > 0),
+        content={"main": main, "data": data},
         seconds=seconds,
     )
 
@@ -66,7 +73,7 @@ def content(runs: Sequence[RunData], is_live: bool = False) -> dict[str, Any]:
     """
     charts = charts_of(runs)
     values = {"charts": to_json(charts), "tokens": token_axes(runs)}
-    main = _template("main.html").render(
+    main = template("main.html").render(
         runs=runs,
         charts=charts,
         now=now_of(runs, time.time()) if is_live else None,
@@ -80,7 +87,7 @@ def content(runs: Sequence[RunData], is_live: bool = False) -> dict[str, Any]:
 
 
 @cache
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
     loader = FileSystemLoader(_FOLDER)
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
     return Environment(loader=loader, autoescape=True, **options).get_template(name)
