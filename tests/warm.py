@@ -20,8 +20,10 @@ from conftest import Trainer
 
 from llm_local.checks.preflight import preflight
 from llm_local.config import parse
+from llm_local.export.model_card import installed_versions
 from llm_local.export.model_folder import original_names
 from llm_local.model.stage import build_blocks
+from llm_local.report.page import template
 from llm_local.setup import Setup
 
 # found by what a rank imports after its start; some are missing in other versions
@@ -41,6 +43,9 @@ def rehearse(folder: Path) -> None:
     blocks = build_blocks(setup.config, setup.model_config(), setup.anatomy, setup.partition, stage=0)
     with torch.no_grad():
         blocks[0](torch.arange(64).reshape(2, 32), None)
+    installed_versions()
+    for name in ("page.html", "main.html"):
+        template(name)
     original_names(blocks[0].body.model, blocks[0].body.model.state_dict())
 
 

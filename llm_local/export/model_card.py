@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -61,6 +62,7 @@ class Training:
     measures: tuple[tuple[float, ...], ...] = ()
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Of Python and of the packages that the result depends on, as far as they are installed as packages."""
     found = {"python": python_version()}

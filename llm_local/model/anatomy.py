@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from textwrap import shorten
@@ -193,14 +194,18 @@ def probe(
     trial: Callable[[PreTrainedModel, Anatomy], None] | None = None,
     row_shape: tuple[int, ...] | None = None,
 ) -> Anatomy:
-    """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away.
-    row_shape: of what it is fed (Task.row_shape), by default as the config has it.
+    """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away: once in a
+    process for the same config and trial. row_shape: of what it is fed (Task.row_shape), by default as the config has it.
 
     Raises SliceError saying why it cannot be cut, or with which of the config's values there is no such model.
     """
     name, shape = config.model_type, TASKS[model.task].row_shape(config) if row_shape is None else row_shape
     try:
-        return _watched(config, model, trial, shape)
+        if model.trust_remote_code:
+            return _watched(config, model, trial, shape)
+        nameless = copy.copy(config)
+        nameless.name_or_path = ""
+        return _watched_once(pickle.dumps(nameless), model.task, attention_kernel(model, config), trial, shape)
     except SliceError as error:
         raise SliceError(f"model type {name!r} cannot be cut into stages: {error}") from error
     except Exception as error:
@@ -218,6 +223,17 @@ def _no_class(config: PretrainedConfig, task: Task) -> str:
     others = [f"task={name}" for name, other in TASKS.items() if other.has_class(config)]
     repair = f"train it with {' or '.join(others)}" if others else "use another model"
     return f"task={task.name}: transformers has no {task.title} of model type {config.model_type!r}; {repair}"
+
+
+@lru_cache(maxsize=64)
+def _watched_once(
+    config: bytes,
+    task: str,
+    kernel: str | None,
+    trial: Callable[[PreTrainedModel, Anatomy], None] | None,
+    row_shape: tuple[int, ...],
+) -> Anatomy:
+    return _watched(pickle.loads(config), ModelArguments(task=task, attn_implementation=kernel), trial, row_shape)
 
 
 def _watched(
