@@ -195,7 +195,7 @@ def probe(
     row_shape: tuple[int, ...] | None = None,
 ) -> Anatomy:
     """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away: once in a
-    process for the same config and trial. row_shape: of what it is fed (Task.row_shape), by default as the config has it.
+    process for the same config and trial. row_shape: of what it is fed (Task.row_shape); the config says it by default.
 
     Raises SliceError saying why it cannot be cut, or with which of the config's values there is no such model.
     """
