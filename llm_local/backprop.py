@@ -28,6 +28,7 @@ from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.document_mask import DocumentMask
+from llm_local.model.lora import add_adapters
 from llm_local.model.loss import head_logits, head_loss
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice, named_once
@@ -80,6 +81,7 @@ class PipeSlice(nn.Module):
     ):
         super().__init__()
         self.part = build_slice(config, model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
+        add_adapters(config, self.part)
         self.model = self.part.model
         self.documents = documents
         self.pads = config.data.packing != CONCAT

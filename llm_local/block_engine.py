@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from llm_local.adapters.deepspeed_internals import (
+    EngineWithoutOptimizer,
     HookedEngine,
     base_optimizer,
     begin_another_backward,
@@ -85,6 +86,35 @@ def _norm_of(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     # row by row: on a CPU torch's norm of a million float32 numbers is off by 1e-5, which ZeRO's is not
     rows = [torch.linalg.vector_norm(grad, dim=-1).reshape(-1) for grad in grads]
     return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64)
+
+
+class FrozenEngine(EngineWithoutOptimizer):
+    """An engine around a block that is not trained: no gradient, no optimizer, and of ZeRO what shards the weights.
+
+    Its schedule goes on with the others', so that a run may train the block later.
+    """
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
+        """Nothing: a schedule may not know of frozen blocks."""
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        count_step(self)
+
+    def get_lr(self) -> list[float]:
+        scheduler: Any = self.lr_scheduler
+        return scheduler.get_last_lr()
+
+    def get_global_grad_norm(self) -> float:
+        return 0.0
+
+
+def count_step(engine: DeepSpeedEngine) -> None:
+    """A step in which nothing is trained: the learning rate's schedule goes on."""
+    scheduler: Any = engine.lr_scheduler
+    scheduler.step()
+    engine.global_steps += 1
+    engine.micro_steps += engine.gradient_accumulation_steps()
+    engine.global_samples += engine.train_batch_size()
 
 
 def _forget_waiting(engine: DeepSpeedEngine) -> None:
@@ -195,8 +225,10 @@ def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimize
 
 def make_block_engine(
     config: Config, block: Block, settings: dict[str, Any], ranks: TensorRanks | None = None
-) -> BlockEngine:
+) -> BlockEngine | FrozenEngine:
     """A DeepSpeed engine around one block. Every rank of the stage must call; ranks: between which it is divided."""
+    if block.is_frozen:
+        return _frozen_engine(config, block, settings)
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)
     arguments = engine_arguments(config, block, settings, waiting)
@@ -208,6 +240,20 @@ def make_block_engine(
     restore_buffers(block, buffers)
     undo_dummy_step(engine)
     link_as_laid_out(engine)
+    return engine
+
+
+def _frozen_engine(config: Config, block: Block, settings: dict[str, Any]) -> FrozenEngine:
+    """DeepSpeed refuses an optimizer without parameters, and ZeRO 1 and 2 without an optimizer."""
+    zero = settings["zero_optimization"]
+    left = {name: value for name, value in settings.items() if name not in ("optimizer", "scheduler")}
+    left["zero_optimization"] = zero if zero.get("stage") == 3 else {"stage": 0}
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    engine = FrozenEngine(None, block, config=left, config_class=DeepSpeedConfig(left), dist_init_required=False)
+    restore_buffers(block, buffers)
+    rate = torch.optim.SGD([torch.zeros(1)], lr=config.train.learning_rate)
+    engine.lr_scheduler = make_scheduler(config)(rate)
+    rate.step()  # torch warns of a schedule whose optimizer never steps
     return engine
 
 

@@ -161,6 +161,12 @@ class Config:
         return tuple(int(part) for part in text.split(",") if part.strip().isdecimal()) or (0,)  # see problems.py
 
     @property
+    def frozen_stages(self) -> tuple[int, ...]:
+        """Numbers of the stages that are not trained, in order; what is no number is not there (problems.py)."""
+        parts = (part.strip() for part in (self.local.freeze_stages or "").split(","))
+        return tuple(sorted({int(part) for part in parts if part.isdecimal()}))
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
         return self._steps(self.train.warmup_steps or self.train.warmup_ratio)

@@ -6,8 +6,8 @@
 
 A matrix takes 2 FLOPs a parameter and token forward and twice that backward, half of it for the gradient of its
 weights; attention takes 12·T·H a layer, both ways, as `partition.estimate_costs` has it. Left out, as they are small:
-norms, softmax, rotary angles, the optimizer, and the one position of a sequence that has nothing to predict. Attention
-is counted over whole rows of T positions, though a causal kernel may skip half of it.
+norms, softmax, rotary angles, adapters, the optimizer, and the one position of a sequence that has nothing to predict.
+Attention is counted over whole rows of T positions, though a causal kernel may skip half of it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Setting:
     not like the model's layers (low rank). frozen_heads: all heads but the last read a matrix that they do not train.
     token_fraction: share of the positions that all heads but the last see, private layers included.
     final_backprop_share: share of the tokens, from 0 to 1, on which the whole model learns from the last loss alone.
+    frozen: of each block, whether it has forward passes alone; () means none. adapted: the matrices of layers, and of
+    the model's own head, are not trained themselves, but adapters beside them.
     """
 
     blocks: tuple[Span, ...]
@@ -57,6 +59,11 @@ class Setting:
     frozen_heads: bool = False
     token_fraction: float = 1.0
     final_backprop_share: float = 0.0
+    frozen: tuple[bool, ...] = ()
+    adapted: bool = False
+
+    def is_frozen(self, block: int) -> bool:
+        return bool(self.frozen) and self.frozen[block]
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,17 @@ def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
         number = setting.private_layers[index] if setting.private_layers else 0
         each = shape.layer_parameters if setting.private_parameters is None else setting.private_parameters
         # a matrix takes 2 FLOPs a parameter for the gradient of its weights; attention has no weights of its own
-        first = 0.0 if index else costs.first
-        weights = 2.0 * (len(span) * shape.layer_parameters + fraction * number * each) + first / 3
-        trains_matrix = is_last or not setting.frozen_heads
-        weights += WEIGHT_GRADIENT * matrix * trains_matrix
+        first, of_a_layer = 0.0 if index else costs.first, 2.0 * shape.layer_parameters
+        trains_matrix = not setting.adapted if is_last else not setting.frozen_heads
+        weights = 2.0 * fraction * number * each + WEIGHT_GRADIENT * matrix * trains_matrix
+        stays = len(span) * of_a_layer + WEIGHT_GRADIENT * first if setting.adapted else 0.0
+        weights += len(span) * of_a_layer + WEIGHT_GRADIENT * first - stays
         layers = costs.layer * len(span) + private + first
-        above = 0.0 if is_last else BACKWARD * costs.layer * min(setting.overlap, len(span))
-        backward = BACKWARD * (layers + matrix) - (0 if trains_matrix else WEIGHT_GRADIENT * matrix)
+        again = 0 if is_last else min(setting.overlap, len(span))
+        above = again * (BACKWARD * costs.layer - of_a_layer * setting.adapted)
+        backward = BACKWARD * (layers + matrix) - stays - (0 if trains_matrix else WEIGHT_GRADIENT * matrix)
+        if setting.is_frozen(index):
+            backward = weights = 0.0
         found.append(Passes((1 - BACKWARD) * (layers + matrix), backward, weights, above, (1 - BACKWARD) * layers))
     return tuple(found)
 
@@ -125,14 +136,8 @@ def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
 def count_flops(shape: Shape, setting: Setting) -> Flops:
     """FLOPs of one token, means over the run where its last steps train globally."""
     costs = shape.costs()
-    count = len(setting.blocks)
-    blocks = []
-    for index, span in enumerate(setting.blocks):
-        is_last = index == count - 1
-        # the loss above sends a second gradient through the upper layers of this block
-        again = 0 if is_last else min(setting.overlap, len(span))
-        layers = costs.layer * (len(span) + BACKWARD * again) + (0.0 if index else costs.first)
-        blocks.append(layers + _head(shape, setting, index, is_last))
+    # the loss above sends a second gradient through the upper layers of a block
+    blocks = [each.forward + each.backward + each.from_above for each in count_passes(shape, setting)]
     backprop = costs.first + costs.layer * setting.blocks[-1].stop + costs.head
     share = setting.final_backprop_share
     return Flops(
@@ -141,12 +146,6 @@ def count_flops(shape: Shape, setting: Setting) -> Flops:
         sequential=(1 - share) * max(blocks) + share * backprop,
         backprop=backprop,
     )
-
-
-def _head(shape: Shape, setting: Setting, index: int, is_last: bool) -> float:
-    """Private layers and output matrix of one block, for one of all the tokens."""
-    private, matrix = _head_parts(shape, setting, index, 1.0 if is_last else setting.token_fraction)
-    return private + matrix * (1 - WEIGHT_GRADIENT if setting.frozen_heads and not is_last else 1)
 
 
 def _head_parts(shape: Shape, setting: Setting, index: int, fraction: float) -> tuple[float, float]:

@@ -52,7 +52,7 @@ def run_setting(config: Config, partition: Partition, layer_matrices: Sequence[t
     """layer_matrices: as an Anatomy has them."""
     local = config.local
     if not config.method.has_local_losses:
-        return Setting(partition.blocks, token_fraction=0.0)
+        return Setting(partition.blocks, token_fraction=0.0, adapted=local.lora_rank is not None)
     return setting_of(
         partition,
         config.head_layers_schedule,
@@ -60,4 +60,8 @@ def run_setting(config: Config, partition: Partition, layer_matrices: Sequence[t
         frozen_heads=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
         final_backprop_share=local.final_backprop_steps / config.train.max_steps,
+        frozen=tuple(partition.stage_of(block) in config.frozen_stages for block in range(len(partition.blocks)))
+        if config.frozen_stages
+        else (),
+        adapted=local.lora_rank is not None,
     )

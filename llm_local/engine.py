@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as instructions
 
-from llm_local.block_engine import BlockEngine
+from llm_local.block_engine import BlockEngine, FrozenEngine, count_step
 from llm_local.device import seed_everything
 from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
@@ -86,7 +87,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        engines: list[BlockEngine],
+        engines: Sequence[BlockEngine | FrozenEngine],
         stage: int,
         num_stages: int,
         micro_batches: int,
@@ -187,7 +188,9 @@ class LocalEngine:
         self._kind, self._step, self._num_entered = kind, step, 0
         self._tokens = 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
-        for commands in schedule(micro_batches, self.num_stages, self.stage, len(self.engines)).steps():
+        frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
+        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), frozen=frozen)
+        for commands in made.steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
         self._buffers.clear()
@@ -220,6 +223,7 @@ class LocalEngine:
         teaches: bool = False,
         detach_head: bool = False,
         body_waits: bool = False,
+        no_graph: bool = False,
     ) -> None:
         """The block's loss and output; what else is kept, or made, is as methods/schedule.py has it."""
         batch = self._buffers[buffer_id]
@@ -231,7 +235,8 @@ class LocalEngine:
             seed_everything(self._heads.dropout_seed(self._step, batch.index, block))
             inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs.get("input_ids"))
         inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
-        loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
+        with torch.no_grad() if no_graph else nullcontext():
+            loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
         if keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
@@ -313,11 +318,7 @@ def skip_step(engines: Sequence[DeepSpeedEngine]) -> StepResult:
     """A step of which nothing has come: the learning rate's schedule goes on, and nothing else."""
     lr = float(engines[-1].get_lr()[0])
     for engine in engines:
-        scheduler: Any = engine.lr_scheduler
-        scheduler.step()
-        engine.global_steps += 1
-        engine.micro_steps += engine.gradient_accumulation_steps()
-        engine.global_samples += engine.train_batch_size()
+        count_step(engine)
     return StepResult(torch.full((len(engines),), math.nan), lr, (None,) * len(engines), 0, is_skipped=True)
 
 

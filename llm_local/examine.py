@@ -27,6 +27,7 @@ from llm_local.cut import plan_partition
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
+from llm_local.model.lora import with_adapters
 from llm_local.model.loss import IGNORED, LossLinear
 from llm_local.model.slices import Seam
 from llm_local.model.stage import Block, build_blocks
@@ -78,11 +79,14 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     model_config = run_model_config(config)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, anatomy)
+    anatomy = with_adapters(config, model_config, anatomy, partition)
     blocks: list[Block] = []
     for stage in range(partition.num_stages):
         blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config))
     for block in blocks:
         fill_block(catalog, block)
+        if block.is_frozen:
+            block.requires_grad_()  # what its loss asks for can be looked at all the same
     return TrainedRun(config, catalog.manifest.step, partition, [block.eval().to(device) for block in blocks])
 
 

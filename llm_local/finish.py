@@ -18,6 +18,8 @@ from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
 from llm_local.engine import LocalEngine
 from llm_local.evaluation import EvalSet, better_exit, measures_key
+from llm_local.export.adapter import FOLDER as ADAPTER
+from llm_local.export.adapter import complete_adapter
 from llm_local.export.masters import masters_of
 from llm_local.export.model_card import Training, installed_versions, write_cards
 from llm_local.export.model_folder import Description, draft_of, put_in_place, writing
@@ -124,6 +126,7 @@ def _compose(setup: Setup, start: Start, class_name: str, export: Path) -> None:
     model_config.dtype = DTYPES[config.export_dtype]
     model = _described(setup, model_config, class_name, start)
     compose(export, setup.partition, config.head_layers_schedule, model, has_exits(config))
+    complete_adapter(export, config, config.model.model_name_or_path)
 
 
 def _described(setup: Setup, model_config: PretrainedConfig, class_name: str, start: Start) -> Description:
@@ -171,6 +174,7 @@ def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool
             progress.say(f"stage {stage}: {each.describe(block_losses[-1], measures)}")
     early = f"exits: {export / 'exits'} ({', '.join(map(exit_name, exits))}); " if exits else ""
     early = "no exits, because of head_features; " if config.local.head_features else early
+    early += f"adapter: {export / ADAPTER}; " if (export / ADAPTER).is_dir() else ""
     progress.say(f"model: {export}; {early}metrics: {config.output_dir / 'metrics'}")
     by_set = {each.name: [scores[n] for scores in found] for n, each in enumerate(sets)}
     for line in (*_better_exits(run, by_set, exits), *_spelled(start)):

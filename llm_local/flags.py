@@ -197,6 +197,24 @@ class LocalArguments:
     final_backprop_steps: int = _option(
         0, "Last steps of the run that train by backpropagation through all stages.", NOT_NEGATIVE
     )
+    freeze_stages: str | None = _option(
+        None, "Stages that are not trained, as '0,1': their weights stay, and they have forward passes alone."
+    )
+    lora_rank: int | None = _option(
+        None,
+        "Rank of adapters (LoRA) in the layers of a pretrained model, whose own weights then stay; default: none.",
+        POSITIVE,
+    )
+    lora_alpha: int = _option(8, "Adapters count lora_alpha / lora_rank times.", POSITIVE)
+    lora_dropout: float = _option(0.0, "Dropout of what adapters read.", RATE)
+    lora_target_modules: str | None = _option(
+        None,
+        "Matrices of a layer that get adapters, as 'q_proj,v_proj', or all-linear; default: as PEFT has it for the "
+        "model's type.",
+    )
+    lora_layers_to_transform: str | None = _option(
+        None, "Layers that get adapters, as '2,3'; default: all but those of frozen stages."
+    )
     partition: str = _option(
         "flops",
         "How stages are balanced: by counted flops, or by profile, for which layers and head are timed first.",

@@ -29,6 +29,7 @@ from llm_local.data.special_tokens import generation_values, run_model_config
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import DTYPES
 from llm_local.ds_config import load_json
+from llm_local.export.adapter import complete_adapter
 from llm_local.export.model_card import Training, installed_versions, model_card, write_cards
 from llm_local.export.model_folder import CARD, Description, replaced, write_text
 from llm_local.export.parts import MODEL, Check, fitting, read_check
@@ -47,8 +48,9 @@ from llm_local.jobs.positions import NOTE
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import Anatomy, load_model_config, probe
 from llm_local.model.classes import set_classes
+from llm_local.model.lora import add_adapters, with_adapters
 from llm_local.model.remote_code import read_code
-from llm_local.model.stage import EXITS, build_block, build_slice
+from llm_local.model.stage import EXITS, build_block, build_slice, named_once
 from llm_local.partition import Partition
 from llm_local.replicas import replicas_of
 
@@ -87,7 +89,9 @@ class _Run:
             config = replace(config, model=replace(config.model, model_name_or_path=None))  # no weights to begin with
         model.config.dtype = DTYPES[dtype]
         anatomy = probe(model.config, config.model, row_shape=_row_shape(model))
-        return _Run(config, model, anatomy, plan_partition(config, anatomy), DTYPES[dtype])
+        partition = plan_partition(config, anatomy)
+        anatomy = with_adapters(config, model.config, anatomy, partition)
+        return _Run(config, model, anatomy, partition, DTYPES[dtype])
 
     def refused(self) -> dict[str, str]:
         return refused_exits(self.config, self.model.config, self.anatomy, self.partition)
@@ -127,7 +131,11 @@ def export_checkpoint(checkpoint: Path, out: Path, exit: str | None, dtype: str,
         raise NoSuchExit(f"{exit} of {checkpoint} is no model of its own: {reason}")
     with replaced(out) as draft:
         _write(draft, run, [catalog] * (last + 1), False, say)
-        write_text(draft / CARD, model_card(_training(catalog, config, run), None if exit is None else last))
+        training = _training(catalog, config, run)
+        if exit is None:
+            write_cards(training, draft)
+        else:
+            write_text(draft / CARD, model_card(training, last))
 
 
 def assemble(
@@ -201,6 +209,7 @@ def _write(draft: Path, run: _Run, catalogs: Sequence[Catalog], exits: bool, say
         class_name = _write_stage(draft, run, catalog, stage, last, exits or stage == last)
     model = replace(run.model, class_name=class_name)
     compose(draft, run.partition, run.config.head_layers_schedule, model, exits, last)
+    complete_adapter(draft, run.config, catalogs[0].manifest.flags["model_name_or_path"])
 
 
 def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int, has_head: bool) -> str:
@@ -215,9 +224,11 @@ def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int
             found = collect([body], block.head, False, True, block.folded(), run.dtype)
         else:
             body = build_slice(*built[:3], run.partition.blocks[index], has_head=False)
-            fill(catalog, dict(body.model.state_dict(keep_vars=True)))
+            add_adapters(run.config, body)
+            fill(catalog, named_once([("", body.model)]))
             found = collect([body], None, False, True, {}, run.dtype)
-        tensors = StageTensors(tensors.body | found.body, found.head)
+        adapter = tensors.adapter | found.adapter if last + 1 == run.partition.num_stages else {}
+        tensors = StageTensors(tensors.body | found.body, found.head, adapter)
         class_name = type(body.model).__name__
     write_stage(draft, stage, last + 1, tensors, has_head)
     return class_name

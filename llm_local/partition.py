@@ -54,6 +54,9 @@ class Partition:
         """The layer spans of the stage's blocks."""
         return self.blocks[self.stages[stage].start : self.stages[stage].stop]
 
+    def stage_of(self, block: int) -> int:
+        return next(stage for stage, blocks in enumerate(self.stages) if blocks.start <= block < blocks.stop)
+
     def private_layers(self, block: int, schedule: Sequence[int]) -> Span:
         """The layers of the block's head, named as those behind the block; fewer where the model ends."""
         stop = self.blocks[block].stop

@@ -9,6 +9,7 @@ from llm_local.flags import FLAGS, IMAGES, TEXT
 from llm_local.head_problems import head_problems
 from llm_local.job_problems import job_problems
 from llm_local.model.heads.head import head_of
+from llm_local.model.lora import lora_problems
 from llm_local.replicas import replica_problems, replicas_of
 
 
@@ -35,6 +36,8 @@ def static_problems(config: Config, world_size: int, fp16_supported: bool, bf16_
         + _best_problems(config)
         + _layout_problems(config, world_size)
         + _method_problems(config)
+        + _freeze_problems(config)
+        + lora_problems(config)
         + _replica_problems(config, world_size)
         + head_problems(config)
         + job_problems(config)
@@ -173,6 +176,35 @@ def _method_problems(config: Config) -> list[str]:
         )
     if steps > max(0, config.train.max_steps):
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
+    return problems
+
+
+def _freeze_problems(config: Config) -> list[str]:
+    local, text = config.local, config.local.freeze_stages
+    if text is None:
+        return []
+    named, frozen, stages = f"freeze_stages={text!r}", config.frozen_stages, max(1, local.num_stages)
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        return [f"{named} is not a list of stages such as 0,1"]
+    problems = []
+    if frozen[-1] >= stages:
+        problems.append(f"{named} names stage {frozen[-1]}, the last of num_stages={stages} is {stages - 1}")
+    if frozen == tuple(range(stages)):
+        problems.append(f"{named} leaves no stage to train; leave one out")
+    if not config.method.has_local_losses or config.method.crosses_back(local):
+        whys = ("distillation_weight", "final_backprop_steps")
+        why = next(
+            (f"{name}={getattr(local, name)}" for name in whys if getattr(local, name)), f"method={local.method}"
+        )
+        problems.append(
+            f"{named} does not work with {why}: a frozen stage has no backward pass, and takes nothing from the next "
+            "one; leave one of them out"
+        )
+    if local.replica_sync_steps:
+        problems.append(
+            f"{named} does not work with replica_sync_steps={local.replica_sync_steps}: a frozen stage has nothing to "
+            "meet for; leave one of them out"
+        )
     return problems
 
 

@@ -74,8 +74,7 @@ def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:
         yield f"replicas that train apart (replica_sync_steps={local.replica_sync_steps}) are of one rank; leave it out"
     if head_of(config).shares_matrix:
         yield f"the matrix of head={local.head} travels whole; use head=linear or decoder"
-    if local.head_rank is not None:
-        yield f"the matrices of head_rank={local.head_rank} have no plan; leave it out"
+    yield from _unplanned(config)
     if (stage := zero_stage(settings)) > _MOST_ZERO:
         yield f"ZeRO stage {stage} gathers parameters over all ranks of a stage; use 0, 1 or 2"
     if config.precision == "bf16" and stage == 0:
@@ -91,3 +90,14 @@ def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:
         yield "compiled layers have not been tried with it; leave out torch_compile"
     if train.trace:
         yield "a trace has one file for a replica, of which each rank would write one; leave out trace"
+
+
+def _unplanned(config: Config) -> Iterator[str]:
+    """What changes layers or their engines in a way that no plan knows of."""
+    local = config.local
+    if local.head_rank is not None:
+        yield f"the matrices of head_rank={local.head_rank} have no plan; leave it out"
+    if local.lora_rank is not None:
+        yield f"adapters beside divided matrices have no plan; leave out lora_rank={local.lora_rank}"
+    if local.freeze_stages is not None:
+        yield f"frozen stages have not been tried with it; leave out freeze_stages={local.freeze_stages}"

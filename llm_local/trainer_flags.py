@@ -15,6 +15,7 @@ from llm_local.flags import FLAGS
 TRAINING_ARGUMENTS = "TrainingArguments of transformers 5.24.0"
 EARLIER = "TrainingArguments of earlier versions"
 RUN_CLM = "run_clm.py: its model and its data"
+TRL = "ModelConfig of TRL: adapters"
 
 
 def _names(text: str) -> list[str]:
@@ -58,6 +59,10 @@ THEIRS = {
         train_file validation_file max_train_samples max_eval_samples streaming block_size overwrite_cache
         validation_split_percentage preprocessing_num_workers keep_linebreaks
     """),
+    TRL: _names("""
+        use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
+        lora_task_type use_rslora use_dora load_in_8bit load_in_4bit
+    """),
 }
 
 # of flags that are taken: how they are not what they are there
@@ -95,6 +100,9 @@ DIFFERS = {
     "validation_file": "as --train_file",
     "validation_split_percentage": "drawn from all documents; of a stream the first ones",
     "preprocessing_num_workers": "1 unless it is said",
+    "lora_alpha": "8 unless it is said",
+    "lora_dropout": "0 unless it is said",
+    "lora_target_modules": "of the layers; names with commas between, or all-linear",
 }
 
 
@@ -242,6 +250,15 @@ NOT_TAKEN: dict[str, Refusal] = {
     "block_size": _no("use --seq_length"),
     "overwrite_cache": _no("data that has changed is tokenised anew by itself; else remove --cache_dir", "false"),
     "keep_linebreaks": _no("line breaks are kept; leave it out", "true"),
+    "use_peft": _no("use --lora_rank", *_OFF),
+    "lora_r": _no("use --lora_rank"),
+    "lora_target_parameters": _no("adapters are of matrices alone: --lora_target_modules", *_OFF),
+    "lora_modules_to_save": _no("the heads of earlier stages train in any case, and nothing else; leave it out", *_OFF),
+    "lora_task_type": _no("--task says it; leave it out", "causal_lm"),
+    "use_rslora": _no("use --lora_alpha: it counts by the rank", *_OFF),
+    "use_dora": _no("adapters are plain LoRA; leave it out", *_OFF),
+    "load_in_8bit": _no("weights are those of --bf16, --fp16 or float32; leave it out", *_OFF),
+    "load_in_4bit": _no("weights are those of --bf16, --fp16 or float32; leave it out", *_OFF),
 }
 
 
@@ -258,7 +275,7 @@ def is_passed_over(name: str, value: str) -> bool:
 def page() -> str:
     """The text of docs/flags.md."""
     lines = [
-        "# Flags of Trainer and run_clm.py",
+        "# Flags of Trainer, run_clm.py and TRL",
         "",
         "What becomes here of each flag that a person may bring along; made by `python scripts/flags.py`. A flag that",
         "is not taken ends the start with this line, unless its value asks for what is done anyway.",

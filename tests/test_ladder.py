@@ -23,14 +23,14 @@ jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache levels observation remote_code overrides token_ids anatomy standins slices pretrained
 model: classes tensor_cut tensor_parallel loss router_loss document_mask distillation
 model.heads: head decoder linear shared
-model: lowrank windows head_start stage refresh
+model: lora lowrank windows head_start stage refresh
 head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems tensor_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
-export: masters model_folder stages parts model_card sample reading
+export: masters model_folder adapter stages parts model_card sample reading
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial tensor_trial exit_check class_problems tokenizer_check weight_problems

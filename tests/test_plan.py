@@ -116,6 +116,7 @@ def test_a_thousand_stages(script: ModuleType, tmp_path: Path, capsys: pytest.Ca
         ("--devices 16 --num_stages 16", "--num_stages 16 is more than the model's 8 layers; use 8 or fewer"),
         ("--seq_length 4096", "--seq_length 4096 is longer than the model's 2048 positions"),
         ("--stage_layers 4,4", "--stage_layers is set by the plan"),
+        ("--freeze_stages 0", "--freeze_stages: a plan is of models that are trained whole; leave it out"),
         ("--head decoder", "head=decoder needs private layers"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0 must be greater than 0"),
         ("--bogus 1", "unknown argument '--bogus'"),

@@ -164,6 +164,7 @@ ASKED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
         (4, {"num_stages": 2, "final_backprop_steps": 1}, "final_backprop_steps=1 sends something back over the bound"),
         (4, {"replica_sync_steps": 2}, "replicas that train apart (replica_sync_steps=2) are of one rank"),
         (2, {"num_stages": 2, "stage": 0}, "jobs do not divide layers yet; leave out stage=0"),
+        (4, {"num_stages": 2, "freeze_stages": "0"}, "frozen stages have not been tried with it; leave out freeze_sta"),
         (2, {"head": "shared"}, "the matrix of head=shared travels whole; use head=linear or decoder"),
         (2, {"head": "decoder", "head_layers": 1, "head_rank": 4}, "the matrices of head_rank=4 have no plan"),
         (2, {"deepspeed": DS / "zero3.json"}, "ZeRO stage 3 gathers parameters over all ranks of a stage; use 0, 1"),

@@ -15,7 +15,7 @@ from deepspeed.utils.mixed_precision_linkage import link_hp_params
 
 USED = {
     "deepspeed.ops": ("__compatible_ops__",),
-    "deepspeed.runtime.engine": ("_take_model_step", "_global_grad_norm"),
+    "deepspeed.runtime.engine": ("_take_model_step", "_global_grad_norm", "_configure_bf16_optimizer"),
     "deepspeed.runtime.pipe.engine": ("_INSTRUCTION_MAP",),
     "deepspeed.runtime.base_optimizer": ("clear_backward_seen_flag",),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_numel", "ds_tensor", "ds_secondary_tensor"),
@@ -70,6 +70,14 @@ class HookedEngine(DeepSpeedEngine):
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self.before_step()
         super()._take_model_step(lr_kwargs)
+
+
+class EngineWithoutOptimizer(DeepSpeedEngine):
+    """DeepSpeedEngine around a module that nothing trains. In bf16 DeepSpeed would keep a float32 copy of it all the
+    same. deepspeed/runtime/engine.py"""
+
+    def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
+        assert optimizer is None
 
 
 def begin_another_backward(optimizer: Any) -> None:

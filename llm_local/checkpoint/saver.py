@@ -201,7 +201,6 @@ def snapshot(
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
     for engine in engines:
-        states = states_of(engine)
         for shard in shards(engine, replica):
             if shard.master is None or (shard.is_replicated and replica > 0):
                 continue
@@ -211,7 +210,7 @@ def snapshot(
             part = "" if cut is None else f"{PART}{cut.rank}"
             tensors[f"{shard.name}{part}"] = shard.master.values.to("cpu", copy=True)
             starts[f"{shard.name}{part}"] = shard.master.start
-            state = {} if shard.holder is None else states.get(shard.holder, {})
+            state = {} if shard.holder is None else states_of(engine).get(shard.holder, {})
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and shard.fits(value):
                     tensors[f"{shard.name}{STATE}{key}{part}"] = shard.part(value.detach()).to("cpu", copy=True)

@@ -48,6 +48,7 @@ from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
+from llm_local.model.lora import lora_problems, resume_problems, with_adapters
 from llm_local.model.lowrank import rank_problems
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
@@ -106,9 +107,10 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
         if config.local.stage_layers is None:
             costs = measure_costs(config, model_config, anatomy)
             partition = plan_partition(config, anatomy, costs)
+            anatomy = with_adapters(config, model_config, anatomy, partition)
         layers = [len(partition.layers_of(stage)) for stage in range(partition.num_stages)]
         config = replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
-    warnings, generation = found.warnings + head_warnings(config), {}
+    warnings, generation = found.warnings + head_warnings(config) + _frozen_as_new(config, checkpoint), {}
     refused = refused_exits(config, model_config, anatomy, partition)
     processing = load_processing_class(config, model_config)
     if isinstance(processing, PreTrainedTokenizerBase):
@@ -128,6 +130,12 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
         code=read_code(model_config),
         tokenizer=key_of(processing) if getattr(processing, "is_fast", True) else "",
     )
+
+
+def _frozen_as_new(config: Config, checkpoint: str | None) -> tuple[str, ...]:
+    if not config.frozen_stages or checkpoint or config.model.model_name_or_path:
+        return ()
+    return (f"freeze_stages={config.local.freeze_stages}: what is frozen has new weights, which nothing has trained",)
 
 
 class _Model:
@@ -179,6 +187,10 @@ class _Model:
                 self.partition = plan_partition(config, anatomy)
                 problems += cut_problems(config, self.partition)
                 problems += rank_problems(config, model_config, anatomy, self.partition)
+                if not lora_problems(config):
+                    self.anatomy = with_adapters(config, model_config, anatomy, self.partition)
+            except ConfigError as error:
+                problems += error.problems
             except ValueError as error:
                 problems.append(str(error))
         return problems
@@ -318,14 +330,16 @@ def _lost_inputs(config: Config) -> list[str]:
 
 
 def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
-    model_config, _, partition = found.whole()
+    model_config, anatomy, partition = found.whole()
     layout = layout_of(config, partition, replicas_of(config, world_size), model_config)
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
         return None, []
     try:
         problems = layout_problems(checkpoint, layout)
-        step = Catalog(checkpoint).manifest.step
+        catalog = Catalog(checkpoint)
+        step, flags = catalog.manifest.step, catalog.manifest.flags
+        problems += resume_problems(str(checkpoint), {*catalog.weights}, flags, config, anatomy)
     except ConfigError as error:
         return None, error.problems
     except BrokenCheckpoint as error:

@@ -24,6 +24,7 @@ from llm_local.config import Config
 from llm_local.data.packing import PackedSource
 from llm_local.data.source_problems import uses_builtin
 from llm_local.ds_config import Json, zero_stage
+from llm_local.export.adapter import FOLDER as ADAPTER
 from llm_local.export.model_folder import CARD, write_text
 from llm_local.export.stages import exit_folder
 from llm_local.flags import MACHINE, START, deciding
@@ -79,6 +80,28 @@ def write_cards(training: Training, export: Path) -> None:
     write_text(export / CARD, model_card(training))
     for stage in training.exits:
         write_text(exit_folder(export, stage) / CARD, model_card(training, stage))
+    if (export / ADAPTER).is_dir():
+        write_text(export / ADAPTER / CARD, adapter_card(training))
+
+
+def adapter_card(training: Training) -> str:
+    """The text of README.md of an adapter of the whole model."""
+    config = training.config
+    base, loader = config.model.model_name_or_path, config.task.auto_class
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag=config.task.pipeline_tag,
+        base_model=_hub_name(base),
+        tags=["lora", "llm_local", training.model_type, config.local.method],
+    )
+    sections = [
+        f"# {_name(training, None)}, adapter\n\nA LoRA adapter of all layers that were trained, for `{base}`.",
+        "## Use\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {loader}\n\n"
+        f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"), "adapter")\n```',
+        f"## Training\n\n{_table(_facts(training))}",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def model_card(training: Training, stage: int | None = None) -> str:
@@ -214,6 +237,14 @@ def _facts(training: Training) -> dict[str, str]:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
     if local.tensor_parallel_size > 1:
         facts["stages × replicas"] += f", each of {local.tensor_parallel_size} ranks"
+    if local.lora_rank is not None:
+        dropout = f", dropout {local.lora_dropout:g}" if local.lora_dropout else ""
+        where = local.lora_target_modules or "PEFT's matrices for the type"
+        where += f" of layers {local.lora_layers_to_transform}" if local.lora_layers_to_transform else ""
+        facts["adapters"] = f"LoRA, rank {local.lora_rank}, alpha {local.lora_alpha}{dropout}, on {where}; merged"
+    if config.frozen_stages:
+        stages = ", ".join(map(str, config.frozen_stages))
+        facts["not trained"] = f"stage{'s' if len(config.frozen_stages) > 1 else ''} {stages} (frozen)"
     if local.replica_sync_steps:
         momentum = f", Nesterov momentum {local.outer_momentum:g}" if local.outer_momentum else ""
         fragments = f", {local.replica_sync_fragments} fragments" if local.replica_sync_fragments > 1 else ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import unsaved
 from llm_local.config import Config
+from llm_local.export.adapter import write_share
 from llm_local.export.masters import Masters
 from llm_local.export.model_folder import (
     Description,
@@ -35,6 +36,7 @@ from llm_local.export.model_folder import (
     write_shard,
 )
 from llm_local.model.levels import longest_level, with_layers
+from llm_local.model.lora import adapter_of, merged
 from llm_local.model.lowrank import multiplied
 from llm_local.model.overrides import is_per_layer
 from llm_local.model.router_loss import want_none
@@ -50,10 +52,12 @@ LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 
 @dataclass(frozen=True)
 class StageTensors:
-    """A stage's parameters and saved buffers under the names that a checkpoint of the model has."""
+    """A stage's parameters and saved buffers under the names that a checkpoint of the model has; adapter: what its
+    body has of one (model/lora.py), by PEFT's names."""
 
     body: dict[str, torch.Tensor]
     head: dict[str, torch.Tensor]
+    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def collect(
@@ -73,8 +77,11 @@ def collect(
     """
     body: dict[str, torch.Tensor] = {}
     heads: dict[str, torch.Tensor] = {}
+    adapter: dict[str, torch.Tensor] = {}
     for part in bodies:
         tensors = _cast(part, _state(part, zero3, keep, masters), dtype)
+        adapter |= adapter_of(part, tensors)
+        tensors = merged(part, tensors)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
         after = tuple(f"{name}." for name in part.anatomy.after)
         body |= _original_names(part, {k: v for k, v in tensors.items() if not k.startswith(before + after)})
@@ -86,7 +93,7 @@ def collect(
         tensors = multiplied(head, _state(head, zero3, keep, masters)) | (folded if keep else {})
         tensors = _cast(head, tensors, dtype)
         heads = _original_names(head, {k: v for k, v in tensors.items() if k.startswith(names)})
-    return StageTensors(body, heads)
+    return StageTensors(body, heads, adapter)
 
 
 def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
@@ -138,6 +145,7 @@ def exit_folder(export: Path, stage: int) -> Path:
 def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors, has_head: bool) -> None:
     """Writes what belongs to one stage: its layers into the whole model, its head into its exit."""
     write_shard(export / shard_name(stage, num_stages + 1), tensors.body)
+    write_share(export, stage, num_stages, tensors.adapter)
     if has_head:
         write_shard(exit_folder(export, stage) / shard_name(stage + 1, stage + 2), tensors.head)
 

@@ -16,7 +16,8 @@ Overlapping blocks, OverlapSchedule: one gradient comes back over each boundary,
     stage 0 | FBFBGFBGFBGGOFBFBGFBGFBGGO
     stage 1 |  FBFB FB FBO  FBFB FB FBO
 
-A local stage never waits for a later one, so it starts the next step at once and the pipe stays full.
+A local stage never waits for a later one, so it starts the next step at once and the pipe stays full. Blocks that are
+frozen have no backward passes.
 
 An instruction says all that it means; the engine asks nothing of the schedule that it is from. Beside buffer and block
 a ForwardPass may have
@@ -26,6 +27,7 @@ a ForwardPass may have
     teaches         soft targets are made for the block before
     detach_head     the loss trains the head alone
     body_waits      and not even a router loss trains the body
+    no_graph        nothing of the block is trained
 
 and a BackwardPass, which is from the block's own loss unless it is
 
@@ -39,7 +41,7 @@ and a BackwardPass, which is from the block's own loss unless it is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ class Schedule(ABC):
 
     name: what the planner calls it. back: what comes back over each boundary, of each micro-batch: nothing, GRADIENT or
     SOFT_TARGETS. passes_again: all blocks but the model's last one have a second backward pass, for the gradient.
-    heads_alone: all heads but the model's last one train, and the layers below them do not.
+    heads_alone: all heads but the model's last one train, and the layers below them do not. frozen: blocks of the stage
+    that are not trained.
     """
 
     name: ClassVar[str] = ""
@@ -61,13 +64,21 @@ class Schedule(ABC):
     passes_again: ClassVar[bool] = False
 
     def __init__(
-        self, micro_batches: int, stages: int, stage_id: int, num_blocks: int = 1, *, heads_alone: bool = False
+        self,
+        micro_batches: int,
+        stages: int,
+        stage_id: int,
+        num_blocks: int = 1,
+        *,
+        heads_alone: bool = False,
+        frozen: Collection[int] = (),
     ):
         self.micro_batches = micro_batches
         self.stages = stages
         self.stage_id = stage_id
         self.num_blocks = num_blocks
         self.heads_alone = heads_alone
+        self.frozen = frozen
 
     @abstractmethod
     def steps(self) -> Iterator[list[PipeInstruction]]:
@@ -108,6 +119,7 @@ class Schedule(ABC):
 
         if self.heads_alone and not self.is_last(block):
             meaning |= {"detach_head": True, "body_waits": True}
+        meaning |= {"no_graph": block in self.frozen}
         leaves = block == self.num_blocks - 1 and not self.is_last_stage
         said = {name: True for name, holds in meaning.items() if holds}
         return [ForwardPass(buffer, block=block, **said), *([SendActivation(buffer)] if leaves else [])]
@@ -178,7 +190,8 @@ class LocalSchedule(Schedule):
         for micro_batch in range(self.micro_batches):
             commands = [self.enter(0)]
             for block in range(self.num_blocks):
-                commands += [*self.forward(0, block), self.backward(0, block)]
+                commands += self.forward(0, block)
+                commands += [] if block in self.frozen else [self.backward(0, block)]
             yield commands + self.end(micro_batch)
 
 

@@ -76,6 +76,7 @@ class Anatomy:
     before the layers, in a layer on average, and behind them. grid: height and width of hidden states (B, D, H, W),
     which are (B, H*W, D) outside the model; () where they are that inside it; keeps_channels_last: how their numbers
     lie in memory. fresh: parameters that the run makes anew, whatever a checkpoint has (model/classes.py).
+    adapted: matrices beside which adapters train (model/lora.py).
     """
 
     layers: str
@@ -99,6 +100,7 @@ class Anatomy:
     grid: tuple[int, ...] = ()
     keeps_channels_last: bool = False
     fresh: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:

@@ -59,6 +59,11 @@ class Slice:
     def is_last(self) -> bool:
         return self.span.stop == self.anatomy.num_layers
 
+    @property
+    def is_models_own(self) -> bool:
+        """Of a head: whether it is that of the model's last block."""
+        return self.has_head and self.span.start == self.anatomy.num_layers
+
     def base(self) -> PreTrainedModel:
         """The model below the output matrix: from ids to normed hidden states."""
         return getattr(self.model, self.anatomy.base)

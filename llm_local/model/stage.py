@@ -18,6 +18,7 @@ from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.head_start import begin_as_embedding, shrink_logits
 from llm_local.model.heads.head import Head, head_of
+from llm_local.model.lora import add_adapters, original_name
 from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
@@ -32,11 +33,12 @@ EXITS = "exits."  # in a checkpoint, the heads that are not the model's own
 
 
 def named_once(places: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers of modules, each behind its prefix; what two places share has the first name."""
+    """Parameters and saved buffers of modules, each behind its prefix, as if there were no adapters beside them; what
+    two places share has the first name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for prefix, module in places:
         for name, tensor in module.state_dict(keep_vars=True).items():
-            found.setdefault(id(tensor), (f"{prefix}{name}", tensor))
+            found.setdefault(id(tensor), (f"{prefix}{original_name(name)}", tensor))
     return dict(found.values())
 
 
@@ -171,6 +173,11 @@ class Block(nn.Module):
         return self.body.span
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of the block is trained."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
     def _head_prefix(self) -> str:
         """What the names of the head begin with in a checkpoint: nothing, if it is the model's own."""
         return "" if self.body.is_last else f"{EXITS}{self.span.stop}."
@@ -265,8 +272,14 @@ def build_block(
     if anatomy.tied and not config.model.model_name_or_path:
         begin_as_embedding(head, body, model_config, config.train.seed, config.model.trust_remote_code)
     kind.connect(config, head, body)
+    add_adapters(config, body)
+    if config.local.lora_rank is not None and head.is_models_own:
+        head.model.requires_grad_(False)
     mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
-    return Block(body, head, kind, mixes, documents, wants_router_loss(model_config))
+    block = Block(body, head, kind, mixes, documents, wants_router_loss(model_config))
+    if partition.stage_of(index) in config.frozen_stages:
+        block.requires_grad_(False)
+    return block
 
 
 def build_blocks(

@@ -21,6 +21,7 @@ EACH = ("memory_gb", "memory_tb_per_second", "device_tflops")  # one number, or 
 ANY = "any"
 # of a run, that a plan sets itself or that say nothing here
 _SET = ("method", "head", "num_stages", "stage_replicas", "stage_layers", "final_backprop_steps", "deepspeed")
+_TUNING = ("freeze_stages", "lora_rank")
 
 
 def check_plan(given: Mapping[str, Any], config: Config) -> None:
@@ -46,7 +47,9 @@ def check_plan(given: Mapping[str, Any], config: Config) -> None:
     ]
     if (size := config.local.tensor_parallel_size) > 1:
         problems.append(f"--tensor_parallel_size {size}: no layout that divides layers is ranked yet; leave it out")
-    for method in given["method"]:
+    tuned = [name for name in _TUNING if getattr(config.local, name) is not None]
+    problems += [f"--{name}: a plan is of models that are trained whole; leave it out" for name in tuned]
+    for method in given["method"] if not tuned else ():
         for head in given["head"] or default_heads(config):
             problems += static_problems(Candidate(method, 1, 1, 0, head).flags(config), 1, True, True)
     if problems := [problem for problem in dict.fromkeys(problems) if problem]:

@@ -76,6 +76,7 @@ def facts_of(setup: Setup, replicas: Sequence[int], sources: Sequence[PackedSour
                 "replicas": replicas[stage],
                 "private_layers": private if config.method.has_local_losses else [0] * len(private),
                 "flops": sum(flops[blocks.start : blocks.stop]),
+                "frozen": stage in config.frozen_stages,
             }
         )
     return {

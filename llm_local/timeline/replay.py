@@ -58,7 +58,7 @@ def durations(trace: RunTrace, stage: int, steps: Iterable[int]) -> Durations:
     reduce = [took[name] for name in ("ReduceGrads", "ReduceTiedGrads", "OptimizerStep") if took[name]]
     return Durations(
         forward=fmean(took["ForwardPass"]),
-        backward=fmean(took["BackwardPass"]),
+        backward=fmean(took["BackwardPass"] or took["ForwardPass"]),  # a frozen stage has none
         optimizer=sum(fmean(seconds) for seconds in reduce),
         link=fmean(packets) if packets else 0.0,
     )

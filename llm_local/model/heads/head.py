@@ -61,6 +61,8 @@ class Head:
         """Finishes the output matrix of a new head; where the model ties it to the embedding, the first block's is."""
         if not (body.is_first and body.anatomy.tied):
             return
+        if config.local.lora_rank is not None and not head.is_models_own:
+            return  # it trains, and the embedding does not
         output: Any = head.model.get_output_embeddings()
         embedding: Any = body.model.get_input_embeddings()
         # files that hold two different ones are believed before the config, as transformers does it
