@@ -64,10 +64,6 @@ def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:
     local, train, zero = config.local, config.train, settings.get("zero_optimization", {})
     if config.is_pipelined:
         yield f"DeepSpeed's pipeline (method={local.method} on several stages) divides no layers; use num_stages=1"
-    elif config.method.back_dtype(local, config.precision, config.wire_dtype) is not None:
-        why = next((n for n in ("distillation_weight", "final_backprop_steps") if getattr(local, n)), "method")
-        what = f"{why}={getattr(local, why)}"
-        yield f"{what} sends something back over the boundaries, which divided stages do not yet; leave it out"
     if local.stage is not None:
         yield f"jobs do not divide layers yet; leave out stage={local.stage}, for one launch of all stages"
     if local.replica_sync_steps:

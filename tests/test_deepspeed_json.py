@@ -60,7 +60,7 @@ def optimizer(kind: str, **settings: Any) -> dict[str, Any]:
             "torch_autocast does nothing in a run: give -",
         ),
         ({"compile": {"deepcompile": True}}, "compile does nothing in a run: give --torch_compile true"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel does nothing in a run: --num_stages divides"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size=2, the run has tensor_parallel_size=1"),
         (zero(stage=2, zenflow={"topk_ratio": 0.1}), "zero_optimization.zenflow does nothing in a run"),
         (zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/tmp"}), "offload_param.device=nvme is where no"),
     ],

@@ -34,10 +34,11 @@ from llm_local.links.message import HEADER_BYTES, PacketHeader, Shaped, body_siz
 from llm_local.links.packet import END, KINDS, Packet
 from llm_local.links.together import SharedReceiver
 from llm_local.links.transports import RECEIVER, SENDER, Gloo, Nccl, transport
+from llm_local.place import Place
 from llm_local.rendezvous import fetch
 from llm_local.trace import RECEIVE, REFRESH, Event, Tracer
 from llm_local.watchdog import LostPeer, Peer
-from llm_local.world import World
+from llm_local.world import TensorRanks, World
 
 _CLOSED = "closed"
 _HEADERS = 0  # their tag; bodies have the ones from 1 on
@@ -326,12 +327,28 @@ class Links:
         refresh_dtype: that of a shared head's matrix, where the run has such."""
         if world.tensor is None:
             return Links._own(world, wire_dtype, max_in_flight, back_dtype, refresh_dtype)
-        assert (back_dtype, refresh_dtype) == (None, None), "tensor_problems.py refuses what comes back"
-        first, nobody = world.place.tensor_rank == 0, SenderToAll([])
-        links = Links._own(world, wire_dtype, max_in_flight, None, None) if first else Links(sender=nobody)
-        shared = SharedReceiver(links.receiver, world.tensor, world.device)
-        is_first, is_last = world.place.is_first_stage, world.place.is_last_stage
-        return Links(None if is_first else shared, None if is_last else links.sender)
+        assert refresh_dtype is None, "tensor_problems.py refuses a shared head"
+        links, place = Links(), world.place
+        if place.tensor_rank == 0:
+            links = Links._own(world, wire_dtype, max_in_flight, back_dtype, None)
+        return links._shared(world.tensor, world.device, place, back_dtype is not None)
+
+    def _shared(self, ranks: TensorRanks, device: torch.device, place: Place, comes_back: bool) -> Links:
+        """What the ranks of a replica have of the first one's."""
+
+        def received(end: StepReceivingEnd | None, is_any: bool) -> StepReceivingEnd | None:
+            return SharedReceiver(end, ranks, device) if is_any else None
+
+        def sent(end: SendingEnd | None, is_any: bool) -> SendingEnd | None:
+            return (end or SenderToAll([])) if is_any else None
+
+        has_before, has_behind = not place.is_first_stage, not place.is_last_stage
+        return Links(
+            received(self.receiver, has_before),
+            sent(self.sender, has_behind),
+            received(self.gradient_receiver, has_behind and comes_back),
+            sent(self.gradient_sender, has_before and comes_back),
+        )
 
     @staticmethod
     def _own(
