@@ -22,10 +22,9 @@ def plain(tmp_path: Path) -> dict[str, object]:
     return settings | {"max_grad_norm": 0, "eval_batches": 0}
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_weight_is_a_factor_of_the_gradient_and_not_of_the_loss(trainer: Trainer, zero: int):
+def test_a_weight_is_a_factor_of_the_gradient_and_not_of_the_loss(trainer: Trainer):
     settings = {"num_stages": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
-    settings |= {"deepspeed": f"configs/ds/zero{zero}.json"}
+    settings |= {"deepspeed": "configs/ds/zero3.json"}
     one, other = (trainer.run(str(w), 2, **settings, block_loss_weights=w) for w in (None, "0.5,3"))
     assert block_losses(one, 2) == block_losses(other, 2)
     assert block_losses(one, 2, "eval") != block_losses(other, 2, "eval")
@@ -41,13 +40,12 @@ def test_adam_does_not_notice_a_constant_factor(trainer: Trainer):
     assert block_losses(one, 1) == block_losses(other, 1), "powers of two move no bit"
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
-def test_where_two_losses_meet_each_has_its_weight(trainer: Trainer, plain: dict, num_stages: int):
+def test_where_two_losses_meet_each_has_its_weight(trainer: Trainer, plain: dict):
     """Overlapping windows of layers 0-2 and 2-3: the gradient of layer 2 is the weighted sum of both losses'."""
-    settings = {"method": "overlapping", "layers_per_block": 3, "block_stride": 2, "num_stages": num_stages, **plain}
+    settings = {"method": "overlapping", "layers_per_block": 3, "block_stride": 2, "num_stages": 2, **plain}
 
     def trained(text: str) -> dict[str, torch.Tensor]:
-        return weights(trainer.run(text.replace(",", "-"), num_stages, **settings, block_loss_weights=text) / "export")
+        return weights(trainer.run(text.replace(",", "-"), 2, **settings, block_loss_weights=text) / "export")
 
     first, second, both, weighted = (trained(text) for text in ("1,0", "0,1", "1,1", "2,3"))
     moved = set()

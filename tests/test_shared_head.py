@@ -286,19 +286,18 @@ def test_a_refresh_is_read_from_its_step_on_and_counted(trainer: Trainer):
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, {"num_stages": 2}),
         (1, {"num_stages": 1, "layers_per_block": 1}),
         (3, {"num_stages": 3, "stage_layers": "1,1,2", "layers_per_block": 1}),
         (4, {"num_stages": 2, "deepspeed": CONFIGS / "zero3.json", "bf16": True}),
     ],
-    ids=["two-stages", "one-process", "relayed", "zero3-bf16"],
+    ids=["one-process", "relayed", "zero3-bf16"],
 )
 def test_resume_in_the_middle_of_a_transit_equals_never_having_stopped(trainer: Trainer, ranks: int, settings: dict):
     """Taken after step 4, read from step 7 on; the checkpoints of step 4, 5 and 6 have it on its way."""
     common = {**settings, "head": "shared", "head_refresh_steps": 4, "head_layers": 1, "eval_batches": 1}
     straight = trainer.run("straight", ranks, max_steps=9, save_steps=1, **common)
     losses = block_losses(straight, settings["num_stages"])
-    for step in (4, 6, 8):
+    for step in (4, 6):
         checkpoint = straight / f"checkpoints/step-{step:08d}"
         resumed = trainer.run(f"from-{step}", ranks, max_steps=9, resume_from_checkpoint=checkpoint, **common)
         assert block_losses(resumed, settings["num_stages"]) == losses[step:]
