@@ -32,6 +32,7 @@ from llm_local.adapters.deepspeed_internals import (
 )
 from llm_local.adapters.torch_internals import buffers_of
 from llm_local.config import Config
+from llm_local.ds_config import fit_bucket
 from llm_local.model.stage import Block
 from llm_local.model.tensor_parallel import part_of
 from llm_local.world import TensorRanks
@@ -229,6 +230,7 @@ def make_block_engine(
     """A DeepSpeed engine around one block. Every rank of the stage must call; ranks: between which it is divided."""
     if block.is_frozen:
         return _frozen_engine(config, block, settings)
+    settings = fit_bucket(settings, sum(p.numel() for p in block.parameters() if p.requires_grad))
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)
     arguments = engine_arguments(config, block, settings, waiting)

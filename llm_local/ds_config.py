@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from llm_local.config import Config, ConfigError, from_here
 
 Json = dict[str, Any]
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 # DeepSpeed's monitors, and which of their settings tells the stages apart
 MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}
 
@@ -161,6 +162,13 @@ def monitor_folder(settings: Json) -> Path | None:
     """Where a monitor of DeepSpeed's writes files, if one does."""
     found = (settings[name] for name, key in MONITORS.items() if key and settings.get(name, {}).get("enabled"))
     return next((Path(each.get("output_path", ""), each["job_name"]) for each in found), None)
+
+
+def fit_bucket(settings: Json, trained: int) -> Json:
+    """With a bucket for gradients, which DeepSpeed makes as large as it may be, no larger than all that there are."""
+    zero = settings["zero_optimization"]
+    size = min(int(zero.get("reduce_bucket_size", BUCKET)), trained)
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": size}} if zero["stage"] else settings
 
 
 def _autos(value: Any, name: str) -> Iterator[str]:

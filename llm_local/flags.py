@@ -353,6 +353,9 @@ class TrainArguments:
     fp16: bool = _option(False, "Train in float16, where the accelerator can.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass (non-reentrant).")
     torch_compile: bool = _option(False, "Compile the layers with torch.compile, each by itself.")
+    ignore_memory_check: bool = _option(
+        False, "Start also where the run is expected to need more memory than there is.", decides=START
+    )
     deepspeed: str | None = _option(None, "DeepSpeed JSON; 'auto' values are filled from the flags.", is_read=True)
     logging_strategy: str | None = _option(
         None, "When metrics are recorded; default: every logging_steps.", choices=STRATEGIES, decides=WATCH

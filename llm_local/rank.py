@@ -123,7 +123,8 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
     with writing(config.cache_dir, reads=True):
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = with_epochs(config, launch.world_size)
-            setup = replace(preflight(config, launch.world_size), given=given)  # which may have images to fetch
+            setup = preflight(config, launch.world_size, launch.local_world_size)  # which may have images to fetch
+            setup = replace(setup, given=given)
         if meeting is not None:
             setup = _with_devices(setup, launch, meeting)
         with nullcontext() if meeting is None else meeting.kept_waiting():

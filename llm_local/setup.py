@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from llm_local.config import Config, from_flat
 from llm_local.evaluation import EvalSet
+from llm_local.memory.stage import Memory
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
 from llm_local.partition import Partition
@@ -34,7 +35,8 @@ class Setup:
     them. model: the model's config (see model_values). generation: what the export's generation_config.json holds.
     code: modules of the model's own, by file name. checkpoint: the folder that the run goes on from. refused_exits: why
     an exit is no model of its own, by its name. tokenizer: key of a fast one. counts: documents and tokens of each data
-    set that is on disk. run, life: of a job, the run's identity and how many times the job has started.
+    set that is on disk. run, life: of a job, the run's identity and how many times the job has started. memory: what a
+    rank of each stage is expected to need.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Setup:
     eval_sets: tuple[EvalSet, ...] = ()
     run: str = ""
     life: int = 0
+    memory: tuple[Memory, ...] = ()
 
     def model_config(self) -> PretrainedConfig:
         """The model's config, a new object."""

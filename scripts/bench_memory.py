@@ -1,44 +1,125 @@
-"""Activations that stage 0 holds for backward passes, against the number of stages.
+"""Bytes that a rank takes, beside what a start expects; activations of stage 0, against the number of stages.
 
-python scripts/bench_memory.py [--stages 2,4,8]
+python scripts/bench_memory.py [--stages 2,4,8] [--layouts "2 stages, bf16"]    (what is left out stays as it was)
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import METHODS, BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
+from llm_local.bench.cases import METHODS, ROOT, BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
 from llm_local.files import ends_with_a_line
 
-INTRODUCTION = """
+EXPECTED = """
+## Expected and measured
+
+MB of a rank: what the start expected; the most bytes that tensors took at a time, from before the stage was made to the
+end of 3 steps, counted by torch's profiler; the most resident memory, less what the process took before. Of the rank
+that took most. A Llama of 8 layers of width 512 and 16,384 tokens; fp32 and 4 rows of 256 tokens where nothing else is
+said.
+"""
+ALIVE = """
+## Activations and the number of stages
+
 The most bytes that autograd graphs of stage 0 held at a time, counted tensor by tensor, in MB. Two layers a stage, 8
 micro-batches of 4 x 128 tokens. Local learning has one micro-batch there however long the pipe; 1F1B has one for each
 stage. Local learning's includes its head and loss.
 """
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 16384}
+ALONE: dict[str, Any] = {"num_stages": 1}  # the ranks are replicas
+ZERO = {stage: str(ROOT / f"configs/ds/zero{stage}.json") for stage in (1, 2, 3)}
+OFFLOAD = {stage: str(ROOT / f"configs/ds/zero{stage}_offload.json") for stage in (2, 3)}
+# two ranks each
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "2 stages": {},
+    "2 stages, bf16": {"bf16": True},
+    "2 stages, 2 blocks each, 4 micro-batches": {
+        "layers_per_block": 2,
+        "gradient_accumulation_steps": 4,
+    },
+    "2 stages, decoder heads, 32 rows, checkpointing": {
+        "head": "decoder",
+        "head_layers": 1,
+        "per_device_train_batch_size": 32,
+        "gradient_checkpointing": True,
+    },
+    "2 stages, shared head, 16 rows, 16 packets in flight": {
+        "head": "shared",
+        "per_device_train_batch_size": 16,
+        "max_packets_in_flight": 16,
+    },
+    "2 stages, 1F1B, 4 micro-batches of 8 rows": {
+        "method": "backprop",
+        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 8,
+    },
+    "2 stages, checkpoints": {"save_steps": 1},
+    "2 replicas, fp32, ZeRO-1": {**ALONE, "deepspeed": ZERO[1]},
+    "2 replicas, bf16, ZeRO-1": {**ALONE, "bf16": True, "deepspeed": ZERO[1]},
+    "2 replicas, bf16, ZeRO-2, 2 micro-batches": {
+        **ALONE,
+        "bf16": True,
+        "deepspeed": ZERO[2],
+        "gradient_accumulation_steps": 2,
+    },
+    "2 replicas, bf16, ZeRO-2, optimizer offloaded": {**ALONE, "bf16": True, "deepspeed": OFFLOAD[2]},
+    "2 replicas, bf16, ZeRO-3": {**ALONE, "bf16": True, "deepspeed": ZERO[3]},
+    "2 replicas, fp32, ZeRO-3, 32 rows": {**ALONE, "deepspeed": ZERO[3], "per_device_train_batch_size": 32},
+    "2 replicas that meet every 2 steps": {**ALONE, "replica_sync_steps": 2},
+}
+
+
+def peaks(name: str, steps: int) -> list[dict[str, Any]]:
+    """What each rank of a layout measured."""
+    shared = {**bench_model(**WIDE, num_hidden_layers=8), "seq_length": 256, "per_device_train_batch_size": 4}
+    return run_case(Case(name, 2, "peak", "local", {**shared, **LAYOUTS[name]}, steps))
+
+
+def saved_bytes(system: str, stages: int) -> list[int]:
+    """The most bytes that graphs of each rank held."""
+    flags = {**bench_model(num_hidden_layers=2 * stages), "method": METHODS[system], "seq_length": 128}
+    flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
+    flags |= {"stage_layers": ",".join(["2"] * stages)}
+    return [rank["peak_saved_bytes"] for rank in run_case(Case(system, stages, "memory", system, flags, 2))]
+
+
+def page(layouts: dict[str, Any], saved: dict[str, Any]) -> str:
+    rows = []
+    for name in (name for name in LAYOUTS if name in layouts):
+        most = max(layouts[name], key=lambda rank: rank["counted"])
+        sizes = [most[what] / 1e6 for what in ("expected", "counted", "resident")]
+        rows.append([name, *(f"{size:.0f}" for size in sizes), f"{sizes[0] / sizes[1]:.2f}"])
+    expected = table(["2 ranks", "expected", "counted", "resident", "expected / counted"], rows)
+    rows = [[n, *(f"{saved[n][system][0] / 1e6:.2f}" for system in METHODS)] for n in sorted(saved, key=int)]
+    stages = table(["stages", "local, stage 0", "deepspeed 1F1B, stage 0"], rows)
+    return f"{EXPECTED}\n{expected}\n{ALIVE}\n{stages}"
 
 
 @ends_with_a_line(BenchmarkError)
 def main(arguments: list[str] | None = None) -> int:
-    parser = arguments_of(__doc__, repeats=1, steps=2)
-    parser.add_argument("--stages", default="2,4,8", help="numbers of stages (default 2,4,8)")
+    parser = arguments_of(__doc__, repeats=1, steps=3)
+    parser.add_argument("--stages", default="2,4,8", help="numbers of stages (default 2,4,8; '': none)")
+    parser.add_argument("--layouts", default="", help="those whose name has this alone (default all)")
     given = parser.parse_args(arguments)
-    rows, data = [], {}
-    for stages in map(int, given.stages.split(",")):
-        peaks = {}
-        for system, method in METHODS.items():
-            flags = {**bench_model(num_hidden_layers=2 * stages), "method": method, "seq_length": 128}
-            flags |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
-            flags |= {"stage_layers": ",".join(["2"] * stages)}
-            print(f"{stages} stages: {system}", file=sys.stderr)
-            ranks = run_case(Case(system, stages, "memory", system, flags, given.steps))
-            peaks[system] = [rank["peak_saved_bytes"] for rank in ranks]
-        data[str(stages)] = peaks
-        rows.append([str(stages), *(f"{peaks[system][0] / 1e6:.2f}" for system in METHODS)])
-    header = ["stages", "local, stage 0", "deepspeed 1F1B, stage 0"]
-    write(given.output, "memory", f"{INTRODUCTION}\n{table(header, rows)}", {"peak_saved_bytes": data})
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # what is freed leaves the process
+    file = given.output / "memory.json"
+    data = json.loads(file.read_text()) if file.exists() else {}
+    layouts, by_stages = data.setdefault("peak_bytes", {}), data.setdefault("peak_saved_bytes", {})
+    for name in (name for name in LAYOUTS if given.layouts in name):
+        print(name, file=sys.stderr, flush=True)
+        layouts[name] = peaks(name, given.steps)
+        file.write_text(json.dumps(data))
+    for stages in filter(None, given.stages.split(",")):
+        print(f"{stages} stages", file=sys.stderr, flush=True)
+        by_stages[stages] = {system: saved_bytes(system, int(stages)) for system in METHODS}
+    data.pop("machine", None)
+    write(given.output, "memory", page(layouts, by_stages), data)
     return 0
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llm_local.config import Config
+from llm_local.memory.sizes import read_model
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine
-from llm_local.plan.model import read_model
 
 # wide enough that a head is 1/8 of the eight layers
 MODEL = {
@@ -43,4 +43,4 @@ def planner_of(model: Path, machine: Machine, rows: int) -> Planner:
         data=replace(base.data, seq_length=1024),
         train=replace(base.train, bf16=True, per_device_train_batch_size=rows),
     )
-    return Planner(*read_model(config.model), machine, config, rows=machine.devices * rows)
+    return Planner(*read_model(config.model, 1024, "bf16"), machine, config, rows=machine.devices * rows)

@@ -17,7 +17,7 @@ methods: schedule soft_targets final_steps method backprop chunked greedy overla
 tasks: task causal_lm masked_lm image_classification
 trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
-owner device aside launch trace stopping watchdog rendezvous place world
+owner device room aside launch trace stopping watchdog rendezvous place world
 links: packet wire message link transports dealt together ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache levels observation remote_code overrides token_ids anatomy standins slices pretrained
@@ -31,10 +31,11 @@ data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems tensor_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder adapter stages parts model_card sample reading
+memory: activations sizes engine parts stage
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial tensor_trial exit_check class_problems tokenizer_check weight_problems
-checks: engine_trial preflight
+checks: engine_trial memory_check preflight
 job_status job_start job
 report: curves library facts read charts tables now timeline page
 examine assembly outer_optimizer run_trace recorder rank best finish
@@ -42,7 +43,7 @@ training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report
 study: points comparison runs
-plan: times machine memory model stages layouts splits failing report search
+plan: times machine stages layouts splits failing report search
 bench: saved_bytes plain peers worker figures cases calibration relay
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate predict

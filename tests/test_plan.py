@@ -14,7 +14,7 @@ from planning import MODEL
 from llm_local.checks.tiny import tiny_config
 from llm_local.export.model_folder import model_without_memory
 from llm_local.flags import ModelArguments
-from llm_local.plan.model import read_model
+from llm_local.memory.sizes import read_model
 from llm_local.plan.stages import PEER_METHODS
 
 ROOT = Path(__file__).parent.parent

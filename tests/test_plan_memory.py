@@ -21,21 +21,19 @@ from transformers import (
 
 from llm_local.config import Config, ConfigError
 from llm_local.flags import ModelArguments
-from llm_local.methods.method import local_schedules
-from llm_local.partition import Costs, make_partition
-from llm_local.plan.memory import (
-    Memory,
-    ModelSizes,
-    Parameters,
+from llm_local.memory.engine import Zero, engine_memory
+from llm_local.memory.parts import (
     alive_passes,
     block_activations,
     layer_activations,
     packet_memory,
     pipeline_parameters,
     stage_parameters,
-    state_memory,
 )
-from llm_local.plan.model import read_model
+from llm_local.memory.sizes import ModelSizes, read_model
+from llm_local.memory.stage import Memory
+from llm_local.methods.method import local_schedules
+from llm_local.partition import Costs, make_partition
 from llm_local.plan.times import PEERS, Pipe, StageSeconds
 
 SMALL: dict[str, Any] = {"vocab_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -125,14 +123,15 @@ def test_a_model_that_cannot_be_cut_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(("zero", "each"), [(0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64), (3, 16 / 64)])
 def test_states_are_those_of_the_zero_paper(zero: int, each: float):
     """Figure 1 of the paper: 7.5B parameters on 64 devices take 120, 31.4, 16.6 and 1.9 GB."""
-    found = sum(state_memory(Parameters(7_500_000_000, 0, 0), "bf16", zero, 64))
+    made = engine_memory(7_500_000_000, "bf16", Zero(zero, bucket=0, live=0), 64)
+    found = made.weights + made.optimizer + made.gradients + made.standing
     assert found == pytest.approx(7.5e9 * each)
     assert found / 1e9 == pytest.approx({0: 120, 1: 31.4, 2: 16.6, 3: 1.9}[zero], abs=0.05)
 
 
-def test_full_precision_has_no_second_weights():
-    assert sum(state_memory(Parameters(100, 0, 0), "fp32", 0, 1)) == 1600
-    assert state_memory(Parameters(100, 50, 10), "fp32", 3, 4) == (4 * 35 + 4 * 50, 4 * 25, 8 * 25)
+def test_full_precision_has_second_weights_under_zero_1_and_2_alone():
+    optimizers = [engine_memory(100, "fp32", Zero(stage), 4).optimizer for stage in range(4)]
+    assert optimizers == [800, 300, 300, 200]
 
 
 def _saved_bytes(num_layers: int, tokens: int) -> int:
@@ -153,8 +152,11 @@ def _saved_bytes(num_layers: int, tokens: int) -> int:
 
 
 def test_activations_are_what_a_llama_keeps(tmp_path: Path):
-    measured = (_saved_bytes(3, 64) - _saved_bytes(2, 64)) / 64
-    assert layer_activations(sizes_of(LLAMA, tmp_path), 64, "bf16") == pytest.approx(measured, rel=0.05)
+    measured = _saved_bytes(3, 64) - _saved_bytes(2, 64)
+    assert layer_activations(sizes_of(LLAMA, tmp_path), 64, "bf16") == pytest.approx(measured / 64, rel=0.05)
+    counted = read_model(ModelArguments(config_name=str(tmp_path / "config.json")), 64, "bf16")[1].activations
+    assert counted is not None
+    assert counted.kept == pytest.approx(measured, rel=0.02)
 
 
 def test_activations_of_korthikanti():
@@ -170,9 +172,10 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     base = Config()
     train = replace(base.train, per_device_train_batch_size=2, bf16=True)
     config = replace(base, train=train, data=replace(base.data, seq_length=50))
-    assert block_activations(sizes, 3, config) == 100 * 3 * 4000
+    norm = 100 * 8 * 100
+    assert block_activations(sizes, 3, config) == (100 * 3 * 4000 + norm, 100 * 2000)
     config = replace(config, train=replace(train, gradient_checkpointing=True))
-    assert block_activations(sizes, 3, config) == 100 * (3 * 200 + 4000)
+    assert block_activations(sizes, 3, config) == (100 * 3 * 200 + norm, 100 * 6000)
 
 
 @pytest.mark.parametrize("schedule", [s for s in (*local_schedules(), *PEERS) if s != "distillation"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 USED = {
     "torch.nn.modules.module": ("_modules", "_parameters", "_buffers"),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
+    "torch.utils._python_dispatch": ("TorchDispatchMode",),
     "torch._dynamo.config": ("disable",),
     "torch._inductor.cpp_builder": ("get_cpp_compiler",),
     "torch._inductor.exc": ("InvalidCxxCompiler",),
@@ -55,6 +59,49 @@ def fake_tensors() -> Any:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+class TensorBytes(TorchDispatchMode):
+    """Bytes of the storages that operations within it have made and that are still there, and the most at any time;
+    tensors may be fake. What a kernel takes and gives back by itself is not seen. torch/utils/_python_dispatch.py"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and id(storage) not in self.known:
+                self.known.add(id(storage))
+                self.hold(storage.nbytes())
+                weakref.finalize(storage, self.release, id(storage), storage.nbytes())
+        return result
+
+    def forget_peak(self) -> None:
+        """The most is that of what follows."""
+        self.peak = self.now
+
+    def hold(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def release(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
 
 
 def compile_nothing() -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -69,14 +69,16 @@ def main(text: str) -> None:
     os._exit(0)  # process groups of peers need not be taken down in order
 
 
-def begin(task: Task) -> Rank:
-    """A run as pretrain.py starts it, up to its first step."""
+def begin(task: Task, checked: Callable[[], None] = lambda: None) -> Rank:
+    """A run as pretrain.py starts it, up to its first step. checked: called when rank 0 has checked it."""
     flags = {"logging_steps": 1, "eval_batches": 0, "overwrite_output_dir": True, "max_grad_norm": 0.0, **task.flags}
     config: Config = from_flat({**flags, "max_steps": 1_000_000, "lr_scheduler_type": "constant"})
     launch = Launch.from_environment(os.environ)
     watchdog = Watchdog(launch.rank)
     watchdog.start()
-    return build(config, launch, watchdog, check(config, launch) if launch.rank == 0 else None)
+    start = check(config, launch) if launch.rank == 0 else None
+    checked()
+    return build(config, launch, watchdog, start)
 
 
 def leave(run: Rank) -> None:
@@ -226,6 +228,43 @@ def memory(task: Task) -> dict[str, Any]:
     return {"peak_saved_bytes": saved.peak}
 
 
+def peak(task: Task) -> dict[str, Any]:
+    """The most bytes that this rank's tensors took at a time, from before its stage is made to the end of the steps,
+    with a checkpoint of each where the flags ask for them; the most resident memory, less what there was before; and
+    what the start expects."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    base: list[int] = []
+
+    def checked() -> None:
+        base.append(_resident_bytes("VmRSS"))
+        Path("/proc/self/clear_refs").write_text("5")  # the most resident memory is that of what follows
+        profiler.start()
+
+    rank = begin(task, checked)
+    run = Run(rank)
+    for _ in islice(run.steps(), task.steps):
+        run.train_step()
+        if rank.config.save_interval:
+            run.save()
+    rank.saver.wait()
+    resident = _resident_bytes("VmHWM") - base[0]
+    profiler.stop()
+    leave(rank)
+    file = Path(task.results, f"trace-{rank.world.place.rank}.json")
+    profiler.export_chrome_trace(str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    # not the sum of the events: what another thread frees has none
+    counted = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    expected = rank.setup.memory[rank.world.place.stage]
+    return {"counted": counted, "resident": resident, "expected": expected.whole, "parts": asdict(expected)}
+
+
+def _resident_bytes(name: str) -> int:
+    """VmRSS: of this process; VmHWM: the most that there were."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
 def traffic(task: Task) -> dict[str, Any]:
     """Bytes that leave this rank in a step: of a link all, of DeepSpeed's pipeline hidden states and gradients alone,
     as its own models load token ids on every stage that reads them."""
@@ -335,6 +374,7 @@ MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "beside_plain": beside_plain,
     "efficiency": efficiency,
     "memory": memory,
+    "peak": peak,
     "traffic": traffic,
     "passes": passes,
     "stage": stage,

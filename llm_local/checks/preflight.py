@@ -24,6 +24,7 @@ from llm_local.checkpoint.line import another_run, documents_begin, find_checkpo
 from llm_local.checks.class_problems import class_problems, skipped_positions
 from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
+from llm_local.checks.memory_check import MemoryCheck, room_of
 from llm_local.checks.profile import measure_costs
 from llm_local.checks.tensor_trial import division_problems
 from llm_local.checks.tokenizer_check import tokenizer_warnings
@@ -43,8 +44,9 @@ from llm_local.flags import FLAGS
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.job_problems import surroundings_problems
 from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, STATUS
+from llm_local.memory.sizes import Measuring, ModelSizes
 from llm_local.metrics import keep_until
-from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe, text_config
+from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe_and, text_config
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
@@ -69,8 +71,9 @@ OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, 
 OURS += ("report.html", "tensorboard", "csv", TRACE, IDENTITY, STATUS, DONE, LOG, LOG_BACK)
 
 
-def preflight(given: Config, world_size: int) -> Setup:
-    """Checks the whole run. Raises ConfigError with every problem that was found."""
+def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setup:
+    """Checks the whole run. local_world_size: ranks of this host, by default all. Raises ConfigError with every problem
+    that was found."""
     config = replace(given, data=replace(given.data, add_bos=documents_begin(given)))
     with suppress(ConfigError):  # which deepspeed_problems has
         config = replace(config, deepspeed_json=load_json(config))
@@ -90,7 +93,25 @@ def preflight(given: Config, world_size: int) -> Setup:
     checkpoint, problems = _resume(config, found, world_size)
     if problems:
         raise ConfigError(problems)
-    return _set_up(given, config, checkpoint, found)
+    return _in_memory(_set_up(given, config, checkpoint, found), found, world_size, local_world_size or world_size)
+
+
+def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: int) -> Setup:
+    """With the bytes that the run needs. Raises ConfigError where they are not there."""
+    model_config, anatomy, _ = found.whole()
+    assert found.sizes is not None
+
+    def other_problems(config: Config) -> list[str]:
+        problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
+        return problems + _of_engines(deepspeed_problems, config, world_size) + _support_problems(config, model_config)
+
+    room = room_of(local_world_size)
+    check = MemoryCheck(model_config, anatomy, found.sizes, world_size, room, other_problems)
+    memory = check.of(setup.config, setup.partition)
+    problems, warnings = check.problems(setup.config, memory)
+    if problems and not setup.config.train.ignore_memory_check:
+        raise ConfigError(problems)
+    return replace(setup, memory=memory, warnings=(*setup.warnings, *problems, *warnings))
 
 
 def _of_engines(look: Callable[[Config, int], list[str]], config: Config, world_size: int) -> list[str]:
@@ -146,6 +167,7 @@ class _Model:
         self.anatomy: Anatomy | None = None
         self.partition: Partition | None = None
         self.warnings: tuple[str, ...] = ()
+        self.sizes: ModelSizes | None = None
 
     def sized(self, config: Config) -> Config:
         """With as many tokens a row as the model makes of one, where that is fixed."""
@@ -204,7 +226,9 @@ class _Model:
         else:
             with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
                 set_token_ids(self.config, special_tokens(config))
-        self.anatomy = probe(self.config, config.model, try_slices, shape)
+        kernel = attention_kernel(config.model, self.config)
+        measuring = Measuring(config.data.seq_length, config.precision, kernel, then=try_slices)
+        self.anatomy, self.sizes = probe_and(measuring, self.config, config.model, shape)
         convert(config)
         pretrained_generation(config)
         return self.config, self.anatomy

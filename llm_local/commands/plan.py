@@ -19,11 +19,11 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import Config, ConfigError, Parser, parse, refused
 from llm_local.files import Unwritten, ends_with_a_line, writing
+from llm_local.memory.sizes import read_model
 from llm_local.methods.method import local_methods
 from llm_local.plan import failing
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine, hosts_of, of_each
-from llm_local.plan.model import read_model
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
 from llm_local.plan.search import check_plan, search
 from llm_local.program import program
@@ -93,7 +93,7 @@ def make_planner(given: argparse.Namespace, rest: list[str]) -> Planner:
         link_latency_seconds=given.link_latency_us * 1e-6,
         devices_per_host=hosts if len(set(hosts)) > 1 else given.devices_per_host[0],
     )
-    anatomy, sizes = read_model(config.model)
+    anatomy, sizes = read_model(config.model, config.data.seq_length, config.precision)
     if anatomy.num_tokens:
         config = replace(config, data=replace(config.data, seq_length=anatomy.num_tokens))
     rows = given.devices * train.per_device_train_batch_size * train.gradient_accumulation_steps

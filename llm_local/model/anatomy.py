@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -58,6 +58,10 @@ from llm_local.registry import TASKS
 from llm_local.tasks.task import Task
 
 __all__ = ["Anatomy", "SliceError", "attention_kernel", "load_model_config", "probe", "text_config"]
+
+
+Found = TypeVar("Found")
+Trial: TypeAlias = "Callable[[PreTrainedModel, Anatomy], Any]"
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,19 @@ def attention_kernel(model: ModelArguments, config: PretrainedConfig) -> str | N
 def probe(
     config: PretrainedConfig,
     model: ModelArguments,
-    trial: Callable[[PreTrainedModel, Anatomy], None] | None = None,
+    trial: Trial | None = None,
     row_shape: tuple[int, ...] | None = None,
 ) -> Anatomy:
+    """As probe_and, without what comes of a trial."""
+    return probe_and(trial or _nothing, config, model, row_shape)[0]
+
+
+def probe_and(
+    trial: Callable[[PreTrainedModel, Anatomy], Found],
+    config: PretrainedConfig,
+    model: ModelArguments,
+    row_shape: tuple[int, ...] | None = None,
+) -> tuple[Anatomy, Found]:
     """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away: once in a
     process for the same config and trial. row_shape: of what it is fed (Task.row_shape); the config says it by default.
 
@@ -227,23 +241,23 @@ def _no_class(config: PretrainedConfig, task: Task) -> str:
     return f"task={task.name}: transformers has no {task.title} of model type {config.model_type!r}; {repair}"
 
 
+def _nothing(_model: PreTrainedModel, _anatomy: Anatomy) -> None:
+    pass
+
+
 @lru_cache(maxsize=64)
 def _watched_once(
-    config: bytes,
-    task: str,
-    kernel: str | None,
-    trial: Callable[[PreTrainedModel, Anatomy], None] | None,
-    row_shape: tuple[int, ...],
-) -> Anatomy:
+    config: bytes, task: str, kernel: str | None, trial: Trial, row_shape: tuple[int, ...]
+) -> tuple[Anatomy, Any]:
     return _watched(pickle.loads(config), ModelArguments(task=task, attn_implementation=kernel), trial, row_shape)
 
 
 def _watched(
     config: PretrainedConfig,
     model: ModelArguments,
-    trial: Callable[[PreTrainedModel, Anatomy], None] | None,
+    trial: Callable[[PreTrainedModel, Anatomy], Found],
     row_shape: tuple[int, ...],
-) -> Anatomy:
+) -> tuple[Anatomy, Found]:
     from transformers.initialization import no_init_weights
 
     task: Task = TASKS[model.task]
@@ -272,9 +286,7 @@ def _watched(
         if can_choose_experts_kernel(fake):
             fake.set_experts_implementation("batched_mm")  # the grouped kernel has no fake float32 version
         anatomy = _observe(fake, task, row_shape)
-        if trial is not None:
-            trial(fake, anatomy)
-        return anatomy
+        return anatomy, trial(fake, anatomy)
 
 
 def _materialise(model: PreTrainedModel) -> None:
@@ -314,7 +326,7 @@ def _blamed(config: PretrainedConfig, model: ModelArguments, row_shape: tuple[in
     found = []
     for name, value, default, values in _with_a_default(config):
         try:
-            _watched(type(config).from_dict(values), model, None, row_shape)
+            _watched(type(config).from_dict(values), model, _nothing, row_shape)
         except Exception:  # of whatever kind: that value is not to blame
             continue
         found.append(f"{name}={shorten(str(value), 60)} (the type's own is {shorten(str(default), 60)})")

@@ -39,6 +39,7 @@ def lora_config(config: Config, modules: Iterable[str] | str | None) -> Any:
     from peft import LoraConfig  # pyright: ignore[reportMissingImports] - an extra
 
     local = config.local
+    assert local.lora_rank is not None, "without it there are no adapters"
     return LoraConfig(
         r=local.lora_rank,
         lora_alpha=local.lora_alpha,

@@ -33,9 +33,14 @@ _GPU_CHUNK_LOGITS = 1 << 27
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Positions whose logits exist at a time, at least 16: about 4M logits, on a GPU, which small products do not fill,
-    up to 128M in a 64th of its memory."""
-    logits = _CHUNK_LOGITS if device.type == "cpu" else min(_GPU_CHUNK_LOGITS, memory_bytes(device) // 64 // 8)
+    """Positions whose logits exist at a time."""
+    return rows_at_a_time(vocab_size, 0 if device.type == "cpu" else memory_bytes(device))
+
+
+def rows_at_a_time(vocab_size: int, gpu_bytes: float) -> int:
+    """At least 16: about 4M logits, on a GPU, which small products do not fill, up to 128M in a 64th of its memory.
+    gpu_bytes: that it has; 0 on a CPU."""
+    logits = min(_GPU_CHUNK_LOGITS, int(gpu_bytes) // 64 // 8) if gpu_bytes else _CHUNK_LOGITS
     return max(16, logits // vocab_size)
 
 

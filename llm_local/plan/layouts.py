@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from llm_local.config import Config
+from llm_local.memory.sizes import ModelSizes
+from llm_local.memory.stage import Memory
 from llm_local.methods.method import PLAIN_ZERO, local_methods
 from llm_local.model.anatomy import Anatomy
 from llm_local.plan.machine import Machine
-from llm_local.plan.memory import Memory, ModelSizes
 from llm_local.plan.stages import PEER_METHODS, Candidate, Stages
 from llm_local.plan.times import Pipe, Prediction, predict_pipe
 from llm_local.registry import METHODS

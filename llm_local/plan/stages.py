@@ -1,4 +1,4 @@
-"""A layout, and what each of its stages takes: bytes by plan/memory.py, seconds by FLOPs and the machine's rates."""
+"""A layout, and what each of its stages takes: bytes by memory/stage.py, seconds by FLOPs and the machine's rates."""
 
 from __future__ import annotations
 
@@ -9,30 +9,19 @@ from itertools import accumulate, pairwise
 from math import gcd
 
 from llm_local.config import Config
-from llm_local.costs import Passes, Setting, Shape, count_passes, low_rank_parameters
+from llm_local.costs import Passes, Setting, Shape, count_passes
 from llm_local.cut import plan_partition, run_setting, run_shape
 from llm_local.head_problems import cut_problems
+from llm_local.memory.engine import BYTES, Zero
+from llm_local.memory.parts import TOKEN_IDS, Parameters, alive_passes, pipeline_parameters, wire_bytes
+from llm_local.memory.sizes import ModelSizes
+from llm_local.memory.stage import Load, Memory, load_of, memory_of
 from llm_local.methods.method import local_methods
 from llm_local.methods.schedule import GRADIENT, SOFT_TARGETS, Schedule
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.heads.head import head_of
 from llm_local.partition import Partition
 from llm_local.plan.machine import Group, Machine
-from llm_local.plan.memory import (
-    BYTES,
-    TOKEN_IDS,
-    Memory,
-    ModelSizes,
-    Parameters,
-    alive_passes,
-    block_activations,
-    head_memory,
-    packet_memory,
-    pipeline_parameters,
-    stage_parameters,
-    state_memory,
-    wire_bytes,
-)
 from llm_local.plan.times import Link, Pipe, StageSeconds
 from llm_local.registry import HEADS
 
@@ -100,7 +89,7 @@ class Stages:
             raise ValueError("what comes back over its boundaries needs as many replicas of each stage")
         self.micro_batches = config.train.gradient_accumulation_steps * layout.num_replicas  # of a step
         self.tokens = config.train.per_device_train_batch_size * config.data.seq_length  # of a micro-batch
-        self.parameters = [self._parameters(stage) for stage in range(layout.num_stages)]
+        self.loads = [self._load(stage) for stage in range(layout.num_stages)]
 
     @property
     def schedule(self) -> str:
@@ -138,13 +127,13 @@ class Stages:
 
     def memory(self) -> tuple[Memory, ...]:
         """Of a device of each stage."""
-        found: dict[tuple[Parameters, float, int, int, int], Memory] = {}
+        found: dict[tuple[Load, int, float], Memory] = {}
         memories = []
-        for stage, replicas in enumerate(self.layout.replicas):
-            links = self._links(stage, stage - 1), self._links(stage, stage + 1)
-            key = (self.parameters[stage], self._kept_layers(stage), replicas, *links)
+        for load, group in zip(self.loads, self.groups, strict=True):
+            key = (load, group.num_replicas, group.memory_bytes)
             if key not in found:
-                found[key] = self._memory(*key)
+                zero = Zero(self.layout.zero)
+                found[key] = memory_of(load, self.config, self.sizes, zero, group.num_replicas, group.memory_bytes)
             memories.append(found[key])
         return tuple(memories)
 
@@ -155,13 +144,6 @@ class Stages:
     def layers(self) -> tuple[int, ...]:
         """Of each stage."""
         return tuple(sum(len(self.partition.blocks[b]) for b in self._blocks(k)) for k in range(self.layout.num_stages))
-
-    def _links(self, stage: int, other: int) -> int:
-        """Of each replica, to those of a neighbour."""
-        if not 0 <= other < self.layout.num_stages:
-            return 0
-        mine, theirs = self.layout.replicas[stage], self.layout.replicas[other]
-        return theirs // gcd(mine, theirs)
 
     def pipe(self) -> Pipe:
         """What its step's time depends on."""
@@ -175,40 +157,21 @@ class Stages:
         dealt = tuple(count // alike for count in replicas) if self.layout.stage_replicas else ()
         return Pipe(self.schedule, *made, replicas=dealt)
 
-    def _parameters(self, stage: int) -> Parameters:
+    def _load(self, stage: int) -> Load:
         if self.layout.is_local:
-            return stage_parameters(self.sizes, self.partition, stage, self.config, self._private_parameters())
-        layers = sum(len(self.partition.blocks[block]) for block in self._blocks(stage))
-        return pipeline_parameters(self.sizes, layers, stage == 0, stage == self.layout.num_stages - 1)
-
-    def _private_parameters(self) -> int:
-        rank = self.config.local.head_rank
-        return self.sizes.layer_parameters if rank is None else low_rank_parameters(self.sizes.layer_matrices, rank)
+            return load_of(self.config, self.sizes, self.partition, self.layout.replicas, stage)
+        blocks, is_last = self._blocks(stage), stage == self.layout.num_stages - 1
+        share = self.micro_batches // self.layout.replicas[stage]
+        sizes = [len(self.partition.blocks[block]) for block in blocks]
+        kept = max(sizes) * alive_passes(self.schedule, self.layout.num_stages, stage, share, len(blocks))
+        parameters = pipeline_parameters(self.sizes, sum(sizes), stage == 0, is_last)
+        return Load(parameters, kept, is_last, is_last, share)
 
     def _blocks(self, stage: int) -> range:
         """The stage's blocks, or chunks."""
         if not self.layout.is_local:
             return range(stage, len(self.partition.blocks), self.layout.num_stages)
         return range(self.partition.stages[stage].start, self.partition.stages[stage].stop)
-
-    def _kept_layers(self, stage: int) -> float:
-        """Layers that the stage keeps a micro-batch's activations of, counted once for each micro-batch: of its largest
-        block, with private layers on the positions that they see."""
-        seen, schedule = self.config.local.head_token_fraction, self.config.head_layers_schedule
-        blocks = self._blocks(stage)
-        most = max(
-            len(self.partition.blocks[b]) + seen * len(self.partition.private_layers(b, schedule)) for b in blocks
-        )
-        share = self.micro_batches // self.layout.replicas[stage]
-        return most * alive_passes(self.schedule, self.layout.num_stages, stage, share, len(blocks))
-
-    def _memory(self, parameters: Parameters, kept: float, replicas: int, has_before: int, has_behind: int) -> Memory:
-        precision, is_local = self.config.precision, self.layout.is_local
-        states = state_memory(parameters, precision, self.layout.zero, replicas)
-        trains_matrix = not (is_local and head_of(self.config).shares_matrix and has_behind)
-        logits = head_memory(self.sizes, precision, trains_matrix) if is_local or not has_behind else 0.0
-        packets = packet_memory(self.sizes, self.config, has_before, has_behind) if is_local else 0.0
-        return Memory(*states, block_activations(self.sizes, kept, self.config), logits, packets)
 
     def _passes(self) -> tuple[Passes, ...]:
         """FLOPs of a token through each block. Of backpropagation the last head is the only one."""
@@ -225,7 +188,8 @@ class Stages:
         passes = self._passes()
         found: dict[tuple[tuple[Passes, ...], Parameters, Group], StageSeconds] = {}
         made = []
-        for stage, (parameters, group) in enumerate(zip(self.parameters, self.groups, strict=True)):
+        for stage, (load, group) in enumerate(zip(self.loads, self.groups, strict=True)):
+            parameters = load.parameters
             key = (tuple(passes[block] for block in self._blocks(stage)), parameters, group)
             if key not in found:
                 found[key] = self._with_collectives(self._computing(key[0], group), parameters, group)

@@ -2,48 +2,101 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_local.config import ConfigError
 from llm_local.export.stages import trim_config
 from llm_local.flags import ModelArguments
+from llm_local.memory.activations import EAGER, Activations, count_activations
 from llm_local.model.anatomy import (
     Anatomy,
     SliceError,
+    Trial,
     attention_kernel,
     experts_of,
     load_model_config,
-    probe,
+    probe_and,
     text_config,
 )
 from llm_local.model.levels import longest_level, num_layers_of
 from llm_local.model.overrides import parse_overrides
-from llm_local.plan.memory import ModelSizes
 from llm_local.registry import TASKS
 
 MOST_LAYERS = 16  # that are looked at; the rest is taken to be like them
+NORM = 8  # bytes of a number: what a norm of transformers keeps of its input in float32, and its output
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
-def read_model(model: ModelArguments) -> tuple[Anatomy, ModelSizes]:
-    """How the model is put together, and its numbers. Raises ConfigError for a config that is none, says no sizes, or
-    is of a model that cannot be cut."""
+@dataclass(frozen=True)
+class ModelSizes:
+    """The numbers of a model. Parameters are all that there are; active ones take part in a product with each token.
+
+    feed_forward_width: hidden units that a token passes, of all its experts; is_gated: with a second matrix beside.
+    layer_matrices: rows and columns of the matrices of a layer. keeps_scores: attention is not a fused kernel.
+    activations: of a row, of the length and in the precision that was asked for, where they could be counted.
+    """
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    layer_parameters: int
+    active_layer_parameters: int
+    head_parameters: int
+    embedding_parameters: int
+    is_tied: bool
+    feed_forward_width: int
+    is_gated: bool
+    num_attention_heads: int
+    max_positions: int | None = None
+    layer_matrices: tuple[tuple[int, int], ...] = ()
+    model_type: str = ""
+    keeps_scores: bool = False
+    activations: Activations | None = None
+
+    def divided(self, ranks: int, length: int) -> ModelSizes:
+        """Of each of some ranks that divide the layers, the output matrix and the embedding between them. What norms
+        keep is whole on each. length: of the rows whose activations were counted."""
+        if ranks == 1:
+            return self
+        whole = 2 * NORM * self.hidden_size * length
+        counted = self.activations
+        if counted is not None:
+            kept = min(whole, counted.kept) + max(0.0, counted.kept - whole) / ranks
+            counted = replace(counted, kept=kept)
+        return replace(
+            self,
+            vocab_size=self.vocab_size // ranks,
+            layer_parameters=self.layer_parameters // ranks,
+            head_parameters=self.head_parameters // ranks,
+            embedding_parameters=self.embedding_parameters // ranks,
+            activations=counted,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        once = self.embedding_parameters + (0 if self.is_tied else self.head_parameters)
+        return self.num_layers * self.layer_parameters + once
+
+
+def read_model(model: ModelArguments, seq_length: int = 0, precision: str = "bf16") -> tuple[Anatomy, ModelSizes]:
+    """How the model is put together, and its numbers; with a length of rows also what these take. Raises ConfigError
+    for a config that is none, says no sizes, or is of a model that cannot be cut."""
     config, task = load_model_config(model), TASKS[model.task]
     _require_sizes(model, config)
     num_layers = num_layers_of(task.part_of(config))
-    found: list[ModelSizes] = []
+    measuring = Measuring(seq_length, precision, attention_kernel(model, config))
     try:
         small = trim_config(config, min(num_layers, MOST_LAYERS), task)
-        anywhere = replace(model, attn_implementation="eager")  # the kernel may be on the machines that are planned for
-        anatomy = probe(small, anywhere, lambda fake, seen: found.append(_measure(fake, seen, num_layers)))
+        anywhere = replace(model, attn_implementation=EAGER)  # the kernel may be on the machines that are planned for
+        anatomy, sizes = probe_and(measuring, small, anywhere)
     except SliceError as error:
         raise ConfigError([str(error)]) from error
-    sizes = replace(found[0], keeps_scores=attention_kernel(model, config) == "eager")
-    return replace(anatomy, num_layers=num_layers), sizes
+    return replace(anatomy, num_layers=num_layers), replace(sizes, num_layers=num_layers)
 
 
 def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
@@ -69,7 +122,24 @@ _OLD = {
 }
 
 
-def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> ModelSizes:
+@dataclass(frozen=True)
+class Measuring:
+    """A trial of a watched model, which has its sizes. seq_length: of the rows whose activations are counted, if it is
+    not 0. then: what else is done to it."""
+
+    seq_length: int
+    precision: str
+    kernel: str | None
+    then: Trial | None = None
+
+    def __call__(self, model: PreTrainedModel, anatomy: Anatomy) -> ModelSizes:
+        sizes = _measure(model, anatomy, self)
+        if self.then is not None:
+            self.then(model, anatomy)
+        return sizes
+
+
+def _measure(model: PreTrainedModel, anatomy: Anatomy, wanted: Measuring) -> ModelSizes:
     text: Any = TASKS[anatomy.task].part_of(model.config)
     layers = model.get_submodule(anatomy.layers)
     whole = sum(p.numel() for p in layers.parameters())
@@ -78,8 +148,11 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
         head = sum(p.numel() for p in model.get_input_embeddings().parameters())
     outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
     width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
+    row = torch.zeros(1, *anatomy.row_shape) if anatomy.row_shape else torch.full((1, wanted.seq_length), 3)
+    inputs = {TASKS[anatomy.task].main_input: row}
+    precise = (wanted.precision, wanted.kernel)
     return ModelSizes(
-        num_layers=num_layers,
+        num_layers=anatomy.num_layers,
         hidden_size=anatomy.hidden_size,
         vocab_size=int(text.vocab_size) if not anatomy.row_shape else len(model.config.id2label or {}),
         layer_parameters=round(whole / anatomy.num_layers),
@@ -93,6 +166,8 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, num_layers: int) -> Model
         max_positions=getattr(text, "max_position_embeddings", None),
         layer_matrices=anatomy.layer_matrices,
         model_type=model.config.model_type,
+        keeps_scores=wanted.kernel == EAGER,
+        activations=count_activations(model, anatomy, inputs, *precise) if wanted.seq_length else None,
     )
 
 
