@@ -71,6 +71,10 @@ def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:
     if head_of(config).shares_matrix:
         yield f"the matrix of head={local.head} travels whole; use head=linear or decoder"
     yield from _unplanned(config)
+    if local.lora_rank is not None:
+        yield f"the matrices of lora_rank={local.lora_rank} have no plan; leave it out"
+    if local.freeze_stages is not None:
+        yield f"stages that are not trained (freeze_stages={local.freeze_stages}) have not been tried; leave it out"
     if (stage := zero_stage(settings)) > _MOST_ZERO:
         yield f"ZeRO stage {stage} gathers parameters over all ranks of a stage; use 0, 1 or 2"
     if config.precision == "bf16" and stage == 0:

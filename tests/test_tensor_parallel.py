@@ -202,6 +202,8 @@ ASKED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
         (4, {"num_stages": 2, "freeze_stages": "0"}, "frozen stages have not been tried with it; leave out freeze_sta"),
         (2, {"head": "shared"}, "the matrix of head=shared travels whole; use head=linear or decoder"),
         (2, {"head": "decoder", "head_layers": 1, "head_rank": 4}, "the matrices of head_rank=4 have no plan"),
+        (2, {"lora_rank": 4}, "the matrices of lora_rank=4 have no plan; leave it out"),
+        (4, {"num_stages": 2, "freeze_stages": "0"}, "stages that are not trained (freeze_stages=0) have not"),
         (2, {"deepspeed": DS / "zero3.json"}, "ZeRO stage 3 gathers parameters over all ranks of a stage; use 0, 1"),
         (2, {"deepspeed": DS / "zero2_offload.json"}, "offload has not been tried with it"),
         (2, {"bf16": True}, "DeepSpeed's bf16 without ZeRO clips by a norm that misses parts of matrices; use ZeRO st"),
