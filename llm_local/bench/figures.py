@@ -53,7 +53,8 @@ def _inline(picture: Path) -> str:
 
 def _table(lines: list[str]) -> str:
     columns, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    by_column = [_cells(list(column)) for column in zip(*rows, strict=True)]
+    settings, *others = ([*column] for column in zip(*rows, strict=True))
+    by_column = [[Cell(text) for text in settings], *map(_cells, others)]
     numeric = [any(cell.width for cell in column) for column in by_column]
     figures = Figures(columns, [list(row) for row in zip(*by_column, strict=True)], numeric)
     return template("figures.html").render(it=figures, markdown=lambda text: Markup(MarkdownIt().renderInline(text)))
