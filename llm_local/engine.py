@@ -189,7 +189,8 @@ class LocalEngine:
         self._tokens = 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
         frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
-        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), frozen=frozen)
+        told = {"frozen": frozen} if frozen else {}  # a schedule from elsewhere may not know of it
+        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **told)
         for commands in made.steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)

@@ -19,7 +19,7 @@ def pretrained(trainer: Trainer, **changes: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    folder = trainer.folder / "base"
+    folder = trainer.folder / "model"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(builtin_tokenizer_dir(trainer.cache)).save_pretrained(folder)
     return folder

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Trainer, weights
+from pretrained import pretrained
 from safetensors.torch import save_file
 from test_export import MINICPM3
 from test_remote_code import REPAIR, brings_code
@@ -92,6 +93,11 @@ def of_a_class_that_sets_not_all(trainer: Trainer) -> dict[str, Any]:
     return {"config_name": None, "model_name_or_path": folder, "tokenizer_name": builtin_tokenizer_dir(trainer.cache)}
 
 
+def with_peft(trainer: Trainer) -> dict[str, Any]:
+    pytest.importorskip("peft")
+    return {"config_name": None, "model_name_or_path": pretrained(trainer)}
+
+
 SHARED = {"head": "shared", "head_layers": 1, "head_rank": 4, "layers_per_block": 1}
 
 
@@ -105,8 +111,18 @@ SHARED = {"head": "shared", "head_layers": 1, "head_rank": 4, "layers_per_block"
         (2, {"num_stages": 2, "method": "overlapping"}, {"tie_word_embeddings": True}),
         (2, {"num_stages": 2}, differing_matrices),
         (2, {"num_stages": 2}, of_a_class_that_sets_not_all),
+        (3, {"num_stages": 3, "freeze_stages": "0", "lora_rank": 2}, with_peft),
     ],
-    ids=["zero1", "bf16-three", "shared-tied", "no-exits", "overlapping-tied", "pretrained-untied", "apertus"],
+    ids=[
+        "zero1",
+        "bf16-three",
+        "shared-tied",
+        "no-exits",
+        "overlapping-tied",
+        "pretrained-untied",
+        "apertus",
+        "frozen-adapted",
+    ],
 )
 def test_parts_become_what_one_launch_exports(
     trainer: Trainer, ranks: int, settings: dict[str, Any], model: dict[str, Any] | Callable

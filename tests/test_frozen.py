@@ -28,13 +28,24 @@ FROZEN = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.")
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("zero", "bf16"), [(0, True), (1, False), (2, False), (3, True)])
-def test_a_frozen_stage_keeps_its_weights_and_sends_its_packets(trainer: Trainer, zero: int, bf16: bool):
+@pytest.mark.parametrize(
+    ("zero", "bf16", "flags"),
+    [
+        (0, True, {}),
+        (1, False, {"head_warmup_steps": 1}),
+        (2, False, {"head": "shared", "stage_layers": "2,2"}),
+        (3, True, {}),
+    ],
+)
+def test_a_frozen_stage_keeps_its_weights_and_sends_its_packets(
+    trainer: Trainer, zero: int, bf16: bool, flags: dict[str, Any]
+):
     """And the run resumes bit for bit; DeepSpeed has no optimizer without parameters (its issue 5071)."""
     base = pretrained(trainer)
     common: dict[str, Any] = {
         **{"config_name": None, "model_name_or_path": base, "num_stages": 2, "freeze_stages": "0"},
         **{"deepspeed": CONFIGS / f"zero{zero}.json", "bf16": bf16, "save_steps": 2, "eval_batches": 1},
+        **flags,
     }
     straight = trainer.run("straight", 4, **common)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -86,6 +97,7 @@ def test_stages_are_frozen_and_trained_on(trainer: Trainer):
     assert all(torch.equal(after[name], before[name]) for name in kept)
     for stage in (0, 1):
         assert [r["loss"] for r in records(frozen, stage)] == [r["loss"] for r in records(ignored, stage)]
+    assert "1 head, frozen" in (frozen / "report.html").read_text()
     run = read_trace(frozen)
     names = {event.name for event in run.ranks[0].events if event.split == "train"}
     assert "BackwardPass" not in names

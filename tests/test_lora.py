@@ -18,8 +18,12 @@ from llm_local.checks.preflight import preflight
 from llm_local.commands.export import main as export
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.costs import Setting, Shape, count_passes
+from llm_local.export.adapter import complete_adapter, write_share
+from llm_local.export.model_folder import original_names
+from llm_local.export.stages import collect
 from llm_local.model.anatomy import load_model_config, probe
 from llm_local.model.lora import with_adapters
+from llm_local.model.pretrained import tensor_files
 from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 
@@ -195,6 +199,46 @@ def test_gradients_are_those_of_peft(trainer: Trainer):
             torch.testing.assert_close(ours.pop(name).grad, parameter.grad)
     assert not ours
     assert not any(p.requires_grad for p in block.head_model.parameters())
+
+
+KINDS = {
+    "gpt2": {key: value for key, value in GPT2.items() if key != "model_type"},
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"head_dim": 8, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_any_type_are_peft_s_model(trainer: Trainer, tmp_path: Path, kind: str):
+    """With all matrices of two blocks adapted; what is merged is what PEFT merges."""
+    base = pretrained(trainer, model_type=kind, **KINDS[kind])
+    run = from_flat({"model_name_or_path": str(base), "lora_rank": 4, "lora_target_modules": "all-linear"})
+    config, partition = load_model_config(run.model), Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
+    anatomy = with_adapters(run, config, probe(config, run.model), partition)
+    blocks = [build_block(run, config, anatomy, partition, index).eval() for index in (0, 1)]
+    hidden, tensors = None, []
+    with torch.no_grad():
+        for number, block in enumerate(blocks):
+            for parameter in block.body_model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+            hidden = block.features(IDS, hidden)
+            tensors.append(collect([block.body], block.head if number else None, False, True, {}))
+            write_share(tmp_path, number, 2, tensors[-1].adapter)
+        ours = blocks[-1].logits(hidden, IDS)
+    complete_adapter(tmp_path, run, str(base))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    plain, theirs = logits(model), peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert (ours - plain).abs().max() > plain.abs().max() / 2
+    torch.testing.assert_close(ours, logits(theirs))
+    merged = original_names(model, dict(theirs.merge_and_unload().state_dict()))
+    mine = tensors[0].body | tensors[1].body | tensors[1].head
+    assert set(mine) >= set(tensor_files(str(base)))
+    for name in set(mine) & set(merged):
+        torch.testing.assert_close(mine[name], merged[name])
 
 
 def test_matrices_that_stay_cost_no_gradient_of_their_own():

@@ -36,7 +36,7 @@ _A, _B, _BASE = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight", ".base_lay
 
 def lora_config(config: Config, modules: Iterable[str] | str | None) -> Any:
     """PEFT's, of the flags. modules: those that get adapters; None: as PEFT has it for the model's type."""
-    from peft import LoraConfig  # pyright: ignore[reportMissingImports] - an extra
+    from peft import LoraConfig
 
     local = config.local
     assert local.lora_rank is not None, "without it there are no adapters"
@@ -116,7 +116,8 @@ def _found(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> 
     model = model_without_weights(model_config, anatomy.task, trust_remote_code=config.model.trust_remote_code)
     inside = f"{anatomy.layers}."
     there = {n for n, m in model.named_modules() if n.startswith(inside) and isinstance(m, (nn.Linear, Conv1D))}
-    repair = f"use some of {', '.join(sorted({name.rpartition('.')[2] for name in there}))}, or {ALL_LINEAR}"
+    repair = f"use some of {', '.join(sorted({name.rpartition('.')[2] for name in there}))}"
+    repair += "" if given == ALL_LINEAR else f", or {ALL_LINEAR}"
     wanted = None if given is None else [part.strip() for part in given.split(",")]
     named = f"lora_target_modules={given}"
     for name in wanted or ():
@@ -136,7 +137,7 @@ def _layer_of(anatomy: Anatomy, name: str) -> int:
 
 def _inject(made: Any, model: PreTrainedModel) -> None:
     """On the meta device, where the model is there."""
-    from peft import inject_adapter_in_model  # pyright: ignore[reportMissingImports]
+    from peft import inject_adapter_in_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of what it sets right by itself: Conv1D
@@ -145,7 +146,7 @@ def _inject(made: Any, model: PreTrainedModel) -> None:
 
 def _adapters(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The matrices that have adapters, by name."""
-    from peft.tuners.lora import Linear  # pyright: ignore[reportMissingImports]
+    from peft.tuners.lora import Linear
 
     for name, module in model.named_modules():
         if isinstance(module, Linear):

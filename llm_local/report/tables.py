@@ -182,6 +182,7 @@ def _heads(run: RunData, stage: int) -> str:
     heads = len(facts["blocks"]) if run.facts["has_local_heads"] else int(is_last)
     private = sum(facts["private_layers"])
     text = f"{heads} head{'' if heads == 1 else 's'}" if heads else "no head"
+    text += ", frozen" if facts.get("frozen") else ""
     return f"{text} with {private} private layers" if private else text
 
 
