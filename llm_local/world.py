@@ -227,7 +227,7 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
         groups = [dist.new_group(list(ranks)) for ranks in stages]
         world.replicas = groups[place.stage]
     if place.tensor_ranks > 1:
-        world.tensor = _tensor_ranks(place)
+        world.tensor = _tensor_ranks(place, world.timeout_seconds)
         world.replicas = world.tensor.replicas
     # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
@@ -237,11 +237,11 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
     deepspeed.init_distributed(collective_backend(world.device), verbose=False)
 
 
-def _tensor_ranks(place: Place) -> TensorRanks:
-    """Of this rank's replica. Every rank of the stage makes all groups, in one order."""
-    count, size = place.tensor_ranks, place.stage_ranks
-    alike = [dist.new_group(list(range(first, size, count))) for first in range(count)]
-    together = [dist.new_group(list(range(first, first + count))) for first in range(0, size, count)]
+def _tensor_ranks(place: Place, seconds: float) -> TensorRanks:
+    """Of this rank's replica, with so many for any wait. Every rank of the stage makes all groups, in one order."""
+    count, size, limit = place.tensor_ranks, place.stage_ranks, timedelta(seconds=seconds)  # else it is half an hour
+    alike = [dist.new_group(list(range(first, size, count)), limit) for first in range(count)]
+    together = [dist.new_group(list(range(first, first + count)), limit) for first in range(0, size, count)]
     return TensorRanks(together[place.replica], alike[place.tensor_rank])
 
 

@@ -103,7 +103,8 @@ def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: i
 
     def other_problems(config: Config) -> list[str]:
         problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-        return problems + _of_engines(deepspeed_problems, config, world_size) + _support_problems(config, model_config)
+        problems += _of_engines(deepspeed_problems, config, world_size) + tensor_problems(config)
+        return problems + _support_problems(config, model_config)
 
     room = room_of(local_world_size)
     check = MemoryCheck(model_config, anatomy, found.sizes, world_size, room, other_problems)
