@@ -26,6 +26,7 @@ from llm_local.export.stages import StageTensors, write_stage
 from llm_local.finish import check_stage
 from llm_local.links.packet import EVAL
 from llm_local.model.anatomy import probe
+from llm_local.model.levels import num_layers_of
 from llm_local.partition import Partition, Span
 from llm_local.place import Place
 from llm_local.registry import TASKS
@@ -52,10 +53,13 @@ MINICPM3 = TINY | {
     },
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "scale_depth": 1.4, "dim_model_base": 32},
 }
+CONVNEXT = {"model_type": "convnext", "depths": [1, 4, 1], "hidden_sizes": [8, 16, 32], "num_stages": 3}
+CONVNEXT |= {"image_size": 16, "patch_size": 2, "num_channels": 3}
 EXPORTED = [
     ("causal-lm", TINY | {"tie_word_embeddings": True}),
     *(("causal-lm", {"model_type": name, "bos_token_id": 1, "eos_token_id": 2} | SMALL[name]) for name in SMALL),
     *((task, model) for task, model in MODELS.items() if task != "causal-lm"),
+    ("image-classification", CONVNEXT),
 ]
 TYPES = [model["model_type"] for _, model in EXPORTED]
 
@@ -78,14 +82,14 @@ def validation_loss(trainer: Trainer, folder: Path) -> float:
     ("trainer", "model"), EXPORTED, ids=[m["model_type"] for _, m in EXPORTED], indirect=["trainer"]
 )
 def test_every_exit_is_a_model_with_the_loss_that_was_measured(trainer: Trainer, model: dict[str, Any]):
-    output = trainer.run("run", 2, num_stages=2, config_name=trainer.model(model))
+    output = trainer.run("run", 2, num_stages=2, stage_layers="2,2", config_name=trainer.model(model))
     for stage, folder in ((0, output / "export/exits/stage-00"), (1, output / "export")):
         _, info = TASKS[trainer.task].loader.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         measured = records(output, stage, "eval")[-1]["loss"]
         assert validation_loss(trainer, folder) == pytest.approx(measured, rel=1e-5)
-    assert AutoConfig.from_pretrained(output / "export/exits/stage-00").num_hidden_layers == 2
+    assert num_layers_of(AutoConfig.from_pretrained(output / "export/exits/stage-00")) == 2
     if model["model_type"] == "llama":  # stage 0's head reads its own embedding; the last stage has another matrix
         assert AutoConfig.from_pretrained(output / "export/exits/stage-00").tie_word_embeddings
         assert not AutoConfig.from_pretrained(output / "export").tie_word_embeddings

@@ -19,7 +19,8 @@ from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.levels import layers_override
 from llm_local.model.loss import head_loss
 from llm_local.model.slices import check_set, new_slice, try_slices
-from llm_local.partition import Span
+from llm_local.model.stage import build_block
+from llm_local.partition import Partition, Span
 from llm_local.registry import TASKS
 
 TASK = "image-classification"
@@ -85,6 +86,24 @@ def test_slices_together_are_the_classifier(kind: str):
                 assert torch.equal(parameter.grad, gradient), key
     assert seen == wanted.keys()
     assert difference_at(parse(["--task", TASK]), config, anatomy, 2) == "", "two layers with a head are a model"
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_checkpointing_repeats_layers_and_no_border(kind: str):
+    """Swin's class checkpoints levels as well."""
+    config = small(kind)
+    anatomy, cut = probe(config, IMAGES), Partition((Span(0, 2), Span(2, 6)), (Span(0, 1), Span(1, 2)))
+    hidden = torch.randn(2, anatomy.num_tokens, anatomy.hidden_size)
+    found = []
+    for flag in ("false", "true"):
+        run = parse(["--task", TASK, "--gradient_checkpointing", flag])
+        block = build_block(run, config, anatomy, cut, 1).train()
+        block(hidden=hidden, labels=torch.tensor([[0], [1]]))[0].backward()
+        found.append({name: p.grad for name, p in block.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys()
+    assert any("layers" in name for name in plain)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 def test_an_exit_has_fewer_layers_of_the_level_that_is_cut():

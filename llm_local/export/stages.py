@@ -46,7 +46,7 @@ from llm_local.partition import Partition
 from llm_local.registry import TASKS
 from llm_local.tasks.task import Task
 
-CHECK_FILE = "check.safetensors"  # a row of text, and what the pipeline makes of it
+CHECK_FILE = "check.safetensors"  # a row of the data, and what the pipeline makes of it
 LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 
 

@@ -37,7 +37,6 @@ from llm_local.model.observation import (
     ROWS,
     TOKENS,
     SliceError,
-    check_borders,
     check_parameters,
     count_products,
     example,
@@ -46,10 +45,10 @@ from llm_local.model.observation import (
     find_output_length,
     first_tensor,
     is_used,
+    modules_beside,
     name_of,
     text_config,
     watch,
-    whole_modules,
 )
 from llm_local.model.overrides import overridden, parse_overrides
 from llm_local.model.remote_code import OF_CODE, UNTRUSTED, check_code, is_untrusted
@@ -378,12 +377,8 @@ def _observe(model: PreTrainedModel, task: Task, row_shape: tuple[int, ...]) -> 
         raise SliceError("its BatchNorm has each row depend on the others of its micro-batch, and so on the layout")
     again, products = [each for each in before if isinstance(events.returned.get(each), list)], (0, 0, 0)
     if row_shape:
-        check_borders(model, before, events)
+        again = modules_beside(model, name, before, after, events)
         products = count_products(model, layers, inputs)
-        again = [m for own in (before, after) for m in whole_modules(model, name, own, events.returned)]
-        for module in (*before, *after):
-            if not any(f"{module}.".startswith(f"{each}.") for each in again):
-                raise SliceError(f"{module} returns neither tensors nor plain values, which could be made up")
     embedding = "" if row_shape else name_of(model, model.get_input_embeddings())
     head = model.get_output_embeddings()
     heads = [head] if head is not None else [model.get_submodule(each) for each in after] if row_shape else []

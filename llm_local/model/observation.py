@@ -68,15 +68,6 @@ def is_used(module: nn.Module, events: Events) -> bool:
     return bool(_used_parameters(events.logits) & {id(p) for p in module.parameters(recurse=False)})
 
 
-def check_borders(model: PreTrainedModel, before: Collection[str], events: Events) -> None:
-    """Whether what runs before the layers reaches the logits through them alone."""
-    last = first_tensor(events.outputs[max(events.outputs)])
-    beside = _used_parameters(events.logits, last)
-    for name in before:
-        if any(id(parameter) in beside for parameter in model.get_submodule(name).parameters(recurse=False)):
-            raise SliceError(f"{name}, which runs before its layers, is also used behind them")
-
-
 def _used_parameters(output: torch.Tensor | None, border: torch.Tensor | None = None) -> set[int]:
     """The ids of the leaves that the output's graph ends in; border: a tensor that is not looked behind."""
     found: set[int] = set()
@@ -133,9 +124,27 @@ def _called(
     return [(key, layers) for key, layers in lists if key in ran]
 
 
-def whole_modules(model: nn.Module, layers: str, own: Collection[str], returned: Mapping[str, Any]) -> Iterator[str]:
+def modules_beside(
+    model: PreTrainedModel, layers: str, before: Collection[str], after: Collection[str], events: Events
+) -> list[str]:
+    """The largest modules with all parameters of those before the layers, then of those behind them: what they return
+    can be made up, as the logits see of it what goes through the layers alone. Raises SliceError where that is not so.
+    """
+    last = first_tensor(events.outputs[max(events.outputs)])
+    seen = _used_parameters(events.logits, last)
+    for name in before:
+        if any(id(parameter) in seen for parameter in model.get_submodule(name).parameters(recurse=False)):
+            raise SliceError(f"{name}, which runs before its layers, is also used behind them")
+    found = [whole for own in (before, after) for whole in _whole_modules(model, layers, own, events)]
+    for name in (*before, *after):
+        if not any(f"{name}.".startswith(f"{whole}.") for whole in found):
+            raise SliceError(f"{name} returns neither tensors nor plain values, which could be made up")
+    return found
+
+
+def _whole_modules(model: nn.Module, layers: str, own: Collection[str], events: Events) -> Iterator[str]:
     """The largest modules beside the layers whose parameters are all of modules in `own`, and that returned something
-    that can be made again."""
+    that can be made up."""
 
     def descend(module: nn.Module, prefix: str) -> Iterator[str]:
         for child_name, child in module.named_children():
@@ -147,7 +156,7 @@ def whole_modules(model: nn.Module, layers: str, own: Collection[str], returned:
             }
             if not inside or name == layers:
                 continue
-            if inside <= {*own} and returned.get(name) is not None:
+            if inside <= {*own} and events.returned.get(name) is not None:
                 yield name
             else:
                 yield from descend(child, f"{name}.")
