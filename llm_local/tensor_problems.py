@@ -71,10 +71,6 @@ def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:
     if head_of(config).shares_matrix:
         yield f"the matrix of head={local.head} travels whole; use head=linear or decoder"
     yield from _unplanned(config)
-    if local.lora_rank is not None:
-        yield f"the matrices of lora_rank={local.lora_rank} have no plan; leave it out"
-    if local.freeze_stages is not None:
-        yield f"stages that are not trained (freeze_stages={local.freeze_stages}) have not been tried; leave it out"
     if (stage := zero_stage(settings)) > _MOST_ZERO:
         yield f"ZeRO stage {stage} gathers parameters over all ranks of a stage; use 0, 1 or 2"
     if config.precision == "bf16" and stage == 0:
@@ -98,6 +94,6 @@ def _unplanned(config: Config) -> Iterator[str]:
     if local.head_rank is not None:
         yield f"the matrices of head_rank={local.head_rank} have no plan; leave it out"
     if local.lora_rank is not None:
-        yield f"adapters beside divided matrices have no plan; leave out lora_rank={local.lora_rank}"
+        yield f"the matrices of lora_rank={local.lora_rank} have no plan; leave it out"
     if local.freeze_stages is not None:
-        yield f"frozen stages have not been tried with it; leave out freeze_stages={local.freeze_stages}"
+        yield f"stages that are not trained (freeze_stages={local.freeze_stages}) have not been tried; leave it out"

@@ -112,7 +112,7 @@ def test_adapters_train_alone(
         ({"lora_layers_to_transform": "2,4"}, "lora_layers_to_transform=2,4 names layer 4, the model's last is 3"),
         (
             {"tensor_parallel_size": 2},
-            "tensor_parallel_size=2: adapters beside divided matrices have no plan; leave out lora_rank=4",
+            "tensor_parallel_size=2: the matrices of lora_rank=4 have no plan; leave it out",
         ),
         ({"lora_layers_to_transform": "a"}, "lora_layers_to_transform='a' is not a list of layers such as 2,3"),
         (

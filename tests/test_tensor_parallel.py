@@ -199,7 +199,6 @@ ASKED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
         (4, {"num_stages": 2, "method": "backprop"}, "DeepSpeed's pipeline (method=backprop on several stages) divide"),
         (4, {"replica_sync_steps": 2}, "replicas that train apart (replica_sync_steps=2) are of one rank"),
         (2, {"num_stages": 2, "stage": 0}, "jobs do not divide layers yet; leave out stage=0"),
-        (4, {"num_stages": 2, "freeze_stages": "0"}, "frozen stages have not been tried with it; leave out freeze_sta"),
         (2, {"head": "shared"}, "the matrix of head=shared travels whole; use head=linear or decoder"),
         (2, {"head": "decoder", "head_layers": 1, "head_rank": 4}, "the matrices of head_rank=4 have no plan"),
         (2, {"lora_rank": 4}, "the matrices of lora_rank=4 have no plan; leave it out"),

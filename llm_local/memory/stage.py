@@ -122,7 +122,9 @@ def _adapted(parameters: Parameters, config: Config, sizes: ModelSizes, partitio
     last, shares = len(partition.blocks) - 1, head_of(config).shares_matrix
     adapters, engines = low_rank_parameters(sizes.layer_matrices, config.local.lora_rank or 0), []
     for block in range(partition.stages[stage].start, partition.stages[stage].stop):
-        own = 0 if shares or block == last else sizes.head_parameters
+        private = partition.private_layers(block, config.head_layers_schedule)
+        own = len(private) * private_parameters(config, sizes)
+        own += 0 if shares or block == last else sizes.head_parameters
         engines.append(adapters * len(partition.blocks[block]) + own)
     heads = sum(engines) - adapters * len(partition.layers_of(stage))
     return Parameters(tuple(engines), parameters.read + parameters.trained - heads)
