@@ -35,7 +35,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 16384}
 ALONE: dict[str, Any] = {"num_stages": 1}  # the ranks are replicas
 ZERO = {stage: str(ROOT / f"configs/ds/zero{stage}.json") for stage in (1, 2, 3)}
 OFFLOAD = {stage: str(ROOT / f"configs/ds/zero{stage}_offload.json") for stage in (2, 3)}
-# two ranks each
+# two ranks each, where the name says no other number
 LAYOUTS: dict[str, dict[str, Any]] = {
     "2 stages": {},
     "2 stages, bf16": {"bf16": True},
@@ -49,10 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 32,
         "gradient_checkpointing": True,
     },
-    "2 stages, shared head, 16 rows, 16 packets in flight": {
+    "2 stages, shared head, 16 rows": {
         "head": "shared",
         "per_device_train_batch_size": 16,
-        "max_packets_in_flight": 16,
     },
     "2 stages, 1F1B, 4 micro-batches of 8 rows": {
         "method": "backprop",
@@ -72,13 +71,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2 replicas, bf16, ZeRO-3": {**ALONE, "bf16": True, "deepspeed": ZERO[3]},
     "2 replicas, fp32, ZeRO-3, 32 rows": {**ALONE, "deepspeed": ZERO[3], "per_device_train_batch_size": 32},
     "2 replicas that meet every 2 steps": {**ALONE, "replica_sync_steps": 2},
+    "1 rank, checkpoints": {"save_steps": 1},
+    "1 rank, bf16": {"bf16": True},
+    "1 rank, bf16, ZeRO-1": {"bf16": True, "deepspeed": ZERO[1]},
+    "1 rank, bf16, ZeRO-2, 2 micro-batches": {
+        "bf16": True,
+        "deepspeed": ZERO[2],
+        "gradient_accumulation_steps": 2,
+    },
 }
 
 
 def peaks(name: str, steps: int) -> list[dict[str, Any]]:
     """What each rank of a layout measured."""
     shared = {**bench_model(**WIDE, num_hidden_layers=8), "seq_length": 256, "per_device_train_batch_size": 4}
-    return run_case(Case(name, 2, "peak", "local", {**shared, **LAYOUTS[name]}, steps))
+    return run_case(
+        Case(name, 1 if name.startswith("1 rank") else 2, "peak", "local", {**shared, **LAYOUTS[name]}, steps)
+    )
 
 
 def saved_bytes(system: str, stages: int) -> list[int]:
@@ -95,7 +104,7 @@ def page(layouts: dict[str, Any], saved: dict[str, Any]) -> str:
         most = max(layouts[name], key=lambda rank: rank["counted"])
         sizes = [most[what] / 1e6 for what in ("expected", "counted", "resident")]
         rows.append([name, *(f"{size:.0f}" for size in sizes), f"{sizes[0] / sizes[1]:.2f}"])
-    expected = table(["2 ranks", "expected", "counted", "resident", "expected / counted"], rows)
+    expected = table(["layout", "expected", "counted", "resident", "expected / counted"], rows)
     rows = [[n, *(f"{saved[n][system][0] / 1e6:.2f}" for system in METHODS)] for n in sorted(saved, key=int)]
     stages = table(["stages", "local, stage 0", "deepspeed 1F1B, stage 0"], rows)
     return f"{EXPECTED}\n{expected}\n{ALIVE}\n{stages}"

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llm_local.config import Config, ConfigError
+from llm_local.ds_config import fit_bucket
 from llm_local.flags import ModelArguments
 from llm_local.memory.engine import Zero, engine_memory
 from llm_local.memory.parts import (
@@ -134,6 +135,15 @@ def test_full_precision_has_second_weights_under_zero_1_and_2_alone():
     assert optimizers == [800, 300, 300, 200]
 
 
+def test_a_bucket_for_gradients_is_no_larger_than_they_are():
+    def size(**zero: int) -> int | None:
+        return fit_bucket({"zero_optimization": zero}, 1000)["zero_optimization"].get("reduce_bucket_size")
+
+    assert [size(stage=2), size(stage=3, reduce_bucket_size=700), size(stage=0)] == [1000, 700, None]
+    whole, half = (engine_memory(1000, "bf16", Zero(2, bucket=bucket), 2).buffer for bucket in (5000, 500))
+    assert (whole, half) == (2000, 1000)
+
+
 def _saved_bytes(num_layers: int, tokens: int) -> int:
     """What autograd keeps of a forward pass in bf16, weights left out."""
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": num_layers})
@@ -173,9 +183,9 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     train = replace(base.train, per_device_train_batch_size=2, bf16=True)
     config = replace(base, train=train, data=replace(base.data, seq_length=50))
     norm = 100 * 8 * 100
-    assert block_activations(sizes, 3, config) == (100 * 3 * 4000 + norm, 100 * 2000)
+    assert block_activations(sizes, 3, config) == (100 * 3 * 4000, norm, 100 * 2000)
     config = replace(config, train=replace(train, gradient_checkpointing=True))
-    assert block_activations(sizes, 3, config) == (100 * 3 * 200 + norm, 100 * 6000)
+    assert block_activations(sizes, 3, config) == (100 * 3 * 200, norm, 100 * 5800)
 
 
 @pytest.mark.parametrize("schedule", [s for s in (*local_schedules(), *PEERS) if s != "distillation"])

@@ -230,8 +230,8 @@ def memory(task: Task) -> dict[str, Any]:
 
 def peak(task: Task) -> dict[str, Any]:
     """The most bytes that this rank's tensors took at a time, from before its stage is made to the end of the steps,
-    with a checkpoint of each where the flags ask for them; the most resident memory, less what there was before; and
-    what the start expects."""
+    with a checkpoint of the first where the flags ask for them; the most resident memory, less what there was before;
+    and what the start expects."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     base: list[int] = []
 
@@ -242,9 +242,9 @@ def peak(task: Task) -> dict[str, Any]:
 
     rank = begin(task, checked)
     run = Run(rank)
-    for _ in islice(run.steps(), task.steps):
+    for step in islice(run.steps(), task.steps):
         run.train_step()
-        if rank.config.save_interval:
+        if rank.config.save_interval and step == 1:  # once: what the thread that writes it frees is not counted
             run.save()
     rank.saver.wait()
     resident = _resident_bytes("VmHWM") - base[0]
@@ -253,7 +253,6 @@ def peak(task: Task) -> dict[str, Any]:
     file = Path(task.results, f"trace-{rank.world.place.rank}.json")
     profiler.export_chrome_trace(str(file))
     events = json.loads(file.read_text())["traceEvents"]
-    # not the sum of the events: what another thread frees has none
     counted = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
     expected = rank.setup.memory[rank.world.place.stage]
     return {"counted": counted, "resident": resident, "expected": expected.whole, "parts": asdict(expected)}

@@ -49,9 +49,10 @@ def layer_activations(sizes: ModelSizes, seq_length: int, precision: str, keeps_
     return (24 * sizes.hidden_size + between + scores) * BYTES[precision] / 2
 
 
-def block_activations(sizes: ModelSizes, num_layers: float, config: Config) -> tuple[float, float]:
-    """Bytes that a micro-batch keeps of so many layers, with checkpointing of their inputs alone; and those that one
-    layer's backward pass takes beside, with checkpointing all of that layer's."""
+def block_activations(sizes: ModelSizes, num_layers: float, config: Config) -> tuple[float, float, float]:
+    """Bytes that a micro-batch keeps of so many layers, with checkpointing of their inputs alone; those of the head's
+    norm and of what stands before the layers, which go first; and those that one layer's backward pass takes beside
+    what is kept, with checkpointing all that the layer makes again."""
     rows, length = config.train.per_device_train_batch_size, config.data.seq_length
     counted = sizes.activations
     if counted is None:
@@ -61,9 +62,9 @@ def block_activations(sizes: ModelSizes, num_layers: float, config: Config) -> t
     around = 2 * counted.around + NORM * sizes.hidden_size * length
     kept, working = counted.kept * num_layers, counted.working * min(1, num_layers)
     if config.train.gradient_checkpointing:
-        inputs = BYTES[config.precision] * sizes.hidden_size * length
-        kept, working = inputs * num_layers, (counted.kept + counted.working) * min(1, num_layers)
-    return rows * (kept + around), rows * working
+        one = BYTES[config.precision] * sizes.hidden_size * length
+        kept, working = one * num_layers, (counted.kept - one + counted.working) * min(1, num_layers)
+    return rows * kept, rows * around, rows * working
 
 
 def alive_passes(schedule: str, num_stages: int, stage: int, micro_batches: int, num_blocks: int = 1) -> int:

@@ -156,14 +156,14 @@ def memory_of(load: Load, config: Config, sizes: ModelSizes, zero: Zero, num_ran
     found = [replace(standing, gradients=standing.gradients + sum(gradients) + at_step)]
     if config.local.replica_sync_steps:
         found.append(replace(standing, outer=standing.outer + _MOVED * load.parameters.trained))
-    kept, working = block_activations(sizes, load.kept, config)
+    kept, around, working = block_activations(sizes, load.kept, config)
     loss, matrix = loss_memory(sizes, config, load.trains_matrix, gpu_bytes) if load.has_loss else (0.0, 0.0)
     # without accumulation a block's own gradients come while its activations go
     whole = [sum(gradients) - engine.buffer * (zero.stage == 1) for engine in engines]
     before = whole if accumulates else [0.0, *accumulate(gradients[:-1])]
     for engine, others in zip(engines, before, strict=True):
         at = replace(standing, weights=standing.weights + engine.gathered, gradients=standing.gradients + others)
-        found.append(replace(at, activations=kept, logits=loss + matrix))
+        found.append(replace(at, activations=kept + around, logits=loss + matrix))
         at = replace(at, gradients=at.gradients + engine.buffer)
         found.append(replace(at, activations=kept + working, logits=matrix))
         own = engine.gradients * (not accumulates) + engine.end
