@@ -28,14 +28,22 @@ class Meeting:
     def __init__(self, size: int):
         self.size = size
         self.barrier = threading.Barrier(size, timeout=_SECONDS)
+        self.turn = threading.Lock()  # model classes are not made for threads: one runs at a time
         self._values: list[Any] = [None] * size
 
     def exchange(self, rank: int, values: torch.Tensor) -> list[torch.Tensor]:
         self._values[rank] = values.detach()
-        self.barrier.wait()
+        self._wait()
         found = [*self._values]
-        self.barrier.wait()
+        self._wait()
         return found
+
+    def _wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 class ThreadRanks(TensorRanks):
@@ -61,7 +69,8 @@ def in_threads(work: Callable[[ThreadRanks], float], size: int) -> float:
 
     def of(rank: int) -> float:
         try:
-            return work(ThreadRanks(rank, meeting))
+            with meeting.turn:
+                return work(ThreadRanks(rank, meeting))
         except BaseException as error:
             failed.append(error)
             meeting.barrier.abort()  # the others wait for it
