@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from pydantic import TypeAdapter
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import tiny_config
@@ -217,3 +217,21 @@ def test_an_anatomy_survives_the_store():
     assert TypeAdapter(Anatomy).validate_python(json.loads(json.dumps(asdict(anatomy)))) == anatomy
     assert anatomy.before == ("transformer.wte", "transformer.wpe")
     assert anatomy.after == ("transformer.ln_f", "lm_head")
+
+
+def test_a_class_of_ones_own_is_looked_at_as_it_stands(monkeypatch: pytest.MonkeyPatch):
+    """Though one of transformers' own, for the same config, has been looked at before."""
+    config = make_config("llama")
+    assert probe(config, ModelArguments()).after == ("model.norm", "lm_head")
+
+    class Mine(LlamaForCausalLM):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.more = torch.nn.Linear(32, 32)
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            found = super().forward(*args, **options)
+            return type(found)(logits=found.logits + self.more(torch.zeros(32)).sum())
+
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, LlamaConfig, Mine)
+    assert "more" in probe(config, ModelArguments()).after

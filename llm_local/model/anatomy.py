@@ -210,13 +210,14 @@ def probe_and(
     row_shape: tuple[int, ...] | None = None,
 ) -> tuple[Anatomy, Found]:
     """Watches the model that `config` describes, and has `trial` do something to it before it is thrown away: once in a
-    process for the same config and trial. row_shape: of what it is fed (Task.row_shape); the config says it by default.
+    process for the same config and trial, if its classes are transformers' own. row_shape: of what it is fed
+    (Task.row_shape), by default as the config says.
 
     Raises SliceError saying why it cannot be cut, or with which of the config's values there is no such model.
     """
     name, shape = config.model_type, TASKS[model.task].row_shape(config) if row_shape is None else row_shape
     try:
-        if model.trust_remote_code:
+        if model.trust_remote_code or not TASKS[model.task].is_of_transformers(config):
             return _watched(config, model, trial, shape)
         nameless = copy.copy(config)
         nameless.name_or_path = ""

@@ -142,6 +142,12 @@ class Task(ABC):
         """Whether transformers, or the model's own code, has a class for such a model."""
         return type(config) in self.classes or self.auto_class in (getattr(config, "auto_map", None) or {})
 
+    def is_of_transformers(self, config: PretrainedConfig) -> bool:
+        """Whether the classes of config and model come with it, and so stay what they are."""
+        found = self.classes.get(type(config), None)
+        kinds = (type(config), *(found if isinstance(found, tuple) else (found,)))
+        return all(kind.__module__.startswith("transformers.models.") for kind in kinds)
+
 
 def causal_only(model: ModelArguments, local: LocalArguments) -> Wrong:
     """What is for models that write text."""
