@@ -92,7 +92,7 @@ def test_a_type_without_a_tiny_model_is_not_tried():
 def test_a_model_that_stays_large_is_not_tried_but_refused_all_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("llm_local.coverage.model_type.MOST_PARAMETERS", 1000)
     assert re.fullmatch(r"the tiny model still has [\d,]+ parameters", examine("gpt2").reason)
-    assert examine("swin", IMAGES).status == REFUSED
+    assert examine("resnet", IMAGES).status == REFUSED
 
 
 def test_a_config_with_values_by_layer_is_refused_in_a_line():
