@@ -48,7 +48,7 @@ class Setting:
     not like the model's layers (low rank). frozen_heads: all heads but the last read a matrix that they do not train.
     token_fraction: share of the positions that all heads but the last see, private layers included.
     final_backprop_share: share of the tokens, from 0 to 1, on which the whole model learns from the last loss alone.
-    frozen: of each block, whether it has forward passes alone; () means none. adapted: the matrices of layers, and of
+    frozen: numbers of the blocks that have forward passes alone. adapted: the matrices of layers, and of
     the model's own head, are not trained themselves, but adapters beside them.
     """
 
@@ -59,11 +59,8 @@ class Setting:
     frozen_heads: bool = False
     token_fraction: float = 1.0
     final_backprop_share: float = 0.0
-    frozen: tuple[bool, ...] = ()
+    frozen: tuple[int, ...] = ()
     adapted: bool = False
-
-    def is_frozen(self, block: int) -> bool:
-        return bool(self.frozen) and self.frozen[block]
 
 
 @dataclass(frozen=True)
@@ -120,14 +117,14 @@ def count_passes(shape: Shape, setting: Setting) -> tuple[Passes, ...]:
         # a matrix takes 2 FLOPs a parameter for the gradient of its weights; attention has no weights of its own
         first, of_a_layer = 0.0 if index else costs.first, 2.0 * shape.layer_parameters
         trains_matrix = not setting.adapted if is_last else not setting.frozen_heads
-        weights = 2.0 * fraction * number * each + WEIGHT_GRADIENT * matrix * trains_matrix
-        stays = len(span) * of_a_layer + WEIGHT_GRADIENT * first if setting.adapted else 0.0
-        weights += len(span) * of_a_layer + WEIGHT_GRADIENT * first - stays
+        of_body = len(span) * of_a_layer + WEIGHT_GRADIENT * first
+        stays = of_body if setting.adapted else 0.0
+        weights = 2.0 * fraction * number * each + WEIGHT_GRADIENT * matrix * trains_matrix + of_body - stays
         layers = costs.layer * len(span) + private + first
         again = 0 if is_last else min(setting.overlap, len(span))
         above = again * (BACKWARD * costs.layer - of_a_layer * setting.adapted)
         backward = BACKWARD * (layers + matrix) - stays - (0 if trains_matrix else WEIGHT_GRADIENT * matrix)
-        if setting.is_frozen(index):
+        if index in setting.frozen:
             backward = weights = 0.0
         found.append(Passes((1 - BACKWARD) * (layers + matrix), backward, weights, above, (1 - BACKWARD) * layers))
     return tuple(found)

@@ -60,8 +60,6 @@ def run_setting(config: Config, partition: Partition, layer_matrices: Sequence[t
         frozen_heads=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
         final_backprop_share=local.final_backprop_steps / config.train.max_steps,
-        frozen=tuple(partition.stage_of(block) in config.frozen_stages for block in range(len(partition.blocks)))
-        if config.frozen_stages
-        else (),
+        frozen=tuple(n for n in range(len(partition.blocks)) if partition.stage_of(n) in config.frozen_stages),
         adapted=local.lora_rank is not None,
     )

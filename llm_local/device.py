@@ -156,9 +156,8 @@ def memory_bytes(device: torch.device) -> int:
 def seed_everything(seed: int) -> None:
     """Of the CPU and of the accelerator, if there is one. torch.manual_seed takes milliseconds where there is none: it
     writes down where each of its calls is from, for devices that may yet appear."""
-    torch.default_generator.manual_seed(seed)
-    if _accelerator().device_name() != "cpu":
-        torch.manual_seed(seed)
+    seed_all = torch.default_generator.manual_seed if _accelerator().device_name() == "cpu" else torch.manual_seed
+    seed_all(seed)
 
 
 def is_queued(device: torch.device) -> bool:

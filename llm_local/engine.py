@@ -106,6 +106,8 @@ class LocalEngine:
         self.links = links
         self._heads = heads
         self._distillation = distillation
+        frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
+        self._told = {"frozen": frozen} if frozen else {}  # a schedule from elsewhere may not know of it
         self._kind = TRAIN
         self._step = 0
         self._num_entered = 0
@@ -188,9 +190,7 @@ class LocalEngine:
         self._kind, self._step, self._num_entered = kind, step, 0
         self._tokens = 0
         self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
-        frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
-        told = {"frozen": frozen} if frozen else {}  # a schedule from elsewhere may not know of it
-        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **told)
+        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **self._told)
         for commands in made.steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)

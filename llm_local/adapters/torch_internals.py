@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 USED = {
     "torch.nn.modules.module": ("_modules", "_parameters", "_buffers"),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
     "torch.utils._python_dispatch": ("TorchDispatchMode",),
+    "torch.utils._pytree": ("tree_leaves",),
     "torch._dynamo.config": ("disable",),
     "torch._inductor.cpp_builder": ("get_cpp_compiler",),
     "torch._inductor.exc": ("InvalidCxxCompiler",),
@@ -94,14 +95,8 @@ class TensorBytes(TorchDispatchMode):
         self.now -= size
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def compile_nothing() -> None:

@@ -27,15 +27,6 @@ class Cell:
     high: float = 0.0
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A table. numeric: the columns whose cells are figures, all that are not empty."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
-    numeric: list[bool]
-
-
 def page_of(markdown: Path) -> str:
     """NAME.md of a benchmark as one HTML file. Pictures beside it come along."""
     text = re.sub(r"\((\w+\.png)\)", lambda found: f"({_inline(markdown.parent / found[1])})", markdown.read_text())
@@ -55,9 +46,12 @@ def _table(lines: list[str]) -> str:
     columns, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     settings, *others = ([*column] for column in zip(*rows, strict=True))
     by_column = [[Cell(text) for text in settings], *map(_cells, others)]
-    numeric = [any(cell.width for cell in column) for column in by_column]
-    figures = Figures(columns, [list(row) for row in zip(*by_column, strict=True)], numeric)
-    return template("figures.html").render(it=figures, markdown=lambda text: Markup(MarkdownIt().renderInline(text)))
+    return template("figures.html").render(
+        columns=columns,
+        rows=[*zip(*by_column, strict=True)],
+        numeric=[any(cell.width for cell in column) for column in by_column],
+        markdown=lambda text: Markup(MarkdownIt().renderInline(text)),
+    )
 
 
 def _cells(texts: list[str]) -> list[Cell]:

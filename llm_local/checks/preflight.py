@@ -77,9 +77,7 @@ def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setu
     config = replace(given, data=replace(given.data, add_bos=documents_begin(given)))
     with suppress(ConfigError):  # which deepspeed_problems has
         config = replace(config, deepspeed_json=load_json(config))
-    problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-    problems += report_problems(config) + _of_engines(deepspeed_problems, config, world_size)
-    problems += tensor_problems(config)
+    problems = _flag_problems(config, world_size) + report_problems(config)
     problems = problems or _of_engines(engine_problems, config, world_size) + surroundings_problems(config)
     problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
     cache_problems = _unwritable("cache_dir", config.cache_dir)
@@ -102,9 +100,7 @@ def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: i
     assert found.sizes is not None
 
     def other_problems(config: Config) -> list[str]:
-        problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-        problems += _of_engines(deepspeed_problems, config, world_size) + tensor_problems(config)
-        return problems + _support_problems(config, model_config)
+        return _flag_problems(config, world_size) + _support_problems(config, model_config)
 
     room = room_of(local_world_size)
     check = MemoryCheck(model_config, anatomy, found.sizes, world_size, room, other_problems)
@@ -113,6 +109,12 @@ def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: i
     if problems and not setup.config.train.ignore_memory_check:
         raise ConfigError(problems)
     return replace(setup, memory=memory, warnings=(*setup.warnings, *problems, *warnings))
+
+
+def _flag_problems(config: Config, world_size: int) -> list[str]:
+    """What the flags and DeepSpeed's JSON show, without model and data."""
+    problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
+    return problems + _of_engines(deepspeed_problems, config, world_size) + tensor_problems(config)
 
 
 def _of_engines(look: Callable[[Config, int], list[str]], config: Config, world_size: int) -> list[str]:
