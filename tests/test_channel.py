@@ -6,10 +6,12 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from queue import Queue
 from random import Random
+from typing import Any
 
 import pytest
-from channels import SIZE, Ends, Sending, Stranger, Waiting, ends, hello, packet, part, take, until
+from channels import SECONDS, SIZE, Ends, Sending, Stranger, Waiting, ends, hello, packet, part, take, until
 from ranks import free_port
 
 from llm_local.files import Unwritten
@@ -17,7 +19,7 @@ from llm_local.jobs.hello import TRAINING
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import DamagedLog, PacketLog
 from llm_local.jobs.segment import record_bytes
-from llm_local.jobs.ways import Address, Door
+from llm_local.jobs.ways import Address, Dial, Door
 from llm_local.watchdog import LostPeer
 
 __all__ = ["ends"]  # a fixture
@@ -380,6 +382,25 @@ class TestTheEnd:
         waiting.join()
         part(again, receiver)
         assert ends.news == []
+
+    def test_a_word_that_is_due_while_hands_are_shaken_is_said(self, ends: Ends, monkeypatch: pytest.MonkeyPatch):
+        """The sender has said hello without it, and comes to know it before it has an answer."""
+        sender, receiver = ends.sender(), ends.receiver()
+        sender.send(packet(0))
+        take(receiver, 0, 1)
+        sender.close()
+        waiting, lives, dialled = Waiting(receiver.finish), Queue(), Dial.connection
+
+        def connection(way: Dial, *given: Any) -> Any:
+            found = dialled(way, *given)
+            lives.get(timeout=SECONDS).knew()
+            return found
+
+        monkeypatch.setattr(Dial, "connection", connection)
+        again = ends.sender(start_at=1)
+        lives.put(again)
+        waiting.join()
+        part(again, receiver)
 
 
 class TestAnotherPeer:

@@ -99,6 +99,7 @@ class Channel:
         self._window = terms.mine.window
         self._ready: Queue[torch.Tensor] = Queue()
         self._failure: Exception | None = None
+        self._mine = terms.mine  # as it was said last
         self._present = terms.mine  # the other end, once there was one
         self._is_connected, self._away_since = False, time.monotonic()
         self._is_finished = self._is_welcome = False
@@ -249,7 +250,8 @@ class Channel:
                     self._is_connected, self._away_since = False, time.monotonic()
 
     def _hello(self) -> Hello:
-        return replace(
+        """What this end says of itself now; the conversation that follows goes by it."""
+        self._mine = replace(
             self._terms.mine,
             standing=TRAINING if self._is_welcome or self._has_trained else self._terms.mine.standing,
             wants=self._received,
@@ -258,9 +260,11 @@ class Channel:
             finished=self._is_finished,
             farewell=self._peer_finished.is_set(),
         )
+        return self._mine
 
     def _meet(self, connection: ssl.SSLSocket, first: Frame) -> None:
-        mine = self._hello()
+        # who has dialled has said it already: what has become true since is still to be said
+        mine = self._hello() if self._way.is_visited else self._mine
         if first.kind == REFUSAL:
             refusal = Refusal.of(first)
             self._disagree(refusal.reason, refusal.standing, mine.standing)
