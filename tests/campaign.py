@@ -25,8 +25,9 @@ from typing import Any
 
 from llm_local.jobs.key import make_key
 from tests.faults import KINDS, Blow, Scene, deal
-from tests.jobs import Relay, Stage, end_with_parent, environment, free_ports, launcher
+from tests.jobs import Relay, Stage, end_with_parent, environment, launcher
 from tests.paced import PACE
+from tests.ranks import free_ports
 from tests.verdict import compare, compare_models, spread
 
 NUM_STAGES = 3

@@ -243,17 +243,6 @@ def end_with_parent() -> None:
     on_death_of_parent(signal.SIGTERM)
 
 
-def free_ports(count: int) -> list[int]:
-    """The first of as many in a row."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            first = probe.getsockname()[1]
-        with suppress(OSError, OverflowError):
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-            return list(range(first, first + count))
-
-
 def freeze(process: psutil.Process, stops: bool) -> None:
     with suppress(psutil.Error, ProcessLookupError):
         process.send_signal(signal.SIGSTOP if stops else signal.SIGCONT)

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import cycle
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -53,13 +53,18 @@ def context() -> Any:
 _ports = cycle(random.sample(range(12_000, 32_000), 20_000))
 
 
-def free_port() -> int:
-    """No other test gets it for a while."""
-    for port in _ports:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+def free_ports(count: int) -> list[int]:
+    """In a row; no other test gets them for a while."""
+    for first in _ports:
+        with ExitStack() as held, suppress(OSError):
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + count))
     raise AssertionError("no port is free")
+
+
+def free_port() -> int:
+    return free_ports(1)[0]
 
 
 def _rank(

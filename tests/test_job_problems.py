@@ -12,7 +12,7 @@ import torch
 from channels import Stranger, Waiting
 from conftest import Trainer
 from cryptography.hazmat.primitives import serialization
-from ranks import free_port
+from ranks import free_port, free_ports
 
 from llm_local.checks.preflight import preflight
 from llm_local.config import Config, ConfigError, parse
@@ -137,9 +137,9 @@ class TestSurroundings:
     @pytest.mark.processes
     def test_a_port_in_use_of_another_rank(self, job):
         """Who finds it when the ranks have met."""
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            port = other.getsockname()[1]
-            setup = preflight(job(receive_on=f"127.0.0.1:{port - 1}"), 1)
+        own, port = free_ports(2)
+        with socket.create_server(("127.0.0.1", port)):
+            setup = preflight(job(receive_on=f"127.0.0.1:{own}"), 1)
             world = World(Place(0, (1, 1, 1), 1), torch.device("cpu"), None, Watchdog(1), 1.0)
             with pytest.raises(ConfigError, match=f"receive_on=127.0.0.1:{port} cannot be listened on"):
                 Job(setup, world, local_rank=1)
