@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Trainer, records
 from launching import until
-from test_stages_alone import LONG, SECONDS, Launch, status, until_saved
+from lives import SECONDS, Lives
+from test_stages_alone import LONG, status, until_saved
 
 from llm_local.files import Unwritten
 from llm_local.jobs.fullness import Fullness
@@ -48,7 +48,7 @@ def test_the_others_go_on_while_it_is_stopped(trainer: Trainer):
     one = trainer.run("one", 3, **settings)
     flags = trainer.flags("jobs", **settings, on_full_log="skip", log_memory_gb=0.0004, log_disk_gb=0)
     folders = [trainer.folder / "jobs" / f"stage-{stage:02d}" for stage in range(2)]
-    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "up.txt") as up:
         until_saved(folders[1], up)
         pid = status(folders[1], 1)["pid"]
         os.kill(pid, signal.SIGSTOP)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, Trainer, records, weights
 from launching import BIN, ROOT, until
+from lives import SECONDS, Lives
 from ranks import free_port
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -21,7 +22,6 @@ from llm_local.commands.assemble import main as assemble
 from llm_local.commands.key import main as make_key
 
 pytestmark = pytest.mark.processes
-SECONDS = 240.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 LONG = {"max_steps": 120, "save_steps": 10, "eval_steps": 20, "save_total_limit": 2}
 
@@ -64,7 +64,7 @@ def status(folder: Path, stage: int) -> dict[str, Any]:
         return {}
 
 
-def until_saved(folder: Path, launch: Launch) -> None:
+def until_saved(folder: Path, launch: Launch | Lives) -> None:
     """The stage has a checkpoint, and is not at its end."""
     saved = folder / "checkpoints"
     until(lambda: any(saved.glob("*/manifest.json")), SECONDS, lambda: f"a checkpoint; the log says:\n{launch.text}")
@@ -119,7 +119,7 @@ def test_images_are_seen_by_the_first_alone(trainer: Trainer):
     settings = {"num_stages": 2, "max_steps": 6, "save_steps": 3, "eval_steps": 3}
     one = trainer.run("one", 2, **settings)
     folder, flags = trainer.folder / "jobs", trainer.flags("jobs", **settings)
-    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "up.txt") as up:
         up.ends_well()
     for stage in range(2):
         assert trained(folder / f"stage-{stage:02d}", stage) == trained(one, stage)
@@ -133,7 +133,7 @@ def test_replicas_that_meet_rarely_come_back_as_they_were(trainer: Trainer):
     one = trainer.run("one", 4, **settings)
     folder = trainer.folder / "jobs"
     flags = [*trainer.flags("jobs", **settings), "--nproc_per_node", "2"]
-    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "up.txt") as up:
         until_saved(folder / "stage-00", up)
         kill_rank(folder / "stage-00", 0)
         up.ends_well()
@@ -149,7 +149,7 @@ def test_a_torn_log_is_made_again_though_few_checkpoints_are_kept(trainer: Train
     one = trainer.run("one", 2, **settings)
     flags = trainer.flags("jobs", **settings)
     folders = [trainer.folder / "jobs" / f"stage-{stage:02d}" for stage in range(2)]
-    with Launch([sys.executable, "-m", "llm_local.cli", "up", *flags], trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "up.txt") as up:
         until_saved(folders[1], up)
         stopped = status(folders[1], 1)["pid"]
         os.kill(stopped, signal.SIGSTOP)
