@@ -31,7 +31,7 @@ from tests.ranks import free_ports
 from tests.verdict import compare, compare_models, spread
 
 NUM_STAGES = 3
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.1
 HANG_SECONDS = 150.0
 STEPS_A_FAULT = 60
 SECONDS_A_FAULT = 9.0  # at first: then what faults have taken so far

@@ -22,12 +22,15 @@ from llm_local.ancestors import on_death_of_parent
 
 ROOT = Path(__file__).parent.parent
 RANK = str(ROOT / "tests" / "paced.py")
+FORKS = "CAMPAIGN_FORKS"  # if set, ranks are forks of their launcher
 RESTARTS = 100_000
 SPAWN_SECONDS = 0.5  # between the ranks of a life; one of them may end before the others
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 
 def launcher(num_ranks: int, restarts: int) -> list[str]:
+    if FORKS in os.environ:
+        return [sys.executable, "-m", "tests.agent", str(num_ranks), str(restarts)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
     return [*torchrun, "--nproc_per_node", str(num_ranks), "--max_restarts", str(restarts), RANK]
 

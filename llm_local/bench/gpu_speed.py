@@ -162,14 +162,14 @@ def study(report: Report, paths: Paths, rehearse: bool) -> None:
 def _study_runs(paths: Paths, rehearse: bool) -> list[StudyRun]:
     base = yaml.safe_load((ROOT / STUDY).read_text())["base"]
     base |= {**paths.flags(), "max_steps": 400, "warmup_steps": 40, "eval_steps": 40, "eval_batches": 8}
+    seeds, points = SEEDS, POINTS
     if rehearse:
+        seeds, points = SEEDS[:1], POINTS[-1:]
         base |= {"config_overrides": "hidden_size=64,intermediate_size=128,num_attention_heads=2,num_key_value_heads=2"}
         base |= {"max_steps": 6, "eval_steps": 3, "eval_batches": 1, "logging_steps": 1, "warmup_steps": 1}
         base |= {"seq_length": 64, "per_device_train_batch_size": 2}
     file = paths.work / "study.yaml"
-    file.write_text(
-        yaml.safe_dump({"base": base, "seeds": list(SEEDS[: 1 if rehearse else 2]), "points": list(POINTS)})
-    )
+    file.write_text(yaml.safe_dump({"base": base, "seeds": list(seeds), "points": list(points)}))
     return runs_of(read_study(file), paths.work / "runs")
 
 
