@@ -46,9 +46,10 @@ from llm_local.export.stages import (
 from llm_local.flags import ModelArguments
 from llm_local.jobs.positions import NOTE
 from llm_local.metrics import read_records
-from llm_local.model.anatomy import Anatomy, load_model_config, probe
+from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.classes import set_classes
 from llm_local.model.lora import add_adapters, with_adapters
+from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
 from llm_local.model.stage import EXITS, build_block, build_slice, named_once
 from llm_local.partition import Partition

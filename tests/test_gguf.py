@@ -18,8 +18,8 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.files import Unwritten
-from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import convert, gguf_path, weights_path
+from llm_local.model.model_config import load_model_config
 from llm_local.problems import static_problems
 
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_local.config import Config, ConfigError, from_flat
-from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import convert, weights_path
+from llm_local.model.model_config import load_model_config
 
 SHAPE = {
     "vocab_size": 320,

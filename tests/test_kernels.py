@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import from_flat
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
+from llm_local.model.model_config import load_model_config
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice
 from llm_local.partition import Span

@@ -20,8 +20,8 @@ simulator: peer_schedules channel clock simulate failures
 owner device room aside launch trace stopping watchdog rendezvous place world
 links: packet wire message link transports dealt together ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
-model: gguf_header gguf_cache levels observation remote_code overrides token_ids anatomy standins slices pretrained
-model: classes tensor_cut tensor_parallel loss router_loss document_mask distillation
+model: gguf_header gguf_cache levels observation remote_code overrides token_ids model_config anatomy standins
+model: slices pretrained classes tensor_cut tensor_parallel loss router_loss document_mask distillation
 model.heads: head decoder linear shared
 model: lora lowrank windows head_start stage refresh
 head_problems job_problems problems cut

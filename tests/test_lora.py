@@ -21,8 +21,9 @@ from llm_local.costs import Setting, Shape, count_passes
 from llm_local.export.adapter import complete_adapter, write_share
 from llm_local.export.model_folder import original_names
 from llm_local.export.stages import collect
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
 from llm_local.model.lora import with_adapters
+from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import tensor_files
 from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span

@@ -13,7 +13,8 @@ from conftest import TINY
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, from_flat
 from llm_local.flags import ModelArguments
-from llm_local.model.anatomy import SliceError, load_model_config, probe
+from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.model_config import load_model_config
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
 

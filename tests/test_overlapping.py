@@ -14,7 +14,8 @@ from llm_local.config import Config, parse
 from llm_local.cut import plan_partition
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
+from llm_local.model.model_config import load_model_config
 from llm_local.model.slices import new_slice
 from llm_local.model.stage import build_blocks
 from llm_local.partition import Span

@@ -19,7 +19,7 @@ from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
 from llm_local.export.model_folder import Description, complete, shard_name, write_shard
 from llm_local.flags import ModelArguments
-from llm_local.model.anatomy import load_model_config
+from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
 
 ROOT = Path(__file__).parent.parent

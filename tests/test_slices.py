@@ -18,7 +18,8 @@ from llm_local.checks.class_problems import class_problems
 from llm_local.checks.tiny import tiny_config
 from llm_local.config import Config, ConfigError
 from llm_local.flags import ModelArguments
-from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
+from llm_local.model.anatomy import Anatomy, SliceError, probe
+from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import load_slice
 from llm_local.model.slices import Slice, check_set, new_slice
 from llm_local.partition import Span

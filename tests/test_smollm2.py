@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_local.config import Config, from_flat
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
 from llm_local.model.gguf_cache import convert, weights_path
+from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import load_slice
 from llm_local.partition import Span
 

@@ -18,7 +18,7 @@ from llm_local.checks.preflight import preflight
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.data.tokenizer import builtin_tokenizer_dir
-from llm_local.model.anatomy import load_model_config
+from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import tensor_files
 
 AGAIN = "copy it again from where it came"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llm_local.config import from_flat
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
+from llm_local.model.model_config import load_model_config
 from llm_local.partition import estimate_costs
 
 LARGE = {

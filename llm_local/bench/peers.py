@@ -21,8 +21,9 @@ from llm_local.block_engine import make_optimizer, parameter_groups
 from llm_local.config import Config, from_flat
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.model.anatomy import load_model_config, probe
+from llm_local.model.anatomy import probe
 from llm_local.model.loss import head_loss
+from llm_local.model.model_config import load_model_config
 from llm_local.model.slices import Slice
 from llm_local.model.stage import build_slice
 from llm_local.partition import Span

@@ -46,12 +46,13 @@ from llm_local.job_problems import surroundings_problems
 from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, STATUS
 from llm_local.memory.sizes import Measuring, ModelSizes
 from llm_local.metrics import keep_until
-from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, load_model_config, probe_and, text_config
+from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, probe_and, text_config
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
 from llm_local.model.lora import lora_problems, resume_problems, with_adapters
 from llm_local.model.lowrank import rank_problems
+from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices

@@ -17,8 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from llm_local.config import Config, ConfigError, some_of
-from llm_local.model.anatomy import adapter_problem
 from llm_local.model.gguf_cache import weights_path
+from llm_local.model.model_config import adapter_problem
 from llm_local.model.pretrained import COPY_AGAIN, Source, find, open_shard, sources_of, tensor_files
 from llm_local.model.slices import model_without_weights
 

@@ -16,8 +16,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from llm_local.adapters.hf_internals import generation_settings
 from llm_local.config import Config, ConfigError
 from llm_local.data.tokenizer import load_tokenizer
-from llm_local.model.anatomy import load_model_config
 from llm_local.model.gguf_cache import weights_path
+from llm_local.model.model_config import load_model_config
 from llm_local.model.overrides import parse_overrides
 from llm_local.model.pretrained import COPY_AGAIN, find
 from llm_local.model.token_ids import EOS, PAD, TOKEN_IDS, set_token_ids, token_id

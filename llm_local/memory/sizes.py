@@ -13,17 +13,9 @@ from llm_local.config import ConfigError
 from llm_local.export.stages import trim_config
 from llm_local.flags import ModelArguments
 from llm_local.memory.activations import EAGER, Activations, count_activations
-from llm_local.model.anatomy import (
-    Anatomy,
-    SliceError,
-    Trial,
-    attention_kernel,
-    experts_of,
-    load_model_config,
-    probe_and,
-    text_config,
-)
+from llm_local.model.anatomy import Anatomy, SliceError, Trial, attention_kernel, experts_of, probe_and, text_config
 from llm_local.model.levels import longest_level, num_layers_of
+from llm_local.model.model_config import load_model_config
 from llm_local.model.overrides import parse_overrides
 from llm_local.registry import TASKS
 

@@ -34,7 +34,8 @@ from llm_local.cut import plan_partition, run_setting, run_shape
 from llm_local.device import supports
 from llm_local.flags import AMOUNT, LAYOUT, START, DataArguments, ModelArguments, deciding
 from llm_local.head_problems import cut_problems
-from llm_local.model.anatomy import Anatomy, SliceError, load_model_config, probe
+from llm_local.model.anatomy import Anatomy, SliceError, probe
+from llm_local.model.model_config import load_model_config
 from llm_local.problems import static_problems
 from llm_local.registry import HEADS, METHODS
 
