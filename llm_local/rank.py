@@ -20,7 +20,8 @@ from llm_local.checkpoint.loader import load_shared_head, restore
 from llm_local.checkpoint.saver import Saver
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs
-from llm_local.checks.preflight import open_output, preflight
+from llm_local.checks.output_folder import open_output
+from llm_local.checks.preflight import preflight
 from llm_local.config import Config, ConfigError
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource

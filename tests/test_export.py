@@ -17,7 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from llm_local.checks.preflight import open_output
+from llm_local.checks.output_folder import open_output
 from llm_local.config import parse
 from llm_local.data.feed import Feed
 from llm_local.data.sets import load_processing_class, prepare_all

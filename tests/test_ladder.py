@@ -35,7 +35,7 @@ memory: activations sizes engine parts stage
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial tensor_trial exit_check class_problems tokenizer_check weight_problems
-checks: engine_trial memory_check preflight
+checks: engine_trial memory_check output_folder preflight
 job_status job_start job
 report: curves library facts read charts tables now timeline page
 examine assembly outer_optimizer run_trace recorder rank best finish

@@ -9,7 +9,8 @@ from conftest import Trainer, records
 from launching import START_SECONDS, job, torchrun, until
 
 from llm_local.checkpoint.line import AUTO, after_restart, committed, find_checkpoint
-from llm_local.checks.preflight import open_output, preflight
+from llm_local.checks.output_folder import open_output
+from llm_local.checks.preflight import preflight
 from llm_local.config import parse
 
 

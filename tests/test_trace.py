@@ -17,7 +17,8 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSch
 from ranks import free_port
 from torch.distributed import TCPStore
 
-from llm_local.checks.preflight import open_output, preflight
+from llm_local.checks.output_folder import open_output
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
 from llm_local.files import Unwritten
 from llm_local.methods.overlapping import OverlapSchedule

@@ -14,7 +14,8 @@ from ranks import free_port
 from torch.distributed import PrefixStore, TCPStore
 
 from llm_local import owner
-from llm_local.checks.preflight import open_output, preflight
+from llm_local.checks.output_folder import open_output
+from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, parse
 from llm_local.launch import Launch
 from llm_local.owner import LOCK, Owner, claim_folder, folder_problems

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.checkpoint.catalog import (
@@ -18,13 +14,13 @@ from llm_local.checkpoint.catalog import (
     Catalog,
     layout_of,
     layout_problems,
-    read_manifest,
 )
-from llm_local.checkpoint.line import another_run, documents_begin, find_checkpoint, is_own, set_aside
+from llm_local.checkpoint.line import documents_begin, find_checkpoint
 from llm_local.checks.class_problems import class_problems, skipped_positions
 from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.memory_check import MemoryCheck, room_of
+from llm_local.checks.output_folder import output_problems, unwritable
 from llm_local.checks.profile import measure_costs
 from llm_local.checks.tensor_trial import division_problems
 from llm_local.checks.tokenizer_check import tokenizer_warnings
@@ -39,13 +35,9 @@ from llm_local.data.tokenizer import highest_id, load_tokenizer
 from llm_local.device import missing_for_compile, supports
 from llm_local.ds_config import load_json
 from llm_local.ds_problems import deepspeed_problems
-from llm_local.export.model_folder import draft_of, predecessor_of
-from llm_local.flags import FLAGS
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.job_problems import surroundings_problems
-from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, STATUS
 from llm_local.memory.sizes import Measuring, ModelSizes
-from llm_local.metrics import keep_until
 from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, probe_and, text_config
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
@@ -58,18 +50,12 @@ from llm_local.model.router_loss import wants_router_loss
 from llm_local.model.slices import try_slices
 from llm_local.model.tensor_parallel import plan_problems
 from llm_local.model.token_ids import set_token_ids
-from llm_local.owner import folder_problems
 from llm_local.partition import Partition
 from llm_local.problems import static_problems
 from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
 from llm_local.setup import Setup, model_values
 from llm_local.tensor_problems import tensor_problems
-from llm_local.trace import FOLDER as TRACE
-
-_EXPORT = Path("export")
-OURS = ("run.yaml", "metrics", "checkpoints", "export", draft_of(_EXPORT).name, predecessor_of(_EXPORT).name)
-OURS += ("report.html", "tensorboard", "csv", TRACE, IDENTITY, STATUS, DONE, LOG, LOG_BACK)
 
 
 def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setup:
@@ -80,8 +66,8 @@ def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setu
         config = replace(config, deepspeed_json=load_json(config))
     problems = _flag_problems(config, world_size) + report_problems(config)
     problems = problems or _of_engines(engine_problems, config, world_size) + surroundings_problems(config)
-    problems += (data_problems(config) if config.reads_data else []) + _folder_problems(config)
-    cache_problems = _unwritable("cache_dir", config.cache_dir)
+    problems += (data_problems(config) if config.reads_data else []) + output_problems(config)
+    cache_problems = unwritable("cache_dir", config.cache_dir)
     problems += cache_problems
     found = _Model()
     if (config.model.config_name or config.model.model_name_or_path or config.model.model_type) and not cache_problems:
@@ -311,52 +297,6 @@ def _support_problems(config: Config, model_config: PretrainedConfig) -> list[st
     return problems
 
 
-def _folder_problems(config: Config) -> list[str]:
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        return [f"output_dir={folder} is a file; name a folder"]
-    if problems := folder_problems(folder):
-        return problems
-    problems = _unwritable("output_dir", folder)
-    try:
-        checkpoint = find_checkpoint(config)
-    except ConfigError as error:
-        return problems + error.problems
-    if _replaces(config, checkpoint):
-        return problems + _lost_inputs(config)
-    return problems + another_run(config, checkpoint)
-
-
-def _replaces(config: Config, checkpoint: Path | None) -> bool:
-    """Whether the run that output_dir holds goes; what is gone on with stays."""
-    return config.train.overwrite_output_dir and not is_own(config.output_dir, checkpoint)
-
-
-def _unwritable(name: str, folder: Path) -> list[str]:
-    """Tries it where the folder is or would be made: with a file that has no name, which leaves no trace."""
-    try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return []
-    except OSError as error:
-        return [f"{name}={folder} cannot be written ({error.strerror}); choose another, or change its permissions"]
-
-
-def _lost_inputs(config: Config) -> list[str]:
-    """What the run reads and overwrite_output_dir would remove first."""
-    read = [name for name, flag in FLAGS.items() if flag.is_read]
-    given = {n: Path(value) for n in read if (value := config.flat()[n]) and Path(value).exists()}
-    given["cache_dir"] = config.cache_dir
-    removed = [config.output_dir / name for name in OURS]
-    return [
-        f"{name}={path} lies in {entry}, which overwrite_output_dir removes before the run reads it; "
-        "choose another output_dir, or move it elsewhere"
-        for name, path in given.items()
-        for entry in removed
-        if path.resolve().is_relative_to(entry.resolve())
-    ]
-
-
 def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None, list[str]]:
     model_config, anatomy, partition = found.whole()
     layout = layout_of(config, partition, replicas_of(config, world_size), model_config)
@@ -379,34 +319,3 @@ def _resume(config: Config, found: _Model, world_size: int) -> tuple[str | None,
             f"trace=True finds no step to record: {checkpoint} is at max_steps; raise it, or leave trace off"
         )
     return str(checkpoint), problems
-
-
-def open_output(setup: Setup, is_restart: bool = False) -> tuple[str, ...]:
-    """Makes OUTPUT and writes run.yaml; returns lines for a person.
-
-    A run that is replaced goes first, and nothing else in the folder does: checkpoints that are not on the line that is
-    gone on with are set aside, and so are all that a restart, which replaces nothing, does not know as its own.
-    """
-    config, checkpoint = setup.config, Path(setup.checkpoint) if setup.checkpoint else None
-    folder, replaces = config.output_dir, _replaces(config, checkpoint)
-    if not replaces and (problems := another_run(config, checkpoint)):  # it came and went since the checks
-        raise ConfigError(problems)
-    if replaces and not is_restart:
-        for name in OURS:
-            _remove(folder / name)
-    said = set_aside(folder, checkpoint, TRACE)
-    keep_until(folder, read_manifest(checkpoint).step if checkpoint else 0)
-    if config.train.trace:  # of the part of the run that is gone on from
-        _remove(folder / TRACE)
-    _remove(draft_of(folder / _EXPORT))  # of a run that ended while it exported
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
-    (folder / "run.yaml").write_text(f"# {setup.partition.describe()}\n{text}")
-    return (said,) if said else ()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
