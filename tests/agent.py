@@ -7,15 +7,12 @@ ranks' environment, and that all are started again when one has died.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import uuid
 from contextlib import suppress
 
 from tests import paced
 from tests.ranks import PRELOAD
-
-LATE = ["transformers.trainer_callback", "deepspeed.runtime.engine", "llm_local.export.model_folder"]
 
 
 def rank(*arguments: str) -> None:
@@ -24,8 +21,7 @@ def rank(*arguments: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in (*PRELOAD, *LATE):
+    for name in PRELOAD:
         with suppress(ImportError):  # of modules that tests alone have on their path
             importlib.import_module(name)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

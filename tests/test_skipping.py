@@ -48,7 +48,7 @@ def test_the_others_go_on_while_it_is_stopped(trainer: Trainer):
     one = trainer.run("one", 3, **settings)
     flags = trainer.flags("jobs", **settings, on_full_log="skip", log_memory_gb=0.0004, log_disk_gb=0)
     folders = [trainer.folder / "jobs" / f"stage-{stage:02d}" for stage in range(2)]
-    with Lives(flags, trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "logs") as up:
         until_saved(folders[1], up)
         pid = status(folders[1], 1)["pid"]
         os.kill(pid, signal.SIGSTOP)

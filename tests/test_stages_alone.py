@@ -119,7 +119,7 @@ def test_images_are_seen_by_the_first_alone(trainer: Trainer):
     settings = {"num_stages": 2, "max_steps": 6, "save_steps": 3, "eval_steps": 3}
     one = trainer.run("one", 2, **settings)
     folder, flags = trainer.folder / "jobs", trainer.flags("jobs", **settings)
-    with Lives(flags, trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "logs") as up:
         up.ends_well()
     for stage in range(2):
         assert trained(folder / f"stage-{stage:02d}", stage) == trained(one, stage)
@@ -133,7 +133,7 @@ def test_replicas_that_meet_rarely_come_back_as_they_were(trainer: Trainer):
     one = trainer.run("one", 4, **settings)
     folder = trainer.folder / "jobs"
     flags = [*trainer.flags("jobs", **settings), "--nproc_per_node", "2"]
-    with Lives(flags, trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "logs") as up:
         until_saved(folder / "stage-00", up)
         kill_rank(folder / "stage-00", 0)
         up.ends_well()
@@ -149,7 +149,7 @@ def test_a_torn_log_is_made_again_though_few_checkpoints_are_kept(trainer: Train
     one = trainer.run("one", 2, **settings)
     flags = trainer.flags("jobs", **settings)
     folders = [trainer.folder / "jobs" / f"stage-{stage:02d}" for stage in range(2)]
-    with Lives(flags, trainer.folder / "up.txt") as up:
+    with Lives(flags, trainer.folder / "logs") as up:
         until_saved(folders[1], up)
         stopped = status(folders[1], 1)["pid"]
         os.kill(stopped, signal.SIGSTOP)
