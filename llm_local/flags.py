@@ -105,8 +105,8 @@ class DataArguments:
 
     dataset_name: str | None = _option(
         None,
-        "Hub name, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running Python's library); of "
-        "images also 'digits' (scikit-learn's).",
+        "Hub name, a clone of what is there, a folder from save_to_disk or prepare_data.py, or 'builtin' (the running "
+        "Python's library); of images also 'digits' (scikit-learn's).",
         is_read=True,
     )
     dataset_config_name: str | None = _option(None, "Configuration of the hub dataset.")

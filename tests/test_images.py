@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,63 @@ def test_tables_and_objects(settings: Settings, tmp_path: Path, kind: str):
     pixels, labels = asked(config)
     assert pixels.shape == (8, 3, 16, 16)
     assert labels.max() < 3
+
+
+def repository(path: Path, kind: str) -> dict[str, Any]:
+    """A data set as git clones it from the hub, with 12 images to train on and 4 to test; flags for its columns."""
+    path.mkdir()
+    if kind == "folders":
+        folder(path / "train")
+        folder(path / "test", images=2)
+        (path / ".gitattributes").touch()
+        return {}
+    parts = {"train": table(12), "test": table(4)}
+    if kind == "parquet":
+        files = [{"split": name, "path": f"data/{name}-*"} for name in parts]
+        card = {"configs": [{"config_name": "plain", "data_files": files}]}
+        (path / "data").mkdir()
+        for name, rows in parts.items():
+            rows.rename_column("image", "img").to_parquet(path / f"data/{name}-00000-of-00001.parquet")
+        (path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n# Cats and dogs\n")
+        return {"image_column_name": "img"}
+    (path / "README.md").touch()
+    for name, rows in parts.items():
+        with tarfile.open(path / f"{name}-0000.tar", "w") as shard:
+            for n, row in enumerate(rows.cast_column("image", ImageFeature(decode=False))):
+                for suffix, content in (("png", row["image"]["bytes"]), ("cls", str(row["label"]).encode())):
+                    member = tarfile.TarInfo(f"{n:04d}.{suffix}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+    return {"image_column_name": "png", "label_column_name": "cls"}
+
+
+@pytest.mark.parametrize(("kind", "place"), [("parquet", "json"), ("folders", "./dogs"), ("webdataset", "pets")])
+def test_a_clone_of_a_data_set_of_the_hub(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+):
+    """Read as it would be from there; also where it is called as a reader of `datasets` is, json."""
+    monkeypatch.chdir(tmp_path)
+    config = settings(dataset_name=place, **repository(Path(place), kind))
+    assert data_problems(config) == []
+    assert class_names(config) == (("0", "1") if kind == "webdataset" else ("cat", "dog"))
+    data = prepare_all(config, None)
+    assert [count for count, _ in data.counts().values()] == [12, 4], "its own test split"
+    assert [source.title for source in data.sources] == [Path(place).name]
+    pixels, labels = asked(config)
+    assert pixels.shape == (8, 3, 16, 16)
+    assert {*labels.flatten().tolist()} == {0, 1}
+
+
+def test_a_clone_without_a_part_of_its_rows(settings: Settings, tmp_path: Path):
+    repository(tmp_path / "clone", "parquet")
+    splits = [{"name": name, "num_bytes": 1, "num_examples": 99} for name in ("train", "test")]
+    (tmp_path / "clone/README.md").write_text(f"---\n{json.dumps({'dataset_info': {'splits': splits}})}\n---\n")
+    said = one_problem(settings(dataset_name=str(tmp_path / "clone")))
+    assert f"dataset_name={tmp_path / 'clone'} cannot be loaded (" in said
+    assert "num_examples=99" in said
+    (tmp_path / "clone").rename(tmp_path / "clone [1]")
+    said = one_problem(settings(dataset_name=str(tmp_path / "clone [1]")))
+    assert said.endswith("put files of one kind there; `datasets` takes brackets in its path for a pattern")
 
 
 def test_labels_may_be_names_or_numbers(settings: Settings, tmp_path: Path):

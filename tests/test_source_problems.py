@@ -126,7 +126,8 @@ def test_a_folder_s_problems(settings, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     assert "a.txt is a file; give it as train_file" in problems(tmp_path / "a.txt")[0]
     assert "missing does not exist; check the path" in problems(tmp_path / "missing")[0]
-    assert "is a folder that save_to_disk did not write; give a folder of files as train_file" in problems(tmp_path)[0]
+    said = "is no clone of the hub's and not from save_to_disk; give a folder of files as train_file"
+    assert said in problems(tmp_path)[0]
     rows = Dataset.from_dict({"body": [["a"]]})
     rows.save_to_disk(str(tmp_path / "one"))
     assert "no column 'text', only 'body'" in problems(tmp_path / "one")[0]

@@ -98,18 +98,22 @@ def test_a_saved_folder_may_have_views_of_strings(settings, tokenizer, tmp_path,
     assert torch.equal(again.batch(1, 20), plain.batch(1, 20))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder", "clone"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_kind_of_source_gives_its_documents(settings, tokenizer, tmp_path, texts, kind, streaming):
-    place = tmp_path / f"data[1] {kind}.{kind}"  # brackets are no pattern here
+    place = tmp_path / (kind if kind == "clone" else f"data[1] {kind}.{kind}")  # brackets are no pattern here
     table = Dataset.from_dict({"body": texts, "id": range(60)})
     if kind == "folder":
         table.save_to_disk(str(place))
     elif kind == "parquet":
         table.to_parquet(str(place))
+    elif kind == "clone":
+        place.mkdir()
+        (place / "README.md").touch()
+        table.to_parquet(str(place / "train.parquet"))
     else:
         write_jsonl(place, texts, column="body")
-    source = {"dataset_name" if kind == "folder" else "train_file": str(place)}
+    source = {"dataset_name" if kind in ("folder", "clone") else "train_file": str(place)}
     config = settings(**source, text_column_name="body", streaming=streaming)
     assert data_problems(config) == []
     found = in_file_order(config, 0) + in_file_order(config, 1)

@@ -29,6 +29,7 @@ from llm_local.flags import DataArguments
 from llm_local.problems import parse_named_files
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
+CLONED = (".gitattributes", "README.md")  # what a clone of a data set of the hub has, one at least
 BUILTIN = "builtin"
 DIGITS = "digits"  # scikit-learn's (data/digits.py)
 TOKENS = "tokens"
@@ -64,8 +65,8 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """'builtin', 'digits', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk), 'hub' or 'object'
-        (rows)."""
+        """'builtin', 'digits', 'files', 'tokens' (by prepare_data.py), 'saved' (by save_to_disk), 'hub' (or a clone of
+        what is there) or 'object' (rows)."""
         if self.source == OBJECT:
             return "object"
         if self.field in ("train_file", "validation_file", "validation_files", "train_dir", "validation_dir"):
@@ -75,10 +76,10 @@ class Source:
         path = local_path(self.source)
         if path is not None and is_token_folder(path):
             return TOKENS
-        if self.field == "dataset_name":
-            return "hub" if path is None else "saved"
-        if path is not None and any((path / name).exists() for name in SAVED):
+        if path is not None and _has_any(path, SAVED):
             return "saved"
+        if self.field == "dataset_name":
+            return "hub" if path is None or _has_any(path, CLONED) else "saved"
         return "files" if path is not None or glob.has_magic(self.source) or format_of(self.source) else "hub"
 
 
@@ -87,6 +88,10 @@ def local_path(name: str) -> Path | None:
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
     return path if looks_local or path.exists() else None
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).exists() for name in names)
 
 
 def training_sources(config: Config) -> list[Source]:

@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from llm_local.config import Config, some_of
 from llm_local.data.encoding import never_text
 from llm_local.data.images import Images
-from llm_local.data.mixture import BUILTIN, DIGITS, Source
+from llm_local.data.mixture import BUILTIN, DIGITS, Source, local_path
 from llm_local.data.packing import Packed, PackedSource
 from llm_local.data.prepared import Prepared
 from llm_local.data.sequences import Sequences
@@ -106,4 +106,5 @@ def title_of(source: Source) -> str:
     """What a source is called away from this machine."""
     if source.kind == "object":
         return source.field
-    return source.source if source.kind in ("hub", BUILTIN, DIGITS) else Path(source.source).name
+    is_public = source.kind in (BUILTIN, DIGITS) or (source.kind == "hub" and local_path(source.source) is None)
+    return source.source if is_public else Path(source.source).name

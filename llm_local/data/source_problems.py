@@ -218,7 +218,7 @@ def _saved_problems(source: Source) -> list[str]:
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError:
-        return [f"{named} is a folder that save_to_disk did not write; give a folder of files as train_file"]
+        return [f"{named} is no clone of the hub's and not from save_to_disk; give a folder of files as train_file"]
     except (OSError, ValueError) as error:
         return [f"{named} cannot be read ({' '.join(str(error).split())}); write it again with save_to_disk"]
     if isinstance(saved, Dataset):

@@ -20,11 +20,11 @@ import datasets
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from llm_local.config import Config, ConfigError
 from llm_local.data.corpus import builtin_corpus
-from llm_local.data.mixture import BUILTIN, TOKENS, Source
+from llm_local.data.mixture import BUILTIN, TOKENS, Source, local_path
 from llm_local.data.parts import read
 from llm_local.data.source_problems import column_problem, files_of, missing_split, table_features, wanted_splits
 from llm_local.data.text_files import TEXT_FORMATS, UnreadableText, format_of, missing_column, read_texts
@@ -39,10 +39,11 @@ BLOCK_LINES = 200  # of a .txt file that are tokenised in one go
 REPAIR_OF_HUB = "check the name, its config, split and revision, or give a folder from save_to_disk"
 REPAIRS = {  # by what `datasets` says
     "zstd not supported": "its files are .zst: pip install zstandard",
+    "contain any data files": "put files of one kind there; `datasets` takes brackets in its path for a pattern",
     "scripts are no longer supported": "set the revision refs/convert/parquet, or give a folder from save_to_disk",
 }
 # What `datasets` raises for a name, a script that it no longer runs, a package that is missing, or a damaged file
-UNREADABLE = (DatasetGenerationError, pyarrow.ArrowException, ValueError, OSError, EOFError, RuntimeError, ImportError)
+UNREADABLE = (DatasetsError, pyarrow.ArrowException, ValueError, OSError, EOFError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,14 @@ def read_saved(source: Source) -> dict[str, Any]:
 def read_hub(config: Config, source: Source) -> dict[str, Any]:
     options: dict[str, Any] = {"revision": source.revision, "streaming": source.streaming}
     options["cache_dir"] = str(config.cache_dir / "datasets")
+    clone = local_path(source.source)
+    name = source.source if clone is None else str(clone.resolve())  # "json" alone would be a reader of datasets
     try:
         if source.split is None and source.validation_split is None:
-            saved: Any = load_dataset(source.source, source.config, **options)
+            saved: Any = load_dataset(name, source.config, **options)
             return dict(saved)
-        names = [name for name in (source.split or "train", source.validation_split) if name]
-        return {name: load_dataset(source.source, source.config, split=name, **options) for name in names}
+        splits = [split for split in (source.split or "train", source.validation_split) if split]
+        return {split: load_dataset(name, source.config, split=split, **options) for split in splits}
     except UNREADABLE as error:
         reason = _reason(error)
         repair = next((repair for cause, repair in REPAIRS.items() if cause in reason), REPAIR_OF_HUB)
