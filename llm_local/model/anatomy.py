@@ -247,15 +247,27 @@ def _without_dynamic_rope(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _blamed(config: PretrainedConfig, model: ModelArguments, row_shape: tuple[int, ...]) -> str:
-    """Those values of the config without which the model runs: with each by itself as its type has it by default."""
-    found = []
+    """What the model does not run with: values of the config, each of which its type has otherwise by default, or the
+    shape of what it is fed, where the config has another."""
+    own, found = TASKS[model.task].row_shape(config), []
+    if row_shape != own and _runs(config, model, own):
+        fed, asked = (" x ".join(map(str, shape)) for shape in (row_shape, own))
+        return f"images of {fed}, as its image processor (image_processor_name) makes them; its config has {asked}"
     for name, value, default, values in _with_a_default(config):
-        try:
-            _watched(type(config).from_dict(values), model, _nothing, row_shape)
-        except Exception:  # of whatever kind: that value is not to blame
-            continue
-        found.append(f"{name}={shorten(str(value), 60)} (the type's own is {shorten(str(default), 60)})")
+        if _runs(config, model, row_shape, values):
+            found.append(f"{name}={shorten(str(value), 60)} (the type's own is {shorten(str(default), 60)})")
     return some_of(found) if found else ""
+
+
+def _runs(
+    config: PretrainedConfig, model: ModelArguments, row_shape: tuple[int, ...], values: dict[str, Any] | None = None
+) -> bool:
+    """Whether there is a forward pass with the config, or with other values of its type."""
+    try:
+        _watched(config if values is None else type(config).from_dict(values), model, _nothing, row_shape)
+    except Exception:  # of whatever kind
+        return False
+    return True
 
 
 def _with_a_default(config: PretrainedConfig) -> Iterator[tuple[str, Any, Any, dict[str, Any]]]:
