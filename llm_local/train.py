@@ -17,6 +17,7 @@ from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import Config, ConfigError, parse
+from llm_local.data.image_files import UnreadableImage
 from llm_local.data.text_files import UnreadableText
 from llm_local.engine import NonFiniteLoss
 from llm_local.export.model_folder import WrongExport
@@ -29,7 +30,7 @@ from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
 REFUSED = 2
 # their message says all there is to say
 PLAIN = (NonFiniteLoss, BrokenCheckpoint, UnsavedCheckpoint, MisplacedWeights, WrongExport)
-PLAIN += (UnreadableText, Unwritten)
+PLAIN += (UnreadableText, UnreadableImage, Unwritten)
 LAUNCHER_SECONDS = 10.0
 
 

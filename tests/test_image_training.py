@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, TINY_VIT, Trainer, records, weights
+from launching import by_hand
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 from llm_local.checks.preflight import preflight
@@ -60,6 +62,25 @@ def test_what_its_exports_are(trainer: Trainer):
         card = (export / "README.md").read_text()
         assert "pipeline_tag: image-classification" in card
         assert "| exit | loss | accuracy | top 5 accuracy |" in card
+
+
+@pytest.mark.processes
+@of_digits
+def test_an_image_that_breaks_off_ends_all_stages(trainer: Trainer):
+    """Its header is whole, so that stage 0 meets it in a step; its line is all that any stage says."""
+    folder = trainer.folder / "images"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.effect_noise((8, 8), 100).save(folder / name / f"{number}.png")
+    broken = folder / "dog" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    flags = trainer.flags("run", num_stages=2, dataset_name=None, train_dir=folder, max_steps=99)
+    with by_hand(2, flags, trainer.folder) as ranks:
+        assert [rank.wait(120) for rank in ranks] == [1, 1]
+    said = f"train_dir={folder}: {broken} is broken ("
+    assert all(said in rank.text for rank in ranks), [rank.text for rank in ranks]
+    assert not any("Traceback" in rank.text for rank in ranks)
 
 
 def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path: Path):
