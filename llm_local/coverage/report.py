@@ -68,7 +68,7 @@ def page(findings: Sequence[Finding], seconds: float, task: str = "causal-lm") -
 
 {counts(findings)}.
 
-Made by `python scripts/coverage.py{given}` in {seconds / 60:.0f} minutes, with {versions} on a CPU. Each
+Made by `python scripts/coverage.py{given}` in {seconds / 60:.2g} minutes, with {versions} on a CPU. Each
 {title} type that transformers registers is tried in one process, as a tiny model of {NUM_LAYERS} layers in
 {NUM_STAGES} stages. All weights, norms and biases too, have noise, so that nothing is an identity by accident.
 
