@@ -10,8 +10,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from llm_local.backprop import make_backprop_engine
-from llm_local.block_engine import make_block_engine
+from llm_local.block_engine import BlockEngine, make_block_engine
 from llm_local.data.feed import Feed
+from llm_local.delayed_engine import DelayedEngine
 from llm_local.ds_config import monitor_folder, resolve
 from llm_local.engine import EvalResult, LocalEngine, StepResult
 from llm_local.files import writing
@@ -70,12 +71,17 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
     blocks = build_blocks(config, *model, place.stage, setup.documents, world.tensor)
-    engines = []
+    is_delayed, engines = config.method.is_delayed, []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
         settings = resolve(of_engine, config.engine_ranks(place.num_replicas), text, monitor)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
-            engines.append(make_block_engine(config, block, settings, world.tensor))
+            kind = DelayedEngine if is_delayed else BlockEngine
+            engines.append(make_block_engine(config, block, settings, world.tensor, kind))
+    if is_delayed:
+        pairs = [build_blocks(config, *model, place.stage, setup.documents) for _ in range(2)]
+        for engine, *copies in zip(engines, *pairs, strict=True):
+            engine.copies, engine.corrects = copies, config.local.delay_correction
     world.everybody("ready", startup, "all stages to be built")
     local = config.local
     links = (

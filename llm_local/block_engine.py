@@ -49,6 +49,10 @@ class BlockEngine(HookedEngine):
     waiting_steps = 0
     ranks: TensorRanks | None = None
 
+    def of_step(self, step: int) -> Any:
+        """What computes in that step, called as a Block is."""
+        return self
+
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         """DeepSpeedEngine.backward, also twice in a row: ZeRO tells a step's passes apart by forward passes between
         them, and would take the second for the first."""
@@ -94,6 +98,9 @@ class FrozenEngine(EngineWithoutOptimizer):
 
     Its schedule goes on with the others', so that a run may train the block later.
     """
+
+    def of_step(self, step: int) -> Any:
+        return self
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
         """Nothing: a schedule may not know of frozen blocks."""
@@ -225,7 +232,11 @@ def _named_scheduler(settings: dict[str, Any]) -> Callable[[torch.optim.Optimize
 
 
 def make_block_engine(
-    config: Config, block: Block, settings: dict[str, Any], ranks: TensorRanks | None = None
+    config: Config,
+    block: Block,
+    settings: dict[str, Any],
+    ranks: TensorRanks | None = None,
+    kind: type[BlockEngine] = BlockEngine,
 ) -> BlockEngine | FrozenEngine:
     """A DeepSpeed engine around one block. Every rank of the stage must call; ranks: between which it is divided."""
     if block.is_frozen:
@@ -234,7 +245,7 @@ def make_block_engine(
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)
     arguments = engine_arguments(config, block, settings, waiting)
-    engine = BlockEngine(config_class=DeepSpeedConfig(settings, ranks), mpu=ranks, **arguments)
+    engine = kind(config_class=DeepSpeedConfig(settings, ranks), mpu=ranks, **arguments)
     engine.ranks = ranks
     engine.waiting_steps = config.local.head_warmup_steps if waiting else 0
     if engine.dp_world_size == 1 and not engine.zero_optimization():

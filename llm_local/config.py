@@ -151,6 +151,11 @@ class Config:
         return self.method.is_pipelined(self.local)
 
     @property
+    def has_one_head(self) -> bool:
+        """Whether the last of several stages alone has a head, and a loss."""
+        return not self.method.has_local_losses and self.local.num_stages > 1
+
+    @property
     def head_layers_schedule(self) -> tuple[int, ...]:
         """Private layers of each block's head, as far as given; the baseline has one head, the model's own."""
         if not self.method.has_local_losses:

@@ -30,7 +30,7 @@ def plan_partition(
         layers_per_block=config.method.block_layers(local),
         block_stride=config.method.window_stride(local),
         stage_layers=by_hand,
-        local_heads=not config.is_pipelined,
+        local_heads=not config.has_one_head,
         head_layers=config.head_layers_schedule,
         shared_head=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,

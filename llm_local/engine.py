@@ -36,7 +36,8 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: (blocks,) float32, of this replica; their mean over the replicas is one over all scored positions of the
+    """losses: (blocks,) float32, of this replica, or where the whole model has one loss that one, 0 on the stages in
+    front of it; their mean over the replicas is one over all scored positions of the
     step, as a micro-batch counts by its Packet's weight. lr: the rate that the step used.
     grad_norms: one a block, before clipping; None where DeepSpeed computes none. tokens: of this replica, without
     padding. is_skipped: nothing was trained, as nothing came. What is on the device is waited for when somebody looks
@@ -79,10 +80,19 @@ class _MicroBatch:
     from_above: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class _Totals:
+    """Of the micro-batches of a step that have run. losses: (blocks,); tokens: without padding."""
+
+    losses: torch.Tensor
+    tokens: int = 0
+
+
 class LocalEngine:
     """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches.
 
-    schedule_of(step) makes the schedule that the step follows.
+    schedule_of(step) makes the schedule that the step follows. What it lets into the stage before its step, it finds
+    there in that.
     """
 
     def __init__(
@@ -107,14 +117,17 @@ class LocalEngine:
         self._heads = heads
         self._distillation = distillation
         frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
+        # where the whole model has one loss, what stands in front of its head has none
+        self._reported = slice(-1 if any(not block.has_head for block in self.blocks) else None, None)
         self._told = {"frozen": frozen} if frozen else {}  # a schedule from elsewhere may not know of it
         self._kind = TRAIN
         self._step = 0
+        self._count = micro_batches  # of the step, or of the evaluation
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
-        self._sums = torch.zeros(len(engines))
+        self._of_next_step: dict[int, _MicroBatch] = {}
+        self._totals: dict[tuple[int, int], _Totals] = {}  # by kind and step
         self._measures: list[torch.Tensor] = []  # (M,) float64 of each block
-        self._tokens = 0  # of the micro-batches that have entered
         self._unchecked: list[tuple[int, torch.Tensor]] = []  # steps, and their losses
         self.check_row: torch.Tensor | None = None  # of images the first stage's alone
         self._instruction_map: dict[type, Callable[..., None]] = {
@@ -146,9 +159,10 @@ class LocalEngine:
         for engine in self.engines:
             engine.train()
         lr = float(self.engines[-1].get_lr()[0])
-        losses = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
+        totals = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
+        losses = totals.losses[self._reported] / self.micro_batches
         self._unchecked.append((step, losses))
-        return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines), self._tokens)
+        return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines), totals.tokens)
 
     def check_finite(self) -> None:
         """Raises NonFiniteLoss naming stage and step if a loss since the last call was none. Waits for the device."""
@@ -163,10 +177,10 @@ class LocalEngine:
         """Logits (1, T, V) of the stage's last head on the micro-batch that an export is checked with, check_row."""
         for engine in self.engines:
             engine.eval()
-        self._kind, self._step, self._num_entered = CHECK, 0, 0
+        self._kind, self._step, self._num_entered, self._buffers = CHECK, 0, 0, {}
         self._exec_load(0) if self.links.receiver is None else self._exec_receive(0)
         entered = self._buffers.pop(0)
-        self.check_row = entered.packet.inputs().get(self.blocks[-1].head.task.main_input)
+        self.check_row = entered.packet.inputs().get(self.blocks[-1].body.task.main_input)
         logits, hidden = torch.empty(0), entered.hidden
         for engine in self.engines:
             inputs = self._inputs(entered.packet)
@@ -183,33 +197,49 @@ class LocalEngine:
         for engine in self.engines:
             engine.eval()
         self._measures = [torch.zeros_like(block.measured) for block in self.blocks]
-        losses = self._run(EvalSchedule, EVAL, step, micro_batches)
-        return EvalResult(losses, self._tokens, torch.stack(self._measures) / micro_batches)
+        totals = self._run(EvalSchedule, EVAL, step, micro_batches)
+        measures = torch.stack(self._measures[self._reported]) / micro_batches
+        return EvalResult(totals.losses[self._reported] / micro_batches, totals.tokens, measures)
 
-    def _run(self, schedule: Callable[..., Schedule], kind: int, step: int, micro_batches: int) -> torch.Tensor:
-        self._kind, self._step, self._num_entered = kind, step, 0
-        self._tokens = 0
-        self._sums = torch.zeros(len(self.engines), device=self.engines[0].device)
-        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **self._told)
+    def _run(self, schedule: Callable[..., Schedule], kind: int, step: int, micro_batches: int) -> _Totals:
+        self._kind, self._step, self._count = kind, step, micro_batches
+        self._buffers = self._of_next_step if kind == TRAIN else {}
+        self._num_entered = len(self._buffers)
+        told = self._told | ({"entered": self._num_entered} if self._num_entered else {})
+        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **told)
         for commands in made.steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
-        self._buffers.clear()
-        return self._sums / micro_batches
+        if kind == TRAIN:
+            early = [batch for batch in self._buffers.values() if batch.packet.step > step]
+            self._of_next_step = {batch.index % made.num_pipe_buffers(): batch for batch in early}
+        self._buffers = {}
+        return self._totals.pop((kind, step))
+
+    def _totals_of(self, packet: Packet) -> _Totals:
+        device = self.engines[0].device
+        return self._totals.setdefault(
+            (self._kind, packet.step), _Totals(torch.zeros(len(self.engines), device=device))
+        )
+
+    def _position(self) -> tuple[int, int]:
+        """Step and number of the next micro-batch that enters."""
+        further, index = divmod(self._num_entered, self._count)
+        return self._step + further, index
 
     def _exec_load(self, buffer_id: int) -> None:
         assert self._load is not None, "only the first stage loads"
-        self._enter(buffer_id, self._load(self._kind, self._step, self._num_entered))
+        self._enter(buffer_id, self._load(self._kind, *self._position()))
 
     def _exec_receive(self, buffer_id: int) -> None:
         assert self.links.receiver is not None, "the first stage does not receive"
-        self._enter(buffer_id, self.links.receiver.receive(self._kind, self._step, self._num_entered))
+        self._enter(buffer_id, self.links.receiver.receive(self._kind, *self._position()))
 
     def _enter(self, buffer_id: int, packet: Packet) -> None:
         hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device, non_blocking=True)
-        self._buffers[buffer_id] = _MicroBatch(packet, self._num_entered, hidden)
+        self._buffers[buffer_id] = _MicroBatch(packet, self._position()[1], hidden)
         self._num_entered += 1
-        self._tokens += packet.num_tokens
+        self._totals_of(packet).tokens += packet.num_tokens
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         device = self.engines[0].device
@@ -232,12 +262,15 @@ class LocalEngine:
         if keep_graph and entering is not None:
             entering.requires_grad_()
         inputs: dict[str, Any] = self._inputs(batch.packet)
+        compute: Any = self.engines[block]
         if self._kind == TRAIN:
-            seed_everything(self._heads.dropout_seed(self._step, batch.index, block))
-            inputs["window"] = draw_window(self._heads, self._step, batch.index, block, inputs.get("input_ids"))
+            step = batch.packet.step
+            compute = compute.of_step(step)
+            seed_everything(self._heads.dropout_seed(step, batch.index, block))
+            inputs["window"] = draw_window(self._heads, step, batch.index, block, inputs.get("input_ids"))
         inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
         with torch.no_grad() if no_graph else nullcontext():
-            loss, batch.hidden, leaving = self.engines[block](hidden=entering, **inputs)
+            loss, batch.hidden, leaving = compute(hidden=entering, **inputs)
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
         if keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
@@ -250,7 +283,7 @@ class LocalEngine:
                 batch.normed[block] = normed
             if teaches:
                 batch.from_above[block - 1] = soft_targets(part.head, normed, self._distillation.top_k)
-        self._sums[block].add_(loss.detach(), alpha=batch.packet.weight)
+        self._totals_of(batch.packet).losses[block].add_(loss.detach(), alpha=batch.packet.weight)
         if self._kind == EVAL:
             measured = self.blocks[block].measured
             self._measures[block] = self._measures[block].to(measured.device) + batch.packet.weight * measured

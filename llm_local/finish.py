@@ -192,7 +192,7 @@ def _spelled(start: Start) -> tuple[str, ...]:
 def _better_exits(run: Rank, losses: dict[str, list[list[float]]], exits: tuple[int, ...]) -> list[str]:
     """Lines on the validation sets on which an exit is better than the whole model."""
     config = run.config
-    if config.is_pipelined:
+    if config.has_one_head:
         return []
     export = config.output_dir / "export"
     folders = {stage: exit_folder(export, stage) for stage in exits} if has_exits(config) else None
@@ -211,7 +211,7 @@ def _losses_at(step: int, config: Config, world: World, each: EvalSet, stage: in
 
 def _measured_at(step: int, config: Config, world: World, each: EvalSet, stage: int) -> tuple[float, ...]:
     """What the task measures beside the loss of the stage's exit."""
-    if not each.measures or (config.is_pipelined and stage + 1 < config.local.num_stages):
+    if not each.measures or (config.has_one_head and stage + 1 < config.local.num_stages):
         return ()
     return tuple(_published(measures_key(each.split, step, stage), config, world, stage))
 

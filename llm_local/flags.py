@@ -187,7 +187,9 @@ class LocalArguments:
     num_stages: int = _option(
         1, "Pipeline stages; ranks / num_stages is the data-parallel degree.", POSITIVE, decides=LAYOUT
     )
-    method: str = _option("chunked", "backprop, greedy (each layer a block), chunked or overlapping.", choices=METHODS)
+    method: str = _option(
+        "chunked", "backprop, greedy (each layer a block), chunked, overlapping or delayed.", choices=METHODS
+    )
     layers_per_block: int | None = _option(
         None, "Layers of a block (chunked; default: one block a stage), or of a window (overlapping).", POSITIVE
     )
@@ -196,6 +198,9 @@ class LocalArguments:
     )
     final_backprop_steps: int = _option(
         0, "Last steps of the run that train by backpropagation through all stages.", NOT_NEGATIVE
+    )
+    delay_correction: bool = _option(
+        False, "Step ahead by what the weights have moved in the last step, against the delay (delayed)."
     )
     freeze_stages: str | None = _option(
         None, "Stages that are not trained, as '0,1': their weights stay, and they have forward passes alone."

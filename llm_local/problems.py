@@ -174,6 +174,8 @@ def _method_problems(config: Config) -> list[str]:
             f"head_warmup_steps={warmup} leaves no step of max_steps={config.train.max_steps} for the layers{after}; "
             "lower it"
         )
+    if config.method.is_delayed and config.train.fp16:
+        problems.append(f"fp16=True does not work with method={local.method}, which scales no loss; use bf16")
     if steps > max(0, config.train.max_steps):
         problems.append(f"final_backprop_steps={steps} is more than max_steps={config.train.max_steps}; lower it")
     return problems

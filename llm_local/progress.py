@@ -8,11 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_local.config import Config
 from llm_local.files import writing
 from llm_local.world import World
 
 if TYPE_CHECKING:  # most ranks draw none
     from llm_local.bars import Bars
+
+
+def known_losses(config: Config, world: World, split: str, step: int, losses: Sequence[float]) -> Sequence[float]:
+    """A stage's losses at a step; the last one's where that alone has a head. Raises LostPeer."""
+    last = world.place.num_stages - 1
+    if not config.has_one_head or world.place.is_last_stage:
+        return losses
+    seconds = config.local.link_timeout_seconds
+    text = world.fetch(f"{split}/{step}/{last}", seconds, f"stage {last} to be through with step {step}")
+    return [float(text.split()[-1])]
 
 
 class Progress:

@@ -26,6 +26,7 @@ from llm_local.config import Config, ConfigError
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, ProcessingClass, key_of, load_processing_class, prepare_all
+from llm_local.delayed_engine import begin_delayed
 from llm_local.device import is_queued, local_device
 from llm_local.evaluation import eval_sets
 from llm_local.files import writing
@@ -87,9 +88,9 @@ class Rank:
         """Sequences of the training data that are used up after the step."""
         return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
 
-    def data_state(self) -> dict[str, Any] | None:
-        """What a checkpoint has of the training data."""
-        return {**self.feed.state(), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
+    def data_state(self, step: int) -> dict[str, Any] | None:
+        """What a checkpoint of the step has of the training data."""
+        return {**self.feed.state(step), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def build(
     engine, links = make_engine(setup, world, feed, job)
     tracer = begin_trace(config, world, engine, links)
     messages += restore(catalog, config, layout, world, engine.engines) if catalog else ()
+    begin_delayed(engine.engines, first_step, catalog)
     outer = make_outer(config.local, world, engine.engines, catalog)
     refresher = make_refresher(
         config, setup.partition, world, links, engine.blocks, job.positions.refreshed if job else 0

@@ -17,7 +17,7 @@ from llm_local.links.ends import Links
 from llm_local.metrics import MetricsFile, Record, total_norm
 from llm_local.model.refresh import Refresher
 from llm_local.outer_optimizer import OuterOptimizer
-from llm_local.progress import Progress
+from llm_local.progress import Progress, known_losses
 from llm_local.world import World
 
 
@@ -89,6 +89,7 @@ class Recorder:
         if self._metrics is None:
             return None
         tokens, places = round(tokens_each * replicas), self._layout.sequences_per_step * self._layout.seq_length
+        losses = [*known_losses(self._config, self._world, "train", step, losses)]
         self._progress.publish("train", step, losses)
         record = Record(
             step=step,

@@ -32,7 +32,9 @@ from llm_local.best import load_best
 from llm_local.callbacks import Callbacks, metrics_of
 from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.line import checkpoint_of
+from llm_local.checkpoint.saver import SHARED
 from llm_local.config import Config, is_due
+from llm_local.delayed_engine import delayed_state
 from llm_local.engine import StepResult, skip_step
 from llm_local.evaluation import EvalSet, measures_key, over_replicas
 from llm_local.files import Unwritten
@@ -40,6 +42,7 @@ from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.place import Place
+from llm_local.progress import known_losses
 from llm_local.rank import Rank
 from llm_local.report.facts import note_end
 from llm_local.run_trace import end_trace
@@ -146,7 +149,13 @@ class Run:
         if records and not result.is_skipped:  # the device is waited for in no other step
             rank.engine.check_finite()
             self._callbacks.of_this_stage(rank.recorder.record(step, result))
-        read = rank.feed.step_tokens if rank.feed else int(result.tokens) * self.place.num_replicas if rank.job else 0
+        read = (
+            rank.feed.step_tokens(step)
+            if rank.feed
+            else int(result.tokens) * self.place.num_replicas
+            if rank.job
+            else 0
+        )
         rank.recorder.end(read)
         rank.saver.check()
         return result
@@ -165,11 +174,12 @@ class Run:
         stage has written its part. Every rank must call."""
         rank, step = self._rank, self._step
         rank.engine.check_finite()
-        shared_head = rank.refresher.state() if rank.refresher else None
-        notes = {DATA_FILE: rank.data_state(), TRAINER_FILE: self._callbacks.saved_state()}
+        shared_head = rank.refresher.state() if rank.refresher else {}
+        notes = {DATA_FILE: rank.data_state(step), TRAINER_FILE: self._callbacks.saved_state()}
         outer, engines = rank.outer.state() if rank.outer else None, rank.engine.engines
+        further = {f"{SHARED}{name}": matrix for name, matrix in shared_head.items()} | delayed_state(engines)
         with rank.traced("save", step):
-            rank.saver.save(engines, step, rank.rows_after(step), shared_head, notes, self._positions(), outer)
+            rank.saver.save(engines, step, rank.rows_after(step), further, notes, self._positions(), outer)
         self._saved = step
         self._callbacks.saved()
         return checkpoint_of(self.output_dir, step)
@@ -338,6 +348,7 @@ def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
     if rank.metrics is not None:
         if found.measures:
             rank.world.publish(measures_key(each.split, step, place.stage), " ".join(map(str, found.measures)))
-        rank.progress.publish(each.split, step, found.losses)
+        losses = known_losses(rank.config, rank.world, each.split, step, found.losses)
+        rank.progress.publish(each.split, step, losses)
         padding = 1 - found.tokens / (rows * rank.config.data.seq_length)
-        rank.metrics.write(each.record(step, place.stage, found.losses, found.tokens, padding, found.measures))
+        rank.metrics.write(each.record(step, place.stage, losses, found.tokens, padding, found.measures))

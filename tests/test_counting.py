@@ -56,7 +56,7 @@ def test_a_feed_counts_the_tokens_of_all_replicas_in_the_steps_that_were_trained
         for kind, step, index in ((TRAIN, 1, 0), (TRAIN, 1, 1), (EVAL, 1, 0), (TRAIN, 2, 0), (TRAIN, 2, 1)):
             feed(kind, step, index)
         feed(CHECK, 0, 0)
-        assert (feed.step_tokens, feed.tokens) == (4 * 8 - 6, 2 * (4 * 8 - 6))
+        assert (feed.step_tokens(2), feed.tokens) == (4 * 8 - 6, 2 * (4 * 8 - 6))
 
 
 def test_a_resumed_feed_goes_on_counting_and_an_export_is_no_step():
@@ -64,9 +64,9 @@ def test_a_resumed_feed_goes_on_counting_and_an_export_is_no_step():
     feed = Feed(Padded(), [], Place(0, (1,)), rows=4, micro_batches=1, eval_batches=0, start=(2, 8))
     assert feed.restore(state), "what is not of the data is kept from it"
     feed(CHECK, 0, 0)
-    assert feed.state() == {"tokens": 50}
+    assert feed.state(2) == {"tokens": 50}
     feed(TRAIN, 3, 0)
-    assert feed.state() == {"tokens": 50 + 26}
+    assert feed.state(3) == {"tokens": 50 + 26}
 
 
 def test_a_checkpoint_without_a_count_has_that_of_its_rows():
@@ -293,7 +293,7 @@ def test_a_stored_list_has_no_padding_to_count():
     rows = StoredSequences(PackedTokens([np.arange(64, dtype=np.int32)], 8), seed=1)
     feed = Feed(rows, [], Place(0, (1,)), rows=2, micro_batches=1, eval_batches=0)
     feed(TRAIN, 1, 0)
-    assert feed.tokens == feed.step_tokens == 16
+    assert feed.tokens == feed.step_tokens(1) == 16
 
 
 def test_a_readout_is_scored_where_an_exit_is():

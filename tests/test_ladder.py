@@ -13,7 +13,7 @@ import llm_local
 LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
 program ancestors files screen in_flight registry flags partition costs
-methods: schedule soft_targets final_steps method backprop chunked greedy overlapping
+methods: schedule soft_targets final_steps method backprop delayed chunked greedy overlapping
 tasks: task causal_lm masked_lm image_classification
 trainer_flags config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
@@ -38,7 +38,7 @@ checks: devices epochs profile tiny trial tensor_trial exit_check class_problems
 checks: engine_trial memory_check output_folder preflight
 job_status job_start job
 report: curves library facts read charts tables now timeline page
-examine assembly outer_optimizer run_trace recorder rank best finish
+examine delayed_engine assembly outer_optimizer run_trace recorder rank best finish
 training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report

@@ -117,7 +117,7 @@ def steps(flags: list[str], first: int, last: int, state: dict[str, Any] | None 
     start, ask = (first - 1, 4 * (first - 1)), data.asker(config, tokenizer)
     feed = Feed(data.train, [], Place(0, (1,)), 4, 1, 0, start, task="masked-lm", ask=ask, seed=7)
     assert state is None or feed.restore(state)
-    return [feed(TRAIN, step, 0).integer_parts() for step in range(first, last + 1)], feed.state()
+    return [feed(TRAIN, step, 0).integer_parts() for step in range(first, last + 1)], feed.state(last)
 
 
 def test_a_folder_of_tokens_is_asked_as_its_text_and_a_stream_goes_on(cache: Path, tmp_path: Path, texts: list[str]):

@@ -23,6 +23,7 @@ from llm_local.config import ConfigError, from_flat, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+ZERO1_BF16 = {"deepspeed": CONFIGS / "zero1.json", "bf16": True}
 GREEDY = {"method": "greedy", "gradient_checkpointing": True}
 
 
@@ -42,9 +43,21 @@ def same_bits(one: Path, other: Path) -> None:
         ("masked-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero2_offload.json"}),
         ("causal-lm", 2, {"num_stages": 1, "deepspeed": CONFIGS / "zero0.json", "bf16": True}),
         ("causal-lm", 2, {"num_stages": 2, "method": "backprop", "deepspeed": CONFIGS / "zero1.json"}),
+        ("causal-lm", 3, {"num_stages": 3, "method": "delayed", "gradient_accumulation_steps": 2, **ZERO1_BF16}),
+        ("masked-lm", 2, {"num_stages": 2, "method": "delayed", "delay_correction": True}),
         ("image-classification", 4, {"num_stages": 2, "deepspeed": CONFIGS / "zero2.json", "bf16": True, **GREEDY}),
     ],
-    ids=["fp32", "masked-zero1-bf16", "zero3-blocks", "masked-offload", "zero0-bf16", "backprop", "images-greedy"],
+    ids=[
+        "fp32",
+        "masked-zero1-bf16",
+        "zero3-blocks",
+        "masked-offload",
+        "zero0-bf16",
+        "backprop",
+        "delayed",
+        "masked-delayed",
+        "images-greedy",
+    ],
     indirect=["trainer"],
 )
 def test_resume_equals_never_having_stopped(trainer: Trainer, ranks: int, settings: dict):

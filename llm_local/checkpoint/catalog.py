@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import NAME_OR_PATH
-from llm_local.checkpoint.shards import OUTER, PART, SCALAR, STATE, Stretch
+from llm_local.checkpoint.shards import DELAYED, OUTER, PART, SCALAR, STATE, Stretch
 from llm_local.config import Config, ConfigError, from_flat
 from llm_local.ds_config import load_json, zero_stage
 from llm_local.flags import MACHINE, START, WATCH, deciding
@@ -293,7 +293,8 @@ class Catalog:
     @property
     def weights(self) -> list[str]:
         """Names of the parameters and buffers."""
-        return [name for name in self._numels if not any(mark in name for mark in (STATE, SCALAR, OUTER))]
+        marks = (STATE, SCALAR, OUTER, DELAYED)
+        return [name for name in self._numels if not any(mark in name for mark in marks)]
 
     def source(self, name: str, numel: int) -> str | None:
         """The name under which the checkpoint has a tensor of so many elements; another one where it was tied."""

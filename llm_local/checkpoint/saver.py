@@ -88,14 +88,14 @@ class Saver:
         engines: Sequence[DeepSpeedEngine],
         step: int,
         rows: int,
-        shared_head: Mapping[str, torch.Tensor] | None = None,
+        further: Mapping[str, torch.Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
         positions: Positions | None = None,
         outer: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        shared_head: the state of the stage's Refresher. notes: further JSON files of the stage, by name.
+        further: tensors that are the same on all replicas, by name. notes: further JSON files of the stage, by name.
         positions: of a job's links. outer: the state of the outer optimizer, which is the same on all replicas. Raises
         Unwritten where this save cannot begin or the one before has failed, and MisplacedWeights rather than save
         another model than is trained.
@@ -119,8 +119,8 @@ class Saver:
         tensors, starts = snapshot(engines, self._world.shard, place.tensor_rank)
         files: dict[Path, str] = {}
         if place.is_recorder or self._world.is_apart:
-            for name, matrix in (shared_head or {}).items():
-                tensors[f"{SHARED}{name}"] = matrix.detach().to("cpu", copy=True).view(-1)
+            for name, tensor in (further or {}).items():
+                tensors[name] = tensor.detach().to("cpu", copy=True).view(-1)
             files[own / STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
         shares = [(own / replica_file(place.replica, place.tensor_rank), tensors)]
         if place.is_recorder:

@@ -8,6 +8,7 @@ stretches, so that a run of any layout takes from it what it needs.
     model.layers.3.mlp.up_proj.weight/state/exp_avg    what the optimizer keeps for each weight
     model.layers.3.mlp.up_proj.weight/scalar/step      and for the parameter as a whole
     model.layers.3.mlp.up_proj.weight/outer/anchor     where replicas train apart: where they met (outer_optimizer.py)
+    model.layers.3.mlp.up_proj.weight/delayed/1        what the next step computes with (delayed_engine.py)
     model.layers.3.mlp.up_proj.weight/part/0           what a rank of a replica has of it, where layers are divided
     exits.4.model.norm.weight                          of the head that reads layer 3, unless it is the model's own
 """
@@ -36,7 +37,7 @@ from llm_local.model.tensor_cut import TensorCut
 from llm_local.model.tensor_parallel import part_of
 from llm_local.partition import Span
 
-STATE, SCALAR, OUTER, PART = "/state/", "/scalar/", "/outer/", "/part/"
+STATE, SCALAR, OUTER, DELAYED, PART = "/state/", "/scalar/", "/outer/", "/delayed/", "/part/"
 
 
 class MisplacedWeights(RuntimeError):

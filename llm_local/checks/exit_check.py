@@ -30,7 +30,7 @@ def refused_exits(
     config: Config, model_config: PretrainedConfig, anatomy: Anatomy, partition: Partition
 ) -> dict[str, str]:
     """The exits that are no models of their own, by name, and why. {} where the small model cannot be made or run."""
-    if config.is_pipelined or config.local.head_features:
+    if config.has_one_head or config.local.head_features:
         return {}
     if reason := head_of(config).exit_problem:
         return {exit_name(stage): reason for stage in range(partition.num_stages - 1)}

@@ -62,8 +62,8 @@ class Feed:
     the model is trained for, by name. ask: what it makes of a row, by seed and the row's number in the whole run; an
     evaluation asks the same in every run. row_tokens: that a model makes of a row which is an image.
 
-    tokens: what the steps up to the last one had of all replicas, without padding, if it was begun with those that
-    were done before; step_tokens: what that one step had.
+    tokens: what the steps up to the last one that was read had of all replicas, without padding, if it was begun with
+    those that were done before.
     """
 
     def __init__(
@@ -93,21 +93,21 @@ class Feed:
         self._ask = ask
         self._seed = seed
         self._row_tokens = row_tokens
-        self._held: _Share | None = None
+        self._held: dict[int, _Share] = {}  # by kind
         self._counted = start[0]
-        self.tokens = self.step_tokens = 0
+        self.tokens = self._step_tokens = 0
+        self._before: tuple[dict[str, Any], int] = {}, 0  # state and tokens of the step before that
 
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
         if kind in self._micro_batches:
+            if kind == TRAIN and step > self._counted:
+                self._begin(step)
             share = self._share(kind, step)
             these = slice(index * self._rows, (index + 1) * self._rows)
-            if kind == TRAIN and step > self._counted:
-                self._counted, self.step_tokens = step, share.tokens
-                self.tokens += share.tokens
             parts = self._parts(share.rows[these], share.seeds[these])
             return Packet(kind, step, index, weight=share.weights[index], row_tokens=self._row_tokens, **parts)
-        share = self._held or self._share(TRAIN, self._start[0] + 1)
+        share = next(iter(self._held.values()), None) or self._share(TRAIN, self._start[0] + 1)
         rows = share.rows
         if self._task.reads_images:
             parts = self._parts(rows[:1], share.seeds[:1])
@@ -119,9 +119,18 @@ class Feed:
         """The next evaluation reads this one of the validation sets."""
         self._number = number
 
-    def state(self) -> dict[str, Any]:
-        """Where the training data stands after the last step, beyond the number of rows."""
-        return {**self._train.state(), TOKENS: self.tokens}
+    def _begin(self, step: int) -> None:
+        self._before = self.state(self._counted), self._step_tokens
+        self._step_tokens = self._share(TRAIN, step).tokens
+        self._counted, self.tokens = step, self.tokens + self._step_tokens
+
+    def step_tokens(self, step: int) -> int:
+        """Of all replicas, without padding; step: the last one that was begun, or that before."""
+        return self._before[1] if step < self._counted else self._step_tokens
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the training data stands after the step, as in step_tokens, beyond the number of rows."""
+        return self._before[0] if step < self._counted else {**self._train.state(), TOKENS: self.tokens}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Takes up what state() gave; False where it is of other data."""
@@ -131,7 +140,7 @@ class Feed:
     def _share(self, kind: int, step: int) -> _Share:
         """This replica's part of the step; an evaluation always has the same rows."""
         key = (kind, step, self._number)
-        if self._held is None or self._held.key != key:
+        if kind not in self._held or self._held[kind].key != key:
             source = self._train if kind == TRAIN else self._validation[self._number]
             replicas = self._place.num_replicas
             done, first = self._start if kind == TRAIN else (step - 1, 0)
@@ -140,8 +149,8 @@ class Feed:
             mine = slice(self._place.replica, None, replicas)
             weights = self._weights(batch, seeds)[mine].view(-1, self._rows).mean(dim=1).tolist()
             tokens = int((batch >= 0).sum()) * (self._row_tokens or 1)
-            self._held = _Share(key, batch[mine].contiguous(), seeds[mine], weights, tokens)
-        return self._held
+            self._held[kind] = _Share(key, batch[mine].contiguous(), seeds[mine], weights, tokens)
+        return self._held[kind]
 
     def _seeds(self, kind: int, index: int, count: int, first: int) -> list[int]:
         """Of the rows first + index*count and so on."""

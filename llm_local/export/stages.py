@@ -152,7 +152,7 @@ def write_stage(export: Path, stage: int, num_stages: int, tensors: StageTensors
 
 def has_exits(config: Config) -> bool:
     """Whether each stage has a head that makes it a model."""
-    return not config.is_pipelined and not config.local.head_features
+    return not config.has_one_head and not config.local.head_features
 
 
 def compose(

@@ -102,10 +102,18 @@ def load_of(config: Config, sizes: ModelSizes, partition: Partition, replicas: S
         layers = len(partition.layers_of(stage))
         kept = layers * alive_passes("1f1b", num_stages, stage, micro_batches)
         return Load(pipeline_parameters(sizes, layers, stage == 0, is_last), kept, is_last, is_last, micro_batches)
+    links = tuple(_links(replicas, stage, other) for other in (stage - 1, stage + 1))
+    passes = config.method.schedule(config.local)
+    if config.method.is_delayed:
+        layers = len(partition.layers_of(stage))
+        kept = layers * passes.alive_passes(num_stages - stage - 1, micro_batches, 1)
+        found = pipeline_parameters(sizes, layers, stage == 0, is_last)
+        # two copies of the weights, and their gradients in one of them
+        parameters = replace(found, read=3 * found.trained)
+        return Load(parameters, kept, is_last, is_last, micro_batches, (links[0], links[1]))
     seen, schedule = config.local.head_token_fraction, config.head_layers_schedule
     most = max(len(partition.blocks[b]) + seen * len(partition.private_layers(b, schedule)) for b in blocks)
-    name = config.method.schedule(config.local).name
-    kept = most * alive_passes(name, num_stages, stage, micro_batches, len(blocks))
+    kept = most * passes.alive_passes(num_stages - stage - 1, micro_batches, len(blocks))
     parameters = stage_parameters(sizes, partition, stage, config, private_parameters(config, sizes))
     trains_matrix = is_last or not head_of(config).shares_matrix
     if stage in config.frozen_stages:
@@ -113,7 +121,6 @@ def load_of(config: Config, sizes: ModelSizes, partition: Partition, replicas: S
         parameters = Parameters((0,) * len(blocks), parameters.read + parameters.trained)
     elif config.local.lora_rank is not None:
         parameters = _adapted(parameters, config, sizes, partition, stage)
-    links = tuple(_links(replicas, stage, other) for other in (stage - 1, stage + 1))
     return Load(parameters, kept, True, trains_matrix, micro_batches, (links[0], links[1]))
 
 

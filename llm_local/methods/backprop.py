@@ -21,10 +21,10 @@ class Backprop(Method):
     def problems(self, local: LocalArguments) -> list[str]:
         problems, steps, defaults = super().problems(local), local.final_backprop_steps, LocalArguments()
         if steps > 0:
-            problems.append(f"final_backprop_steps={steps}: every step of method=backprop is one; leave it out")
+            problems.append(f"final_backprop_steps={steps}: every step of method={self.name} is one; leave it out")
         many = [name for name, flag in FLAGS.items() if flag.of_local_heads]
         if given := [name for name in many if getattr(local, name) != getattr(defaults, name)]:
-            problems.append(f"method=backprop has one head, the model's own; leave out {', '.join(given)}")
+            problems.append(f"method={self.name} has one head, the model's own; leave out {', '.join(given)}")
         return problems
 
     def zero_problems(self, local: LocalArguments, stage: int, offloads: bool = False) -> list[str]:

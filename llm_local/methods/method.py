@@ -21,13 +21,14 @@ class Method:
 
     name: what --method calls it; `register_method` gives it. has_local_losses: each block has a head and a loss of its
     own; otherwise the model has one of each. is_cut_by_hand: the flags say how long blocks are. own_schedule: of a step
-    that nothing is combined with.
+    that nothing is combined with. is_delayed: gradients are those of the weights of one step before.
     """
 
     name = ""
     has_local_losses: ClassVar[bool] = True
     is_cut_by_hand: ClassVar[bool] = True
     own_schedule: ClassVar[type[Schedule]] = LocalSchedule
+    is_delayed: ClassVar[bool] = False
 
     def block_layers(self, local: LocalArguments) -> int | None:
         """Layers of a block, or of a window; None: each stage is one block."""
@@ -73,6 +74,9 @@ class Method:
         if not self.is_cut_by_hand and local.layers_per_block not in (None, 1):
             takers = " and ".join(name for name, method in METHODS.items() if method.is_cut_by_hand)
             problems.append(f"layers_per_block={local.layers_per_block} is for method={takers}, not {self.name}")
+        if local.delay_correction and not self.is_delayed:
+            takers = " and ".join(name for name, method in METHODS.items() if method.is_delayed)
+            problems.append(f"delay_correction=True is for method={takers}, not {self.name}; leave it out")
         if local.block_stride is not None and self.window_stride(local) is None:
             takers = " and ".join(name for name, method in METHODS.items() if method.window_stride(local))
             problems.append(f"block_stride={local.block_stride} is for method={takers}, not {self.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ class Block(nn.Module):
 
     measured: (M,) what the task measures beside the loss, of the last forward pass that was an evaluation's.
     """
+
+    has_head: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -138,10 +140,7 @@ class Block(nn.Module):
         head alone, but for the body's router loss, and with body_waits not even that; with a window (B, L) it is that
         of those positions. With keep_normed what the output matrix read is there to be taken.
         """
-        if self.documents is not None:
-            assert input_ids is not None, "documents are of text"
-            inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            inputs.setdefault("position_ids", inside if return_logits else self.documents.positions(input_ids))
+        self.add_positions(input_ids, inputs, return_logits)
         features = self.features(input_ids, hidden, **inputs)
         leaving = features.detach()
         read = leaving if detach_head else features
@@ -166,6 +165,13 @@ class Block(nn.Module):
             of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
             loss = loss + of_head + (0.0 if body_waits else of_body)
         return loss, leaving, features
+
+    def add_positions(self, input_ids: torch.Tensor | None, inputs: dict[str, Any], is_whole: bool) -> None:
+        """Where packed documents are kept apart: those within each, or, if the row is a whole one, within that."""
+        if self.documents is not None:
+            assert input_ids is not None, "documents are of text"
+            inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            inputs.setdefault("position_ids", inside if is_whole else self.documents.positions(input_ids))
 
     @property
     def span(self) -> Span:
@@ -203,6 +209,47 @@ class Block(nn.Module):
         kept, self.kept = self.kept, None
         assert kept is not None, "the last forward pass kept nothing"
         return kept
+
+
+class Trunk(Block):
+    """A block without a head: the gradient of its output comes from the block behind it. Its loss is 0."""
+
+    has_head = False
+
+    def __init__(self, body: Slice, documents: DocumentMask | None = None):
+        nn.Module.__init__(self)
+        self.body = body
+        self.body_model = body.model
+        self.head: Any = None
+        self.documents = documents
+        self.measured = torch.zeros(len(body.task.measures))
+        self._routers = []
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_logits: bool = False,
+        detach_head: bool = False,
+        window: torch.Tensor | None = None,
+        keep_normed: bool = False,
+        body_waits: bool = False,
+        **inputs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As a Block's, but for what is the head's."""
+        self.add_positions(input_ids, inputs, return_logits)
+        features = self.features(input_ids, hidden, **inputs)
+        return features.new_zeros((), dtype=torch.float32), features.detach(), features
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        return named_once([("", self.body_model)])
+
+    def tied_names(self) -> dict[str, str]:
+        return {}
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def build_slice(
@@ -262,6 +309,9 @@ def build_block(
     span = partition.blocks[index]
     private = partition.private_layers(index, config.head_layers_schedule)
     body = build_slice(config, model_config, anatomy, span, has_head=False)
+    if not config.method.has_local_losses and index + 1 < len(partition.blocks):
+        add_adapters(config, body)
+        return Trunk(body, documents)
     kind = head_of(config) if index + 1 < len(partition.blocks) else Head()
     output_of = kind.output_of(anatomy)
     head = build_slice(config, model_config, anatomy, private, has_head=True, head_of=span.stop, output_of=output_of)
@@ -297,7 +347,7 @@ def build_blocks(
     shared = (config, model_config, anatomy, partition)
     blocks = [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
     if not config.model.model_name_or_path:
-        for part in (part for block in blocks for part in (block.body, block.head)):
+        for part in (p for block in blocks for p in (block.body, *([block.head] if block.has_head else []))):
             check_set(part)
     if ranks is not None:
         for block in blocks:
