@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from llm_local.files import write_whole
 from llm_local.partition import Span
 from llm_local.study.comparison import Result, baseline, compare, curve, front, mean_curve, summarise, table
 from llm_local.study.points import Study, expand, expand_grid, read_study
-from llm_local.study.runs import StudyRun, arguments_of, runs_of, stale_runs, train_all
+from llm_local.study.runs import StudyRun, arguments_of, runs_of, stale_runs, take_results, train_all
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "study.py"
@@ -408,8 +410,11 @@ class TestRuns:
 
 
 def start(path: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(path), "--output_dir", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command(path, output), capture_output=True, text=True, timeout=280, check=False)
+
+
+def command(path: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(path), "--output_dir", str(output), *more]
 
 
 @pytest.mark.processes
@@ -426,6 +431,15 @@ def test_a_study_is_trained_once_and_goes_on_where_it_was(files: Files, tmp_path
     assert "chunked-2-linear-seed1" in (output / "report.html").read_text()
     assert (output / "study.png").read_bytes().startswith(b"\x89PNG")
 
+    # on another machine, which gets the results alone
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(output / "results.json", elsewhere)
+    runs = runs_of(read_study(path), elsewhere)
+    take_results(runs, elsewhere / "results.json")
+    assert train_all(runs, 1, print) == []
+    assert [run.result() for run in runs] == [run.result() for run in runs_of(read_study(path), output)]
+
     # as a run that was stopped leaves its folder
     (local / "result.json").unlink()
     kept, dropped = ((run / "metrics" / "stage-00.jsonl").stat().st_mtime_ns for run in (whole, local))
@@ -440,6 +454,28 @@ def test_a_study_is_trained_once_and_goes_on_where_it_was(files: Files, tmp_path
     changed = read_study(files.study(base={"learning_rate": "1e-3"}, grid=GRID, builtin_vocab_size=512))
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.003, now 0\.001"):
         train_all(runs_of(changed, output), 1, said.append)
+
+
+@pytest.mark.processes
+def test_a_study_that_is_stopped_shows_what_is_finished(files: Files, tmp_path: Path):
+    path, output = files.study(grid=GRID, builtin_vocab_size=512, base={"max_steps": 500}), tmp_path / "study"
+    with subprocess.Popen(command(path, output, "--jobs", "1"), text=True, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(line.startswith("backprop-seed1: ") for line in lines)
+        process.send_signal(signal.SIGINT)
+        assert "stopped; the same command goes on" in "".join(lines)
+    assert process.wait(60) == 130
+    shown = (output / "study.md").read_text()
+    assert "| chunked-2-linear | 2 | – (0 of 1 runs) |" in shown
+    assert "| backprop | 1 | " in shown
+    assert list(json.loads((output / "results.json").read_text())) == ["backprop-seed1"]
+
+
+def test_results_that_cannot_be_read_are_named(study: Study, tmp_path: Path):
+    (tmp_path / "results.json").write_text('{"backprop-seed1": {}}')
+    with pytest.raises(ValueError, match=r"results.json has no results of a study \(KeyError\('flags'\)\); remove it"):
+        take_results(runs_of(study, tmp_path), tmp_path / "results.json")
 
 
 @pytest.mark.processes

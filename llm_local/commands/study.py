@@ -2,7 +2,8 @@
 
 llm-local study configs/studies/cpu.yaml [--jobs 2] [--output_dir DIR]
 
-What is finished is not trained again, so the same command goes on with a study that was stopped.
+What is finished is not trained again, so the same command goes on with a study that was stopped; on another machine,
+too, if OUTPUT/results.json is taken there.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.program import program
+
+if TYPE_CHECKING:
+    from llm_local.study.points import Study
+    from llm_local.study.runs import StudyRun
 
 NAME = program(__file__)
 
@@ -99,6 +104,17 @@ def page(folders: list[Path], output: Path) -> None:
         print(f"report: {output / REPORT}")
 
 
+def conclude(study: Study, runs: list[StudyRun], output: Path, path: Path, seconds: float) -> None:
+    """What the finished runs have shown."""
+    from llm_local.study.comparison import compare, table
+
+    comparison = compare(study, {(run.point.name, run.seed): run.result() for run in runs if run.is_finished})
+    write(comparison, output, path, seconds)
+    print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")
+    if shown := [run.folder for run in runs if (run.folder / "metrics").exists() and run.seed == study.seeds[0]]:
+        page(shown, output)
+
+
 def run(path: Path, output: Path, jobs: int) -> int:
     """Trains what is missing and writes the comparison. Returns 1 if a run failed."""
     from tqdm import tqdm
@@ -106,23 +122,28 @@ def run(path: Path, output: Path, jobs: int) -> int:
     from llm_local.device import take_the_cpu_if_alone
 
     take_the_cpu_if_alone()
-    from llm_local.study.comparison import compare, table
     from llm_local.study.points import read_study
-    from llm_local.study.runs import runs_of, train_all
+    from llm_local.study.runs import keep_results, runs_of, take_results, train_all
 
-    start = time.monotonic()
-    study = read_study(path)
+    start, study = time.monotonic(), read_study(path)
     runs = runs_of(study, output)
+    results = output / "results.json"
+    take_results(runs, results)
     finished = sum(run.is_finished for run in runs)
     print(f"{len(study.points)} points x {len(study.seeds)} seeds, {finished} of {len(runs)} runs are finished")
     output.mkdir(parents=True, exist_ok=True)
-    failures = train_all(runs, jobs, lambda line: tqdm.write(line, file=sys.stderr))
-    results = {(run.point.name, run.seed): run.result() for run in runs if run.is_finished}
-    comparison = compare(study, results)
-    write(comparison, output, path, time.monotonic() - start)
-    print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")
-    if shown := [run.folder for run in runs if run.is_finished and run.seed == study.seeds[0]]:
-        page(shown, output)
+
+    def say(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        keep_results(runs, results)
+
+    try:
+        failures = train_all(runs, jobs, say)
+    except KeyboardInterrupt:
+        if any(run.is_finished for run in runs):
+            conclude(study, runs, output, path, time.monotonic() - start)
+        raise
+    conclude(study, runs, output, path, time.monotonic() - start)
     for line in failures:
         print(f"{NAME}: {line}", file=sys.stderr)
     return 1 if failures else 0

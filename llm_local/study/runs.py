@@ -4,6 +4,9 @@
     OUTPUT/runs/chunked-4-shared-seed1/log.txt    what it had to say
     OUTPUT/runs/chunked-4-shared-seed1/flags.json the settings it was started with
     OUTPUT/runs/chunked-4-shared-seed1/result.json   its losses; written last: a run that has one is not run again
+    OUTPUT/results.json                           settings and losses of all that are finished
+
+With that last file alone a study goes on on another machine, and another day.
 
 A fork server imports torch, DeepSpeed and the project once, so that a run starts in a second or two.
 """
@@ -99,6 +102,40 @@ def _identity(config: Config, builtin_vocab_size: int | None) -> dict[str, Any]:
     flags = {name: value for name, value in config.flat().items() if name not in places}
     tokenizer = builtin_vocab_size or config.model.tokenizer_name
     return flags | {"tokenizer": tokenizer, "model": hashlib.sha256(model.encode()).hexdigest()[:8]}
+
+
+def keep_results(runs: Sequence[StudyRun], path: Path) -> None:
+    """Writes the finished runs, so that `take_results` finds them wherever the file is taken."""
+    known = Config().flat()
+    found = {
+        run.name: {
+            "flags": {name: value for name, value in run.flags.items() if known.get(name) != value},
+            "result": asdict(run.result()),
+        }
+        for run in runs
+        if run.is_finished
+    }
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def take_results(runs: Sequence[StudyRun], path: Path) -> None:
+    """Finishes the runs that the file knows, if there is one. Raises ValueError naming a file that cannot be read."""
+    if not path.exists():
+        return
+    try:
+        found = {name: (dict(kept["flags"]), Result.from_json(kept["result"])) for name, kept in _read(path).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no results of a study ({error!r}); remove it") from error
+    for run in runs:
+        if run.name in found and not run.is_finished:
+            flags, result = found[run.name]
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_json(run.folder / "flags.json", flags)
+            write_whole(run.folder / "result.json", json.dumps(asdict(result)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def stale_runs(runs: Sequence[StudyRun]) -> list[str]:
