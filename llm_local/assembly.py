@@ -104,6 +104,6 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
         feed,
         links,
         HeadPlan.of(config, setup.partition, place.stage, place.dealing(0)),
-        Distillation(local.distillation_weight, local.distillation_top_k),
+        Distillation(local.distillation_weight, local.distillation_top_k, local.distillation_sampling),
     )
     return engine, links

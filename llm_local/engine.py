@@ -282,7 +282,8 @@ class LocalEngine:
             if learns:
                 batch.normed[block] = normed
             if teaches:
-                batch.from_above[block - 1] = soft_targets(part.head, normed, self._distillation.top_k)
+                asked = self._distillation
+                batch.from_above[block - 1] = soft_targets(part.head, normed, asked.top_k, asked.samples)
         self._totals_of(batch.packet).losses[block].add_(loss.detach(), alpha=batch.packet.weight)
         if self._kind == EVAL:
             measured = self.blocks[block].measured

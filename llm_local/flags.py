@@ -256,7 +256,10 @@ class LocalArguments:
     distillation_weight: float = _option(
         0.0, "Weight of the next exit's predictions as soft targets; 0: none.", NOT_NEGATIVE, of_local_heads=True
     )
-    distillation_top_k: int = _option(16, "Most likely tokens that a soft target has.", POSITIVE)
+    distillation_top_k: int = _option(16, "Tokens that a soft target has, the likeliest ones.", POSITIVE)
+    distillation_sampling: bool = _option(
+        False, "They are drawn from the predictions instead, which is right on average.", of_local_heads=True
+    )
     wire_dtype: str = _option(
         "auto",
         "Hidden states on a link: fp32, bf16, fp16, int8 with a scale a token, int4 with one for 64 numbers; auto: "

@@ -54,6 +54,28 @@ def test_loss_and_gradients_are_those_of_whole_logits(kind: str, monkeypatch: py
     torch.testing.assert_close(matrix_gradient, matrix.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_drawn_targets_have_on_average_the_gradient_of_the_whole_distribution():
+    """The likeliest tokens alone have another, however often one asks."""
+    student, teacher = head_of(2, "llama"), head_of(4, "llama")
+    torch.manual_seed(0)
+    normed, taught = torch.randn(1, 2, 32, requires_grad=True), 20 * torch.randn(1, 2, 32)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.no_grad():
+        whole = head_logits(teacher, taught, ids).softmax(-1)
+    (-(whole * head_logits(student, normed, ids).log_softmax(-1)).sum() / 2).backward()
+    wanted, normed.grad = normed.grad, None
+    assert wanted is not None
+
+    def error(samples: bool, count: int) -> float:
+        normed.grad = None
+        for _ in range(count):
+            distillation_loss(student, normed, soft_targets(teacher, taught, 100, samples)).backward()
+        assert normed.grad is not None
+        return float((normed.grad / count - wanted).norm() / wanted.norm())
+
+    assert error(True, 200) < 0.1 < 0.5 < error(False, 1)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_padding_is_no_position(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Of padded rows it is the mean over the positions of the same rows without: loss and gradient."""
@@ -128,8 +150,14 @@ def test_padded_rows_distil_as_the_same_rows_without_padding(trainer: Trainer):
 
 @pytest.mark.processes
 def test_a_distilled_run_resumes(trainer: Trainer):
+    """Tokens that are drawn are those of one stage, too."""
     chosen: dict[str, Any] = {"distillation_weight": 1.0, "num_stages": 2, "save_steps": 2, "head": "shared"}
+    chosen |= {"distillation_sampling": True, "layers_per_block": 2}
     straight = trainer.run("straight", 2, **chosen)
+    one = trainer.run("one", 1, **chosen | {"num_stages": 1})
+    torch.testing.assert_close(
+        torch.tensor(block_losses(one, 1)), torch.tensor(block_losses(straight, 2)), rtol=1e-5, atol=0.0
+    )
     wanted = weights(straight / "export/exits/stage-00")
     (straight / "checkpoints/step-00000004/manifest.json").unlink()
     again = trainer.run("straight", 2, **chosen, resume_from_checkpoint="true")

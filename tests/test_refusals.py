@@ -74,6 +74,7 @@ def test_a_good_run_is_not_refused(trainer: Trainer, tmp_path: Path):
         (1, {"method": "overlapping", "deepspeed": DS / "zero2_offload.json"}, "offload_optimizer does not work with"),
         (1, {"distillation_weight": 1, "deepspeed": DS / "zero3.json"}, "ZeRO stage 3 does not work with distillat"),
         (1, {"distillation_weight": 1, "distillation_top_k": 4097}, "distillation_top_k=4097 is more than the model"),
+        (1, {"distillation_sampling": True}, "distillation_sampling=True needs distillation_weight above 0"),
         (1, {"distillation_weight": -1}, "distillation_weight=-1.0 must not be negative"),
         (1, {"distillation_weight": 1, "distillation_top_k": 0}, "distillation_top_k=0 must be greater than 0"),
         (1, {"distillation_weight": 1, "method": "overlapping"}, "distillation_weight=1.0 does not work with method"),

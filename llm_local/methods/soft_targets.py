@@ -41,7 +41,9 @@ class DistillationSchedule(Schedule):
 
 
 def distillation_problems(local: LocalArguments) -> list[str]:
-    if not local.distillation_weight > 0 or local.head_token_fraction == 1:
+    if not local.distillation_weight > 0:
+        return ["distillation_sampling=True needs distillation_weight above 0"] if local.distillation_sampling else []
+    if local.head_token_fraction == 1:
         return []
     given = f"distillation_weight={local.distillation_weight}"
     return [f"{given} needs every position of both heads; leave out head_token_fraction"]

@@ -18,21 +18,32 @@ from llm_local.model.slices import Slice
 
 @dataclass(frozen=True)
 class Distillation:
-    """weight: of the divergence beside the local loss. top_k: tokens of a soft target."""
+    """weight: of the divergence beside the local loss. top_k: tokens of a soft target. samples: they are drawn."""
 
     weight: float
     top_k: int
+    samples: bool = False
 
 
 @torch.no_grad()
-def soft_targets(head: Slice, normed: torch.Tensor, top_k: int) -> torch.Tensor:
+def soft_targets(head: Slice, normed: torch.Tensor, top_k: int, samples: bool = False) -> torch.Tensor:
     """(B, T, D) normed hidden states → (B, T, 2k) float32: log-probabilities of the k likeliest tokens, which add up
-    to one among themselves, and the tokens' numbers."""
+    to one among themselves, and the tokens' numbers.
+
+    With samples the k tokens are drawn from the head's probabilities, and each weighs a k-th: the gradient of their
+    cross-entropy is on average that of the whole distribution's, where the likeliest k leave out its tail (Anshumann et
+    al. 2025, arXiv 2503.16870). torch's generator draws.
+    """
     flat = normed.reshape(-1, normed.shape[-1])
     found = []
     for states in flat.split(chunk_rows(text_vocab_size(head.model), flat.device)):
-        logits, tokens = _logits(head, states).topk(top_k)
-        found.append(torch.cat([logits.log_softmax(-1), tokens.float()], dim=-1))  # exact below 2^24 tokens
+        logits = _logits(head, states)
+        if samples:
+            tokens = logits.softmax(-1).multinomial(top_k, replacement=True)
+            chosen = torch.zeros_like(tokens, dtype=torch.float32)
+        else:
+            chosen, tokens = logits.topk(top_k)
+        found.append(torch.cat([chosen.log_softmax(-1), tokens.float()], dim=-1))  # exact below 2^24 tokens
     return torch.cat(found).reshape(*normed.shape[:-1], 2 * top_k)
 
 
