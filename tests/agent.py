@@ -11,7 +11,7 @@ import sys
 import uuid
 from contextlib import suppress
 
-from tests import paced
+from tests import imports, paced
 from tests.ranks import PRELOAD
 
 
@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     for name in PRELOAD:
         with suppress(ImportError):  # of modules that tests alone have on their path
             importlib.import_module(name)
+    imports.are_done()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

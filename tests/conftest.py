@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import imports  # isort: skip
 import pytest
 import torch
 from ranks import run_ranks
@@ -114,6 +115,11 @@ class Trainer:
         """Trains on so many ranks and returns the output folder; fails unless every rank says 0."""
         assert run_ranks(_train, ranks, self.flags(name, **settings)) == [0] * ranks
         return self.folder / name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    imports.are_done()
 
 
 @pytest.fixture(autouse=True)

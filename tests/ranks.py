@@ -25,6 +25,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else no copy of a process t
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of all tests but those marked gpu
 
 PRELOAD = [
+    "imports",
     "torch",
     "torch._dynamo",
     "torch._inductor.compile_fx",

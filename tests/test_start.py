@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from ranks import run_ranks
 from transformers import AutoTokenizer
 
 from llm_local.checks.preflight import preflight
+from llm_local.commands import pretrain
 from llm_local.config import ConfigError, parse
 from llm_local.data.sets import Data, ValidationSet
 from llm_local.data.tokenizer import builtin_tokenizer_dir, load_tokenizer
@@ -63,6 +65,15 @@ def without_eos(trainer: Trainer) -> Path:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _command() -> tuple[int, bool]:
+    return pretrain.main(["nowhere.yaml"]), gc.isenabled()
+
+
+@pytest.mark.processes
+def test_garbage_is_collected_once_all_is_imported():
+    assert run_ranks(_command, 1) == [(REFUSED, True)]
 
 
 class TestDataThatIsRefused:

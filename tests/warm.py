@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 
+import imports
 import pytest
 import torch
 from conftest import Trainer
@@ -60,4 +61,4 @@ with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing, 
 gc.collect()
 with suppress(AttributeError):  # of another C library
     ctypes.CDLL(None).malloc_trim(0)  # so that memory that a rank takes is its own
-gc.freeze()  # else every collection of a rank looks through all of this, and so copies its pages
+imports.are_done()  # else every collection of a rank looks through all of this, and so copies its pages

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m llm_local.cli pretrain CONFIG.yaml [--name value 
 
 from __future__ import annotations
 
+import gc
 import os
 
 from llm_local.ancestors import end_with_launcher
@@ -17,6 +18,9 @@ def main(arguments: list[str]) -> int:
     from llm_local.device import take_the_cpu_if_alone
 
     take_the_cpu_if_alone()
+    gc.disable()  # else imports look for garbage in those before them, for a fifth of a rank's start
     from llm_local import train
 
+    gc.freeze()  # nor do collections of the run look there
+    gc.enable()
     return train.main(arguments)
