@@ -70,7 +70,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
         settings = resolve(of_engine, place.num_replicas, text, name if place.is_recorder else None)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
             return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
-    blocks = build_blocks(config, *model, place.stage, setup.documents, world.tensor)
+    blocks = build_blocks(config, *model, place.stage, setup.documents, world.tensor, world.sequence)
     is_delayed, engines = config.method.is_delayed, []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
@@ -105,5 +105,6 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
         links,
         HeadPlan.of(config, setup.partition, place.stage, place.dealing(0)),
         Distillation(local.distillation_weight, local.distillation_top_k, local.distillation_sampling),
+        world.sequence,
     )
     return engine, links

@@ -32,7 +32,7 @@ from llm_local.adapters.deepspeed_internals import (
 )
 from llm_local.adapters.torch_internals import buffers_of
 from llm_local.config import Config
-from llm_local.ds_config import fit_bucket
+from llm_local.ds_config import SEQUENCE_PARALLEL, fit_bucket
 from llm_local.model.stage import Block
 from llm_local.model.tensor_parallel import part_of
 from llm_local.world import TensorRanks
@@ -242,6 +242,8 @@ def make_block_engine(
     if block.is_frozen:
         return _frozen_engine(config, block, settings)
     settings = fit_bucket(settings, sum(p.numel() for p in block.parameters() if p.requires_grad))
+    if (size := config.local.sequence_parallel_size) > 1:
+        settings[SEQUENCE_PARALLEL] = size  # by which it counts rows; it reduces over all ranks alike
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     waiting = waiting_parameters(config, block)
     arguments = engine_arguments(config, block, settings, waiting)

@@ -114,6 +114,16 @@ class Config:
         """How many stages share the ranks of the launch."""
         return 1 if self.is_job else max(1, self.local.num_stages)
 
+    @property
+    def replica_ranks(self) -> int:
+        """Of each replica."""
+        return max(1, self.local.tensor_parallel_size) * max(1, self.local.sequence_parallel_size)
+
+    @property
+    def rank_positions(self) -> int:
+        """Of a row, that each rank has."""
+        return self.data.seq_length // max(1, self.local.sequence_parallel_size)
+
     def engine_ranks(self, num_replicas: int) -> int:
         """How many of a stage's replicas an engine of DeepSpeed spans: all, or each has its own."""
         return 1 if self.local.replica_sync_steps else num_replicas

@@ -20,7 +20,8 @@ BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 # DeepSpeed's monitors, and which of their settings tells the stages apart
 MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}
 
-TENSOR_PARALLEL = "tensor_parallel"  # a section that says what a flag says, and is DeepSpeed's no more
+# a section and a setting that say what flags say
+TENSOR_PARALLEL, SEQUENCE_PARALLEL = "tensor_parallel", "sequence_parallel_size"
 REPORTERS = {"tensorboard": "tensorboard", "csv": "csv_monitor"}  # of these, by what --report_to calls them
 
 
@@ -82,7 +83,8 @@ def resolve(config: Config, num_replicas: int, model_config: Any, monitor: str |
         bf16_full_eval=False,
         get_warmup_steps=lambda _total: config.warmup_steps,
     )
-    settings.pop(TENSOR_PARALLEL, None)
+    for name in (TENSOR_PARALLEL, SEQUENCE_PARALLEL):
+        settings.pop(name, None)
     filled = HfTrainerDeepSpeedConfig(settings)
     try:
         filled.trainer_config_process(arguments)
@@ -95,7 +97,7 @@ def resolve(config: Config, num_replicas: int, model_config: Any, monitor: str |
     if left:
         raise ConfigError([f"{train.deepspeed}: {name} is 'auto', but no flag has its value" for name in left])
     settings = _own_settings(config, settings, monitor)
-    if num_replicas == 1 and _can_do_without_zero(config, settings):
+    if num_replicas * max(1, config.local.sequence_parallel_size) == 1 and _can_do_without_zero(config, settings):
         settings["zero_optimization"] = {"stage": 0}
     return settings
 

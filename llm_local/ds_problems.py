@@ -13,7 +13,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from llm_local.config import Config, ConfigError
-from llm_local.ds_config import Json, load_json, resolve, zero_stage
+from llm_local.ds_config import SEQUENCE_PARALLEL, Json, load_json, resolve, zero_stage
 
 # what acts through parts of DeepSpeed that no run uses, or moves weights to where no checkpoint finds them
 UNUSED = {
@@ -25,7 +25,6 @@ UNUSED = {
     "dataloader_drop_last": "the data flags say which rows come",
     "expert_parallel": "--num_stages divides a model",
     "hybrid_engine": "it is for reinforcement learning",
-    "sequence_parallel_size": "--num_stages divides a model",
     "torch_autocast": "give --bf16 true or --fp16 true",
     "weight_quantization": "it is for inference",
     "zero_optimization.offload_optimizer.super_offload": "use device cpu alone",
@@ -190,7 +189,7 @@ def _deepspeeds_own_problems(config: Config, settings: Json) -> list[str]:
     if not problems:
         try:
             DeepSpeedConfig(seen)
-            problems = list(_unknown_keys(given, {"": seen.asked}))
+            problems = list(_unknown_keys(given, {"": seen.asked | {SEQUENCE_PARALLEL}}))  # of a world alone it asks
         except Exception as error:  # pydantic's, asserts and errors of its own
             problems = [f"DeepSpeed refuses it: {' '.join(str(error).split())}"]
     return [f"{config.train.deepspeed}: {problem}" for problem in problems]

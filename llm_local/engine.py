@@ -23,11 +23,13 @@ from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.methods.schedule import EvalSchedule, Schedule
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
+from llm_local.model.sequence_parallel import completed, own_part
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
 from llm_local.trace import Tracer
+from llm_local.world import ReplicaRanks
 
 
 class NonFiniteLoss(RuntimeError):
@@ -64,12 +66,16 @@ class EvalResult:
 class _MicroBatch:
     """A micro-batch on its way through the blocks of the stage.
 
-    hidden: what the next block reads. entering, leaving: by block, the leaf that came in and the output with its
-    graph. seams: by block, where its graph is in two pieces. normed: by block, what its output matrix read. from_above:
-    by block, what the next one says to it: the gradient of its output, or soft targets; under -1, for the stage before.
+    packet: what blocks read of it; received: as it goes on. share: what this rank's losses count in the mean over the
+    ranks that have a part of its rows, if there are such. hidden: what the next block reads. entering, leaving: by
+    block, the leaf that came in and the output with its graph. seams: by block, where its graph is in two pieces.
+    normed: by block, what its output matrix read. from_above: by block, what the next one says to it: the gradient of
+    its output, or soft targets; under -1, for the stage before.
     """
 
     packet: Packet
+    received: Packet
+    share: torch.Tensor | None
     index: int
     hidden: torch.Tensor | None
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -92,7 +98,7 @@ class LocalEngine:
     """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches.
 
     schedule_of(step) makes the schedule that the step follows. What it lets into the stage before its step, it finds
-    there in that.
+    there in that. sequence: the ranks between which rows are divided.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class LocalEngine:
         links: Links,
         heads: HeadPlan,
         distillation: Distillation,
+        sequence: ReplicaRanks | None = None,
     ):
         self.engines = engines
         self.stage = stage
@@ -116,6 +123,7 @@ class LocalEngine:
         self.links = links
         self._heads = heads
         self._distillation = distillation
+        self._sequence = sequence
         frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
         # where the whole model has one loss, what stands in front of its head has none
         self._reported = slice(-1 if any(not block.has_head for block in self.blocks) else None, None)
@@ -186,7 +194,9 @@ class LocalEngine:
             inputs = self._inputs(entered.packet)
             logits, hidden, _ = engine(hidden=hidden, return_logits=True, **inputs)
         if self.links.sender is not None:
-            self.links.sender.send(dataclasses.replace(entered.packet, hidden=hidden))
+            self.links.sender.send(dataclasses.replace(entered.received, hidden=hidden))
+        if self._sequence is not None:
+            logits = torch.cat(self._sequence.gather(logits), 1)
         for engine in self.engines:
             engine.empty_partition_cache()  # ZeRO-3 has fetched for a backward pass, and an export gathers by itself
         return logits
@@ -229,17 +239,22 @@ class LocalEngine:
 
     def _exec_load(self, buffer_id: int) -> None:
         assert self._load is not None, "only the first stage loads"
-        self._enter(buffer_id, self._load(self._kind, *self._position()))
+        packet = self._load(self._kind, *self._position())
+        self._enter(buffer_id, packet if self._sequence is None else own_part(packet, self._sequence))
 
     def _exec_receive(self, buffer_id: int) -> None:
         assert self.links.receiver is not None, "the first stage does not receive"
         self._enter(buffer_id, self.links.receiver.receive(self._kind, *self._position()))
 
-    def _enter(self, buffer_id: int, packet: Packet) -> None:
-        hidden = None if packet.hidden is None else packet.hidden.to(self.engines[0].device, non_blocking=True)
-        self._buffers[buffer_id] = _MicroBatch(packet, self._position()[1], hidden)
+    def _enter(self, buffer_id: int, received: Packet) -> None:
+        device: Any = self.engines[0].device
+        packet, share = received, None
+        if self._sequence is not None:
+            packet, share = completed(received, self._sequence, device)
+        hidden = None if packet.hidden is None else packet.hidden.to(device, non_blocking=True)
+        self._buffers[buffer_id] = _MicroBatch(packet, received, share, self._position()[1], hidden)
         self._num_entered += 1
-        self._totals_of(packet).tokens += packet.num_tokens
+        self._totals_of(packet).tokens += received.num_tokens
 
     def _inputs(self, packet: Packet) -> dict[str, torch.Tensor]:
         device = self.engines[0].device
@@ -271,6 +286,7 @@ class LocalEngine:
         inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
         with torch.no_grad() if no_graph else nullcontext():
             loss, batch.hidden, leaving = compute(hidden=entering, **inputs)
+            loss = loss if batch.share is None else batch.share * loss
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
         if keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
@@ -292,7 +308,7 @@ class LocalEngine:
     def _exec_send(self, buffer_id: int) -> None:
         assert self.links.sender is not None, "the last stage does not send"
         batch = self._buffers[buffer_id]
-        self.links.sender.send(dataclasses.replace(batch.packet, hidden=batch.hidden))
+        self.links.sender.send(dataclasses.replace(batch.received, hidden=batch.hidden))
 
     def _exec_backward(
         self,

@@ -100,7 +100,7 @@ def over_replicas(world: World, result: EvalResult) -> Found:
     measured = result.measures[-1].tolist()
     mine = torch.tensor([*result.losses.tolist(), result.tokens, *measured], dtype=torch.float64)
     values, count = world.mean_over_replicas(mine).tolist(), len(result.losses)
-    return Found(values[:count], round(values[count] * world.place.num_replicas), values[count + 1 :])
+    return Found(values[:count], round(values[count] * world.place.data_ranks), values[count + 1 :])
 
 
 def better_exit(

@@ -299,6 +299,12 @@ class LocalArguments:
         POSITIVE,
         decides=LAYOUT,
     )
+    sequence_parallel_size: int = _option(
+        1,
+        "Ranks of a replica, each with as many positions of every row; attention alone has whole rows, of some heads.",
+        POSITIVE,
+        decides=LAYOUT,
+    )
     stage: int | None = _option(
         None, "The stage that this launch trains, as a job of its own; default: all.", NOT_NEGATIVE, decides=START
     )

@@ -244,8 +244,8 @@ def _say_what_begins(
     stages = f"{place.num_stages} stages" if place.job is None else f"stage {place.job} of {place.num_stages}"
     apart = setup.config.local.replica_sync_steps
     replicas = f"{replicas_text(place.replicas)} replicas" + (f" that meet every {apart} steps" if apart else "")
-    if place.tensor_ranks > 1:
-        replicas += f" x {place.tensor_ranks} ranks"
+    if place.replica_ranks > 1:
+        replicas += f" x {place.replica_ranks} ranks"
     layout = f"{stages} x {replicas}, {setup.config.precision}"
     progress.say(f"llm_local: {layout}; {setup.partition.describe()}")
     for source in data.sources if data is not None else ():

@@ -74,7 +74,7 @@ class Recorder:
 
     def record(self, step: int, result: StepResult) -> Record | None:
         """The step's record, means and sums over the replicas, written on the stage's first replica; None on others.
-        Every replica must call."""
+        Every rank must call."""
         finish_queued_work(self._world.device)
         begun = self._begun.result()
         _, *moved = self._read().since(self._before)
@@ -84,11 +84,11 @@ class Recorder:
         *means, sent_each, norm, tokens_each = self._world.mean_over_replicas(values).tolist()
         losses, (seconds, wait, *moved) = means[: len(result.losses)], means[len(result.losses) :]
         counted = not self._config.is_pipelined  # DeepSpeed's pipeline moves its packets by itself
-        replicas = self._world.place.num_replicas
-        sent, received, gradients, refreshes = (round(bytes_ * replicas) if counted else None for bytes_ in moved)
+        ranks = self._world.place.data_ranks
+        sent, received, gradients, refreshes = (round(bytes_ * ranks) if counted else None for bytes_ in moved)
         if self._metrics is None:
             return None
-        tokens, places = round(tokens_each * replicas), self._layout.sequences_per_step * self._layout.seq_length
+        tokens, places = round(tokens_each * ranks), self._layout.sequences_per_step * self._layout.seq_length
         losses = [*known_losses(self._config, self._world, "train", step, losses)]
         self._progress.publish("train", step, losses)
         record = Record(
@@ -106,7 +106,7 @@ class Recorder:
             received_bytes=received,
             sent_gradient_bytes=gradients,
             sent_refresh_bytes=refreshes,
-            sent_replica_bytes=round(sent_each * replicas) if self._outer else None,
+            sent_replica_bytes=round(sent_each * ranks) if self._outer else None,
             save_seconds=self._saver.take_seconds(),
             peak_memory_bytes=peak_memory_bytes(self._world.device),
             padding=1 - tokens / places,

@@ -58,7 +58,7 @@ def replicas_of(config: Config, world_size: int) -> tuple[int, ...]:
     given, num_stages = config.local.stage_replicas, max(1, config.local.num_stages)
     found = parse_replicas(given) if given is not None else None
     if found is None or len(found) != num_stages or 0 in found:  # a problem, of which another function tells
-        of_one_each = config.launched_stages * max(1, config.local.tensor_parallel_size)
+        of_one_each = config.launched_stages * config.replica_ranks
         return (max(1, world_size // of_one_each),) * num_stages
     return found
 
@@ -86,19 +86,19 @@ def of_stage(config: Config, replicas: Sequence[int], stage: int) -> Config:
 
 def replica_problems(config: Config, world_size: int) -> list[str]:
     """What is wrong with the number of ranks, and with stage_replicas."""
-    local = config.local
-    count = local.tensor_parallel_size
-    if local.num_stages < 1 or count < 1:  # which the flags' ranges have
+    local, count = config.local, config.replica_ranks
+    name = "tensor_parallel_size" if local.tensor_parallel_size > 1 else "sequence_parallel_size"
+    of_ranks = f" with {name}={count}" if count > 1 else ""
+    if local.num_stages < 1:  # which the flags' ranges have
         return []
     if count > 1 and world_size % count:
         return [
-            f"{world_size} ranks cannot be divided into replicas of tensor_parallel_size={count} ranks; start a "
-            f"multiple of {count * config.launched_stages} ranks, or change tensor_parallel_size"
+            f"{world_size} ranks cannot be divided into replicas of {name}={count} ranks; start a "
+            f"multiple of {count * config.launched_stages} ranks, or change {name}"
         ]
     if local.stage_replicas is None:
         if world_size % (config.launched_stages * count) == 0:
             return []
-        of_ranks = f" with tensor_parallel_size={count}" if count > 1 else ""
         return [
             f"{world_size} ranks cannot be divided into num_stages={local.num_stages} stages of equal size{of_ranks}; "
             f"start a multiple of {local.num_stages * count} ranks, change num_stages, or give stage_replicas"
@@ -113,7 +113,6 @@ def replica_problems(config: Config, world_size: int) -> list[str]:
     if local.stage is not None and local.stage < len(found) and world_size != found[local.stage]:
         return [f"{given} has {found[local.stage]} for stage {local.stage}, which {world_size} ranks were started for"]
     if local.stage is None and world_size != sum(found) * count:
-        of_ranks = f" with tensor_parallel_size={count}" if count > 1 else ""
         return [f"{given}{of_ranks} are {sum(found) * count} ranks, {world_size} were started"]
     return _unequal_problems(config, given, found) if len(set(found)) > 1 else []
 

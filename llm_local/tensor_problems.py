@@ -40,23 +40,19 @@ def _other_sizes(config: Config, settings: dict[str, Any], size: int) -> Iterato
         if others := sorted(section.keys() - {"autotp_size"}):
             yield f"{where}.{others[0]} does nothing in a run: the model's own plan divides its layers; remove it"
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
-        asked = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in _ACCELERATE}
-        for name, (here, repair) in _ACCELERATE.items():
-            wanted = str(size) if here is None else here
-            if asked[name] != wanted:
-                repair = repair.format(asked[name])
+        for name, flag in _ACCELERATE.items():
+            asked = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+            wanted = str(getattr(config.local, flag)) if flag else "1"
+            if asked != wanted:
+                repair = f"give --{flag} {asked}, or change" if flag else "remove"
                 yield (
-                    f"accelerate's config file asks for parallelism_config_{name}={asked[name]}, the run has {wanted}: "
+                    f"accelerate's config file asks for parallelism_config_{name}={asked}, the run has {wanted}: "
                     f"{repair} it there"
                 )
 
 
-# of accelerate's parallelism_config: what the run has, by default the flag's number, and the repair
-_ACCELERATE = {
-    "tp_size": (None, "give --tensor_parallel_size {0}, or change"),
-    "cp_size": ("1", "remove"),
-    "sp_size": ("1", "remove"),
-}
+# of accelerate's parallelism_config, and the flags that say the same
+_ACCELERATE = {"tp_size": "tensor_parallel_size", "cp_size": "", "sp_size": "sequence_parallel_size"}
 
 
 def _unfit(config: Config, settings: dict[str, Any]) -> Iterator[str]:

@@ -189,7 +189,9 @@ NOT_TAKEN: dict[str, Refusal] = {
     "data_seed": _no("use --seed: it draws the order of the data, too", *_OFF),
     "use_cpu": _CPU,
     "accelerator_config": _no("use --deepspeed, and the data flags", *_OFF),
-    "parallelism_config": _no("use --num_stages, --tensor_parallel_size, and --deepspeed for ZeRO", *_OFF),
+    "parallelism_config": _no(
+        "use --num_stages, --tensor_parallel_size, --sequence_parallel_size, and --deepspeed for ZeRO", *_OFF
+    ),
     "dataloader_drop_last": _no("rows go on over the end of the data, so that no batch is incomplete", *_OFF),
     "dataloader_num_workers": _LOADER,
     "dataloader_pin_memory": _no(_LOADER.instead, "true"),

@@ -26,14 +26,11 @@ from llm_local.watchdog import Peer, Watchdog, decode, encode
 _ELEMENTS_AT_A_TIME = 1 << 24
 
 
-class TensorRanks:
-    """The ranks of a replica, between which its layers are divided, and what they tell each other; to DeepSpeed its
-    model parallelism unit, by the names that it asks for. group: of these ranks; replicas: of those that have the same
-    part of the model as this one."""
+class ReplicaRanks:
+    """The ranks of a replica, and what they tell each other. group: of these ranks."""
 
-    def __init__(self, group: Any, replicas: Any):
+    def __init__(self, group: Any):
         self.group = group
-        self.replicas = replicas
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
 
@@ -56,9 +53,24 @@ class TensorRanks:
         dist.all_gather(found, mine, group=self.group)
         return found
 
+    def exchange(self, values: torch.Tensor) -> torch.Tensor:
+        """(ranks, ...), of which the n-th is for rank n → what each rank has for this one, in order."""
+        found = torch.empty_like(values, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(found, values.detach().contiguous(), group=self.group)
+        return found
+
     def take_from_first(self, values: torch.Tensor) -> None:
         """Puts the first rank's values in the place of these."""
         dist.broadcast(values, group=self.group, group_src=0)
+
+
+class TensorRanks(ReplicaRanks):
+    """Those between which its layers are divided; to DeepSpeed its model parallelism unit, by the names that it asks
+    for. replicas: of those that have the same part of the model as this one."""
+
+    def __init__(self, group: Any, replicas: Any):
+        super().__init__(group)
+        self.replicas = replicas
 
     def get_model_parallel_rank(self) -> int:
         return self.rank
@@ -82,8 +94,8 @@ class TensorRanks:
 class World:
     """The ranks of this run: the store between all of them, the process group of this stage.
 
-    is_apart: whether each replica is a world of its own to DeepSpeed. tensor: the ranks of this rank's replica, where
-    there are several.
+    is_apart: whether each replica is a world of its own to DeepSpeed. tensor, sequence: the ranks of this rank's
+    replica, where they divide its layers, or its rows.
     """
 
     def __init__(self, place: Place, device: torch.device, store: Any, watchdog: Watchdog, timeout_seconds: float):
@@ -98,6 +110,7 @@ class World:
         self.replicas: Any = None  # this stage's group where it is not the default one
         self.is_apart = False
         self.tensor: TensorRanks | None = None
+        self.sequence: ReplicaRanks | None = None
 
     def publish(self, key: str, value: str) -> None:
         self.store.set(key, value)
@@ -117,14 +130,14 @@ class World:
     @property
     def shard(self) -> int:
         """This rank's number among those that share the weights of its engines."""
-        return 0 if self.is_apart else self.place.replica
+        return 0 if self.is_apart else self.place.data_rank
 
     def mean_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
-        """Element-wise mean of each replica's values of this stage; every replica must call."""
-        if self.place.num_replicas > 1:
+        """Element-wise mean of the values of this stage's data_ranks; each must call."""
+        if self.place.data_ranks > 1:
             values = values.to("cpu" if self.is_apart else self.device)
             dist.all_reduce(values, group=self.replicas)
-            values = values / self.place.num_replicas
+            values = values / self.place.data_ranks
         return values
 
     def begin_mean(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -198,7 +211,7 @@ def connect(
     for rank in range(place.world_size):
         world.peers.append(decode(world.fetch(f"peer/{rank}", startup_seconds, f"rank {rank} to start")))
     world.device_names = device_names(store, place.world_size, startup_seconds)
-    linked = [place.rank_of(k, r) for k in place.neighbours for r in place.dealing(k).peers]
+    linked = [place.peer_of(k, r) for k in place.neighbours for r in place.dealing(k).peers]
     watchdog.watch(me, linked, world.peers, store.clone(), link_seconds)
     return world
 
@@ -229,6 +242,8 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
     if place.tensor_ranks > 1:
         world.tensor = _tensor_ranks(place, world.timeout_seconds)
         world.replicas = world.tensor.replicas
+    if place.sequence_ranks > 1:
+        world.sequence = ReplicaRanks(_replica_groups(place, world.timeout_seconds)[place.replica])
     # ZeRO-3 compares its world with the launcher's variables; the world that DeepSpeed sees is this one
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     set_deepspeed_device(world.device)
@@ -238,11 +253,16 @@ def join_stage(world: World, one_world: bool, steps_apart: int = 0) -> None:
 
 
 def _tensor_ranks(place: Place, seconds: float) -> TensorRanks:
-    """Of this rank's replica, with so many for any wait. Every rank of the stage makes all groups, in one order."""
+    """Of this rank's replica, with so many for any wait."""
     count, size, limit = place.tensor_ranks, place.stage_ranks, timedelta(seconds=seconds)  # else it is half an hour
     alike = [dist.new_group(list(range(first, size, count)), limit) for first in range(count)]
-    together = [dist.new_group(list(range(first, first + count)), limit) for first in range(0, size, count)]
-    return TensorRanks(together[place.replica], alike[place.tensor_rank])
+    return TensorRanks(_replica_groups(place, seconds)[place.replica], alike[place.tensor_rank])
+
+
+def _replica_groups(place: Place, seconds: float) -> list[Any]:
+    """A group for each replica of the stage. Every rank of it makes all, in one order."""
+    count, limit = place.replica_ranks, timedelta(seconds=seconds)
+    return [dist.new_group(list(range(first, first + count)), limit) for first in range(0, place.stage_ranks, count)]
 
 
 def join_nobody() -> None:

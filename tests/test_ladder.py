@@ -21,21 +21,22 @@ owner device room aside launch trace stopping watchdog rendezvous place world
 links: packet wire message link transports dealt together ends
 jobs: segment packet_log fullness positions key frames hello ways channel ends
 model: gguf_header gguf_cache levels observation remote_code overrides token_ids model_config anatomy standins
-model: slices pretrained classes tensor_cut tensor_parallel loss router_loss document_mask distillation
+model: slices pretrained classes tensor_cut tensor_parallel loss router_loss sequence_parallel document_mask
+model: distillation
 model.heads: head decoder linear shared
 model: lora lowrank windows head_start stage refresh
 head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed
-ds_config ds_problems tensor_problems reporting block_engine engine backprop
+ds_config ds_problems tensor_problems sequence_problems reporting block_engine engine backprop
 checkpoint: shards catalog line saver loader
 export: masters model_folder adapter stages parts model_card sample reading
 memory: activations sizes engine parts stage
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
-checks: devices epochs profile tiny trial tensor_trial exit_check class_problems tokenizer_check weight_problems
-checks: engine_trial memory_check output_folder preflight
+checks: devices epochs profile tiny trial tensor_trial sequence_trial exit_check class_problems tokenizer_check
+checks: weight_problems engine_trial memory_check output_folder preflight
 job_status job_start job
 report: curves library facts read charts tables now timeline page
 examine delayed_engine assembly outer_optimizer run_trace recorder rank best finish

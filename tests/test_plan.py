@@ -117,6 +117,8 @@ def test_a_thousand_stages(script: ModuleType, tmp_path: Path, capsys: pytest.Ca
         ("--seq_length 4096", "--seq_length 4096 is longer than the model's 2048 positions"),
         ("--stage_layers 4,4", "--stage_layers is set by the plan"),
         ("--freeze_stages 0", "--freeze_stages: a plan is of models that are trained whole; leave it out"),
+        ("--tensor_parallel_size 2", "--tensor_parallel_size 2: no layout that divides layers is ranked yet"),
+        ("--sequence_parallel_size 2", "--sequence_parallel_size 2: no layout that divides rows is ranked yet"),
         ("--head decoder", "head=decoder needs private layers"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0 must be greater than 0"),
         ("--bogus 1", "unknown argument '--bogus'"),

@@ -249,8 +249,10 @@ class Catalog:
             folder, replicas = checkpoint / f"stage-{stage:02d}", range(self.manifest.layout.stage_replicas[stage])
             if not self.manifest.apart:
                 self._add_blocks(folder)
-                parts = range(self.manifest.flags.get("tensor_parallel_size", 1))
-                self._add(folder, [replica_file(each, part) for each in replicas for part in parts])
+                flags = self.manifest.flags
+                parts = range(flags.get("tensor_parallel_size", 1))
+                ranks = range(len(replicas) * flags.get("sequence_parallel_size", 1))
+                self._add(folder, [replica_file(each, part) for each in ranks for part in parts])
                 continue
             self._add(folder, [OUTER_FILE])
             wanted = replicas[replica[0] :][:1] if replica and replica[1] == len(replicas) else replicas

@@ -122,7 +122,7 @@ class Saver:
             for name, tensor in (further or {}).items():
                 tensors[name] = tensor.detach().to("cpu", copy=True).view(-1)
             files[own / STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
-        shares = [(own / replica_file(place.replica, place.tensor_rank), tensors)]
+        shares = [(own / replica_file(place.data_rank, place.tensor_rank), tensors)]
         if place.is_recorder:
             notes = {**(notes or {}), NOTE: asdict(positions) if positions else None}
             files |= {folder / name: json.dumps(value) for name, value in notes.items() if value}

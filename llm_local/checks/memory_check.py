@@ -83,7 +83,7 @@ class MemoryCheck:
         if config.local.stage is not None:
             return [config.local.stage] * self.world_size
         counts = enumerate(replicas_of(config, self.world_size))
-        return [stage for stage, count in counts for _ in range(count * config.local.tensor_parallel_size)]
+        return [stage for stage, count in counts for _ in range(count * config.replica_ranks)]
 
     def _repair(self, config: Config) -> str:
         """The nearest run that fits, with one change or, beside it, those that come before."""

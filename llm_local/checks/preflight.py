@@ -22,6 +22,7 @@ from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.memory_check import MemoryCheck, room_of
 from llm_local.checks.output_folder import output_problems, unwritable
 from llm_local.checks.profile import measure_costs
+from llm_local.checks.sequence_trial import dealing_problems
 from llm_local.checks.tensor_trial import division_problems
 from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
@@ -47,6 +48,7 @@ from llm_local.model.lowrank import rank_problems
 from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
+from llm_local.model.sequence_parallel import position_problems
 from llm_local.model.slices import try_slices
 from llm_local.model.tensor_parallel import plan_problems
 from llm_local.model.token_ids import set_token_ids
@@ -54,6 +56,7 @@ from llm_local.partition import Partition
 from llm_local.problems import static_problems
 from llm_local.replicas import of_stage, replicas_of
 from llm_local.reporting import report_problems
+from llm_local.sequence_problems import sequence_problems
 from llm_local.setup import Setup, model_values
 from llm_local.tensor_problems import tensor_problems
 
@@ -101,7 +104,8 @@ def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: i
 def _flag_problems(config: Config, world_size: int) -> list[str]:
     """What the flags and DeepSpeed's JSON show, without model and data."""
     problems = static_problems(config, world_size, supports("fp16"), supports("bf16"))
-    return problems + _of_engines(deepspeed_problems, config, world_size) + tensor_problems(config)
+    problems += _of_engines(deepspeed_problems, config, world_size)
+    return problems + tensor_problems(config) + sequence_problems(config)
 
 
 def _of_engines(look: Callable[[Config, int], list[str]], config: Config, world_size: int) -> list[str]:
@@ -190,6 +194,9 @@ class _Model:
             trusted = config.model.trust_remote_code
             unfit = plan_problems(model_config, anatomy, ranks, trust_remote_code=trusted)
             problems += unfit or division_problems(config, model_config, anatomy)
+        if (ranks := config.local.sequence_parallel_size) > 1:
+            unfit = [*position_problems(model_config, attention_kernel(config.model, model_config), ranks)]
+            problems += unfit or dealing_problems(config, model_config, anatomy)
         if config.data.document_mask:
             problems += document_problems(config, model_config, anatomy)
         if wants_router_loss(model_config):
@@ -217,7 +224,7 @@ class _Model:
             with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
                 set_token_ids(self.config, special_tokens(config))
         kernel = attention_kernel(config.model, self.config)
-        measuring = Measuring(config.data.seq_length, config.precision, kernel, then=try_slices)
+        measuring = Measuring(config.rank_positions, config.precision, kernel, then=try_slices)
         self.anatomy, self.sizes = probe_and(measuring, self.config, config.model, shape)
         convert(config)
         pretrained_generation(config)

@@ -62,6 +62,9 @@ class ThreadRanks(TensorRanks):
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         return self._meeting.exchange(self.rank, values)
 
+    def exchange(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([each[self.rank] for each in self.gather(values)])
+
 
 def in_threads(work: Callable[[ThreadRanks], float], size: int) -> float:
     """The most that work returns for one of so many ranks. Raises what the first to fail has raised."""

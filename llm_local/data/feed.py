@@ -112,7 +112,8 @@ class Feed:
         if self._task.reads_images:
             parts = self._parts(rows[:1], share.seeds[:1])
             return Packet(kind, step, index, weight=1.0, row_tokens=self._row_tokens, **parts)
-        ids = inputs_of(rows[:1, :CHECK_TOKENS].contiguous())["input_ids"]  # logits of padding are logits, too
+        tokens = CHECK_TOKENS - CHECK_TOKENS % self._place.sequence_ranks
+        ids = inputs_of(rows[:1, :tokens].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
 
     def validate_on(self, number: int) -> None:

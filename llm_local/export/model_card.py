@@ -235,8 +235,8 @@ def _facts(training: Training) -> dict[str, str]:
         facts = {"started from": config.model.model_name_or_path, **facts}
     if local.final_backprop_steps:
         facts["method"] += f", the last {local.final_backprop_steps} steps by backpropagation through all blocks"
-    if local.tensor_parallel_size > 1:
-        facts["stages × replicas"] += f", each of {local.tensor_parallel_size} ranks"
+    if config.replica_ranks > 1:
+        facts["stages × replicas"] += f", each of {config.replica_ranks} ranks"
     if local.lora_rank is not None:
         dropout = f", dropout {local.lora_dropout:g}" if local.lora_dropout else ""
         where = local.lora_target_modules or "PEFT's matrices for the type"
@@ -326,7 +326,7 @@ def _reproduce(training: Training) -> str:
     default = Config().flat()
     incidental = deciding(START, MACHINE)
     given = {n: v for n, v in training.config.flat().items() if v != default[n] and n not in incidental}
-    ranks = sum(training.replicas) * training.config.local.tensor_parallel_size
+    ranks = sum(training.replicas) * training.config.replica_ranks
     text = (
         f"With `run.yaml`:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}```\n\n"
         f"```sh\ndeepspeed --num_gpus {ranks} scripts/pretrain.py run.yaml\n```"

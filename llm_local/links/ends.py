@@ -64,7 +64,7 @@ class _End:
         place = world.place
         source, target = (place.stage, other) if side == SENDER else (other, place.stage)
         replica = place.replica if replica is None else replica
-        rank = place.rank_of(other, replica)
+        rank = place.peer_of(other, replica)
         self.peer: Peer = world.peers[rank]
         kind = "refresh link" if background else "link"
         ends = (place.replica, replica) if side == SENDER else (replica, place.replica)
@@ -79,7 +79,8 @@ class _End:
         # of bodies
         self._capacity = 0
         self._tag = _HEADERS
-        self._store = prefix = dist.PrefixStore(f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}", world.store)
+        key = f"{kind}/{source}-{target}/{ends[0]}-{ends[1]}/{place.sequence_rank}"
+        self._store = prefix = dist.PrefixStore(key, world.store)
         try:
             self.control = Gloo(dist.PrefixStore("control", prefix), side, self._timeout, self._device)
             way = transport(world.device_names[place.rank], world.device_names[rank])

@@ -202,10 +202,12 @@ def run_memory(
 ) -> tuple[Memory, ...]:
     """Of a rank of each stage of a run."""
     replicas, found = replicas_of(config, world_size), []
+    config = replace(config, data=replace(config.data, seq_length=config.rank_positions))
     sizes = sizes.divided(config.local.tensor_parallel_size, config.data.seq_length)
     for stage, count in enumerate(replicas):
         ranks = config.engine_ranks(count)
         zero = Zero.of(resolve(of_stage(config, replicas, stage), ranks, model_config))
         load = load_of(config, sizes, partition, replicas, stage)
+        ranks *= max(1, config.local.sequence_parallel_size)
         found.append(memory_of(load, config, sizes, zero, ranks, gpu_bytes))
     return tuple(found)

@@ -23,11 +23,12 @@ from llm_local.model.loss import fit_head, head_logits, head_loss
 from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
 from llm_local.model.router_loss import Routers, want_none, wants_router_loss
+from llm_local.model.sequence_parallel import exchange_heads
 from llm_local.model.slices import Slice, check_set, new_slice
 from llm_local.model.tensor_parallel import divide
 from llm_local.model.windows import cut, cut_inputs
 from llm_local.partition import Partition, Span
-from llm_local.world import TensorRanks
+from llm_local.world import ReplicaRanks, TensorRanks
 
 EXITS = "exits."  # in a checkpoint, the heads that are not the model's own
 
@@ -340,16 +341,21 @@ def build_blocks(
     stage: int,
     documents: DocumentMask | None = None,
     ranks: TensorRanks | None = None,
+    sequence: ReplicaRanks | None = None,
 ) -> list[Block]:
-    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are. ranks: between
-    which each block is divided, if it is. Raises SliceError where the class leaves weights of a new model unset."""
+    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are. ranks, sequence:
+    between which each block, or each row, is divided, if it is. Raises SliceError where the class leaves weights of a
+    new model unset."""
     numbers = partition.stages[stage]
     shared = (config, model_config, anatomy, partition)
     blocks = [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
     if not config.model.model_name_or_path:
         for part in (p for block in blocks for p in (block.body, *([block.head] if block.has_head else []))):
             check_set(part)
-    if ranks is not None:
-        for block in blocks:
+    for block in blocks:
+        if ranks is not None:
             divide((block.body_model, block.head_model), ranks)
+        if sequence is not None:
+            exchange_heads(block.body_model, sequence)
+            exchange_heads(block.head_model, sequence)
     return blocks

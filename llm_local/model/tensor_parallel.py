@@ -258,7 +258,7 @@ def plan_problems(config: PretrainedConfig, anatomy: Anatomy, ranks: int, **mode
         for what, number in numbers.items()
         if number % ranks
     ]
-    return problems + _dropout_problems(named, text_config(config))
+    return problems + dropout_problems(named, text_config(config), "heads of a layer")
 
 
 def _planned(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
@@ -298,15 +298,19 @@ def _divided(found: list[tuple[str, str, Any]], text: Any) -> Iterator[tuple[str
             yield f"the {number} {what} of {name}", number
 
 
-def _dropout_problems(named: str, text: Any) -> list[str]:
+def dropout_problems(named: str, text: Any, parts: str) -> list[str]:
     """The ranks of a replica would have to draw equal masks for what they all have, and others for their parts."""
     dropped = {
         name: value
         for name, value in text.to_dict().items()
-        if "drop" in name and "classifier" not in name and isinstance(value, (int, float)) and value
+        if "drop" in name
+        and "classifier" not in name
+        and "summary" not in name
+        and isinstance(value, (int, float))
+        and value
     }
     return [
-        f"{named}: {name}={value} would draw the same masks for different heads of a layer; set {name}=0.0 in "
+        f"{named}: {name}={value} would draw the same masks for different {parts}; set {name}=0.0 in "
         "config_overrides, or use 1"
         for name, value in dropped.items()
     ]

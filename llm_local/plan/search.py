@@ -45,8 +45,9 @@ def check_plan(given: Mapping[str, Any], config: Config) -> None:
         for name, value in config.flat().items()
         if name in _SET and value != defaults[name]
     ]
-    if (size := config.local.tensor_parallel_size) > 1:
-        problems.append(f"--tensor_parallel_size {size}: no layout that divides layers is ranked yet; leave it out")
+    for name, what in (("tensor_parallel_size", "layers"), ("sequence_parallel_size", "rows")):
+        if (size := getattr(config.local, name)) > 1:
+            problems.append(f"--{name} {size}: no layout that divides {what} is ranked yet; leave it out")
     tuned = [name for name in _TUNING if getattr(config.local, name) is not None]
     problems += [f"--{name}: a plan is of models that are trained whole; leave it out" for name in tuned]
     for method in given["method"] if not tuned else ():

@@ -29,8 +29,8 @@ class CausalLM(Task):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         labels = input_ids if labels is None else labels
         assert labels is not None, "there is text"
-        targets = labels[:, 1:].reshape(-1)
-        return states[:, :-1].reshape(-1, states.shape[-1]), targets
+        targets = labels[:, 1:]  # of a part of a row there is the one behind it, too
+        return states[:, : targets.shape[1]].reshape(-1, states.shape[-1]), targets.reshape(-1)
 
     def count_scored(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels[:, 1:] != IGNORED).sum(dim=1)
