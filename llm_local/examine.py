@@ -119,7 +119,7 @@ def compare_gradients(run: TrainedRun, ids: torch.Tensor) -> list[Gradients]:
         true: torch.Tensor | None = None
         above: torch.Tensor | None = None
         for block, hidden, total in reversed(list(zip(run.blocks, entering, sums, strict=True))):
-            true, above = _add_gradients(block, rows, hidden, true, above, share, total)
+            true, above = total.add(share, block, rows, hidden, true, above)
             above = above if run.partition.overlap else None
     return [total.result() for total in sums]
 
@@ -132,6 +132,39 @@ class _Sums:
         self.local: list[torch.Tensor | None] = []
         self.true: list[torch.Tensor | None] = []
 
+    def add(
+        self,
+        share: float,
+        block: Block,
+        ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+        true: torch.Tensor | None,
+        above: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Adds a micro-batch's gradients of the block; hidden (B, T, D) enters it. share: of all rows.
+
+        true: gradient (B, T, D) of the last loss by the block's output; None: this is the last block. above: that of
+        the loss of the block above, where it trains layers of this one. Returns the gradients of the last and of the
+        own loss by `hidden`, None at the start of the model.
+        """
+        leaf = None if hidden is None else hidden.detach().requires_grad_()
+        features = block.features(ids, leaf)
+        seam = block.body.border.take_seam()
+        read = features.detach().requires_grad_()
+        loss = block.readout(read, ids)
+        # by the output alone: where the head is tied to the embedding, its own part of that gradient is left out
+        (local,) = torch.autograd.grad(loss, read)
+        true = local if true is None else true
+        parameters = [p for p in block.body_model.parameters() if p.requires_grad]
+        wanted = parameters if leaf is None else [*parameters, leaf]
+        ours, theirs = (_pull(features, seam, wanted, gradient) for gradient in (local, true))
+        self.loss += share * float(loss.detach())
+        _add(self.local, ours[: len(parameters)], share)
+        _add(self.true, theirs[: len(parameters)], share)
+        if above is not None:
+            _add(self.local, _grad(features, parameters, above), share)  # to the seam and no further
+        return (None, None) if leaf is None else (theirs[-1], ours[-1])
+
     def result(self) -> Gradients:
         pairs = [(a, b) for a, b in zip(self.local, self.true, strict=True) if a is not None and b is not None]
         dot = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
@@ -141,40 +174,6 @@ class _Sums:
 
 def _norm(gradients: Iterable[torch.Tensor | None]) -> float:
     return sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
-
-
-def _add_gradients(
-    block: Block,
-    ids: torch.Tensor,
-    hidden: torch.Tensor | None,
-    true: torch.Tensor | None,
-    above: torch.Tensor | None,
-    share: float,
-    total: _Sums,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Adds one micro-batch's gradients of the block; hidden (B, T, D) enters it.
-
-    true: gradient (B, T, D) of the last loss by the block's output; None: this is the last block. above: that of the
-    loss of the block above, where it trains layers of this one. Returns the gradients of the last and of the own loss
-    by `hidden`, None at the start of the model.
-    """
-    leaf = None if hidden is None else hidden.detach().requires_grad_()
-    features = block.features(ids, leaf)
-    seam = block.body.border.take_seam()
-    read = features.detach().requires_grad_()
-    loss = block.readout(read, ids)
-    # by the output alone: where the head is tied to the embedding, its own part of that gradient is left out
-    (local,) = torch.autograd.grad(loss, read)
-    true = local if true is None else true
-    parameters = [p for p in block.body_model.parameters() if p.requires_grad]
-    wanted = parameters if leaf is None else [*parameters, leaf]
-    ours, theirs = (_pull(features, seam, wanted, gradient) for gradient in (local, true))
-    total.loss += share * float(loss.detach())
-    _add(total.local, ours[: len(parameters)], share)
-    _add(total.true, theirs[: len(parameters)], share)
-    if above is not None:
-        _add(total.local, _grad(features, parameters, above), share)  # to the seam and no further
-    return (None, None) if leaf is None else (theirs[-1], ours[-1])
 
 
 def _pull(

@@ -98,7 +98,6 @@ def _export(run: Rank, export: Path) -> None:
     tensors = collect(
         bodies,
         head,
-        run.layout.zero_stage == 3,
         place.is_recorder,
         _folded(engine),
         None if config.train.export_dtype == "auto" else DTYPES[config.export_dtype],
@@ -149,7 +148,7 @@ def check_stage(setup: Setup, place: Place, export: Path, logits: torch.Tensor) 
     config, row = setup.config, load_file(export / CHECK_FILE)[setup.config.task.main_input]
     reason = setup.refused_exits.get(exit_name(place.stage))  # in bf16 a small difference would not show here
     final = config.output_dir / "export"
-    return check_exit(config, export, final, place.stage, place.is_last_stage, reason, (row, logits))
+    return check_exit(config, export, final, None if place.is_last_stage else place.stage, reason, (row, logits))
 
 
 def _report(run: Rank, start: Start, step: int, export: Path, is_evaluated: bool) -> None:

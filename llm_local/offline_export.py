@@ -161,7 +161,8 @@ def assemble(
         _write(draft, run, catalogs, exits, say)
         for stage in stages if exits else stages[-1:]:
             reason = refused.get(exit_name(stage))
-            say(check_exit(run.config, draft, out, stage, stage == stages[-1], reason, _check_of(checks, stage)))
+            exit_stage = None if stage == stages[-1] else stage
+            say(check_exit(run.config, draft, out, exit_stage, reason, _check_of(checks, stage)))
         there = tuple(stage for stage in stages if exit_folder(draft, stage).is_dir())
         skipped = tuple(read_note(part, NOTE, stage).get("skipped", 0) for stage, part in enumerate(parts))
         found = [_evaluated(part, stage, catalogs[0].manifest.step) for stage, part in enumerate(parts)]
@@ -222,12 +223,12 @@ def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int
             block = build_block(*built, index)
             fill_block(catalog, block)
             body = block.body
-            found = collect([body], block.head, False, True, block.folded(), run.dtype)
+            found = collect([body], block.head, True, block.folded(), run.dtype)
         else:
             body = build_slice(*built[:3], run.partition.blocks[index], has_head=False)
             add_adapters(run.config, body)
             fill(catalog, named_once([("", body.model)]))
-            found = collect([body], None, False, True, {}, run.dtype)
+            found = collect([body], None, True, {}, run.dtype)
         adapter = tensors.adapter | found.adapter if last + 1 == run.partition.num_stages else {}
         tensors = StageTensors(tensors.body | found.body, found.head, adapter)
         class_name = type(body.model).__name__

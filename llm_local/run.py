@@ -176,10 +176,11 @@ class Run:
         rank.engine.check_finite()
         shared_head = rank.refresher.state() if rank.refresher else {}
         notes = {DATA_FILE: rank.data_state(step), TRAINER_FILE: self._callbacks.saved_state()}
-        outer, engines = rank.outer.state() if rank.outer else None, rank.engine.engines
-        further = {f"{SHARED}{name}": matrix for name, matrix in shared_head.items()} | delayed_state(engines)
+        engines = rank.engine.engines
+        further = rank.outer.state() if rank.outer else {}
+        further |= {f"{SHARED}{name}": matrix for name, matrix in shared_head.items()} | delayed_state(engines)
         with rank.traced("save", step):
-            rank.saver.save(engines, step, rank.rows_after(step), further, notes, self._positions(), outer)
+            rank.saver.save(engines, step, rank.rows_after(step), further, notes, self._positions())
         self._saved = step
         self._callbacks.saved()
         return checkpoint_of(self.output_dir, step)

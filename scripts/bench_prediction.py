@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm_local.bench.calibration import SCHEDULES, calibrate
 from llm_local.bench.cases import METHODS, BenchmarkError, Case, arguments_of, bench_model, run_case, table, write
 from llm_local.files import ends_with_a_line
-from llm_local.plan.times import predict
+from llm_local.plan.times import Pipe, predict
 
 CALIBRATED = 4
 INTRODUCTION = """
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             timed = Case(system, stages, "passes", system, flags(system, CALIBRATED), given.steps)
             seconds = calibrate(timed, given.repeats, shares_cores=cores is not None)
             for count in counts:
-                predicted = predict(schedule, seconds, count, num_cores=cores).step_seconds
+                predicted = predict(Pipe(schedule, seconds, count, num_cores=cores)).step_seconds
                 case = Case(system, stages, "rate", system, flags(system, count), max(given.steps, 24 // count))
                 measured = median(median(run_case(case)[-1]["seconds"]) for _ in range(given.repeats))
                 error = predicted / measured - 1

@@ -35,7 +35,7 @@ from llm_local.bench.cases import (
 )
 from llm_local.bench.relay import MTU, Relay, open_tun
 from llm_local.files import ends_with_a_line
-from llm_local.plan.times import Link, StageSeconds, predict
+from llm_local.plan.times import Link, Pipe, StageSeconds, predict
 
 HOSTS = ("llmlocal0", "llmlocal1")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -163,7 +163,7 @@ def slowdown(system: str, stages: list[StageSeconds], link: Link, bytes_a_step: 
     """How many times as long as over a link that takes no time a step is predicted to take."""
     each = bytes_a_step / MICRO_BATCHES
     way = SCHEDULES[system], stages, MICRO_BATCHES
-    slow, free = (predict(*way, [one], each, each).step_seconds for one in (link, Link()))
+    slow, free = (predict(Pipe(*way, [one], each, each)).step_seconds for one in (link, Link()))
     return slow / free
 
 

@@ -15,7 +15,7 @@ from llm_local.methods.final_steps import GlobalSchedule
 from llm_local.methods.overlapping import OverlapSchedule
 from llm_local.methods.schedule import LocalSchedule
 from llm_local.methods.soft_targets import DistillationSchedule
-from llm_local.plan.times import StageSeconds, predict
+from llm_local.plan.times import Pipe, StageSeconds, predict
 from llm_local.simulator.simulate import Durations, Timeline, simulate
 
 
@@ -129,7 +129,7 @@ def test_a_stage_that_waits_lends_its_core():
 def test_a_full_local_pipe_is_as_fast_as_its_busiest_core(num_cores: int, passes: int, micro_batches: int):
     """Stage k works on core k % num_cores."""
     stages = [StageSeconds((1.0,), (2.0,), 0.5)] * 4
-    found = predict("local", stages, micro_batches, num_cores=num_cores)
+    found = predict(Pipe("local", stages, micro_batches, num_cores=num_cores))
     assert found.step_seconds == pytest.approx(passes * (3 * micro_batches + 0.5), rel=0.02)
 
 

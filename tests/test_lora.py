@@ -227,7 +227,7 @@ def test_blocks_of_any_type_are_peft_s_model(trainer: Trainer, tmp_path: Path, k
                 if parameter.requires_grad:
                     parameter.normal_(std=0.1)
             hidden = block.features(IDS, hidden)
-            tensors.append(collect([block.body], block.head if number else None, False, True, {}))
+            tensors.append(collect([block.body], block.head if number else None, True, {}))
             write_share(tmp_path, number, 2, tensors[-1].adapter)
         ours = blocks[-1].logits(hidden, IDS)
     complete_adapter(tmp_path, run, str(base))

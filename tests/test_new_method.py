@@ -22,7 +22,7 @@ from llm_local.methods.schedule import Schedule
 from llm_local.model.heads.head import Head, register_head
 from llm_local.model.heads.shared import installed, matrix_name
 from llm_local.model.slices import Slice
-from llm_local.plan.times import StageSeconds, predict
+from llm_local.plan.times import Pipe, StageSeconds, predict
 from llm_local.problems import static_problems
 from llm_local.study.points import expand_grid
 
@@ -154,7 +154,7 @@ def _look(flags: list[str]) -> dict[str, Any]:
     return {
         "methods": local_methods(),
         "problems": static_problems(parse(flags), 2, fp16_supported=True, bf16_supported=True),
-        "seconds": predict("alternating", stages, 4).step_seconds,
+        "seconds": predict(Pipe("alternating", stages, 4)).step_seconds,
         "grid": expand_grid(grid, 4),
     }
 

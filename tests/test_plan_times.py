@@ -15,7 +15,6 @@ from llm_local.plan.times import (
     StageSeconds,
     estimate_seconds,
     predict,
-    predict_pipe,
     work_seconds,
 )
 
@@ -27,7 +26,7 @@ SHAPES = [(1, 1), (2, 4), (4, 4), (4, 8), (8, 16)]
 def test_a_step_of_equal_stages_is_that_of_the_textbooks(num_stages: int, micro_batches: int):
     def step(schedule: str) -> float:
         stage = StageSeconds((0.5, 0.5), (1.0, 1.0)) if schedule == "interleaved" else EQUAL
-        return predict(schedule, [stage] * num_stages, micro_batches).step_seconds
+        return predict(Pipe(schedule, [stage] * num_stages, micro_batches)).step_seconds
 
     behind = num_stages - 1
     assert step("local") == pytest.approx(3 * micro_batches)
@@ -36,7 +35,7 @@ def test_a_step_of_equal_stages_is_that_of_the_textbooks(num_stages: int, micro_
     if num_stages > 1:
         assert step("interleaved") == pytest.approx(3 * micro_batches + 3 * behind / 2)
     share = behind / (micro_batches + behind)
-    assert predict("1f1b", [EQUAL] * num_stages, micro_batches).idle == pytest.approx([share] * num_stages)
+    assert predict(Pipe("1f1b", [EQUAL] * num_stages, micro_batches)).idle == pytest.approx([share] * num_stages)
 
 
 def test_the_slowest_stage_sets_the_pace_of_a_local_pipe():
@@ -45,7 +44,7 @@ def test_the_slowest_stage_sets_the_pace_of_a_local_pipe():
         StageSeconds((2.0, 1.0), (2.0, 2.0), 1.0),
         StageSeconds((1.0,), (1.0,)),
     ]
-    found = predict("local", stages, 4, [Link(0.1, 1e-9)], forward_bytes=1e6)
+    found = predict(Pipe("local", stages, 4, [Link(0.1, 1e-9)], forward_bytes=1e6))
     assert found.step_seconds == pytest.approx(4 * 7 + 1)
     assert found.idle == pytest.approx([1 - 12.5 / 29, 0, 1 - 8 / 29])
     assert found.timeline is not None
@@ -54,17 +53,17 @@ def test_the_slowest_stage_sets_the_pace_of_a_local_pipe():
 def test_a_slow_link_costs_1f1b_at_once_and_a_local_pipe_only_when_it_is_full():
     """A message takes a third of a stage's time for a micro-batch: hidden by one, waited for by the other."""
     links = [Link(0.0, 1e-6)]
-    local = predict("local", [EQUAL] * 4, 8, links, 1e6, 0.0)
+    local = predict(Pipe("local", [EQUAL] * 4, 8, links, 1e6, 0.0))
     assert local.step_seconds == pytest.approx(24)
-    assert predict("local", [EQUAL] * 4, 8, links, 4e6, 0.0).step_seconds == pytest.approx(32)
-    assert predict("1f1b", [EQUAL] * 4, 8, links, 1e6, 1e6).step_seconds > 33 + 7 * 2 - 1e-9
+    assert predict(Pipe("local", [EQUAL] * 4, 8, links, 4e6, 0.0)).step_seconds == pytest.approx(32)
+    assert predict(Pipe("1f1b", [EQUAL] * 4, 8, links, 1e6, 1e6)).step_seconds > 33 + 7 * 2 - 1e-9
 
 
 def test_latency_is_hidden_by_packets_in_flight():
     """There and back are 12 s, a pass is 3; of 5, 4, 2 and 1 packets 4, 3, 1 and 1 are asked for ahead."""
     far = [Link(6.0)]
     for bound, seconds in ((5, 3), (4, 4), (2, 12), (1, 12)):
-        found = predict("local", [EQUAL] * 2, 12, far, max_packets_in_flight=bound)
+        found = predict(Pipe("local", [EQUAL] * 2, 12, far, max_packets_in_flight=bound))
         assert found.step_seconds == pytest.approx(12 * seconds)
         assert estimate_seconds(Pipe("local", (EQUAL,) * 2, 12, tuple(far), max_packets_in_flight=bound)) == (
             pytest.approx(found.step_seconds)
@@ -98,8 +97,8 @@ def test_formulas_for_large_pipes_are_near_the_simulation(schedule: str):
 
 def test_a_step_of_too_many_passes_is_estimated():
     pipe = Pipe("1f1b", (EQUAL,) * 4, 8)
-    assert predict_pipe(pipe, most_passes=64).timeline is not None
-    estimated = predict_pipe(pipe, most_passes=63)
+    assert predict(pipe, most_passes=64).timeline is not None
+    estimated = predict(pipe, most_passes=63)
     assert estimated.timeline is None
     assert estimated.step_seconds == pytest.approx(33)
 

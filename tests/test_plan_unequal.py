@@ -17,10 +17,10 @@ from llm_local.partition import Costs, make_partition
 from llm_local.plan.layouts import Planner, fastest
 from llm_local.plan.machine import Group, Machine, hosts_of, of_each
 from llm_local.plan.report import Plan, flags
-from llm_local.plan.search import search
+from llm_local.plan.search import Choices, search
 from llm_local.plan.splits import MOST_SPLITS, splits
 from llm_local.plan.stages import Candidate
-from llm_local.plan.times import Link, Pipe, StageSeconds, estimate_seconds, predict_pipe
+from llm_local.plan.times import Link, Pipe, StageSeconds, estimate_seconds, predict
 from llm_local.problems import static_problems
 
 # a host with four fast devices, and one with two slow and small ones
@@ -45,7 +45,7 @@ def planner(tmp_path: Path) -> Planner:
 
 
 def find(planner: Planner, *replicas: str, methods: tuple[str, ...] = ("chunked",), top: int = 50) -> Plan:
-    return search(planner, methods, ["linear"], None, [0, 1, 2, 3], top, replicas or None)
+    return search(planner, Choices(methods, ["linear"], None, [0, 1, 2, 3], replicas or None), top)
 
 
 def test_the_slowest_and_the_smallest_device_of_a_stage_count():
@@ -74,7 +74,7 @@ def test_each_replica_of_a_stage_trains_its_share_of_the_micro_batches():
     """A pass of a stage with R replicas takes R seconds of each: one micro-batch a second, on every stage."""
     stages = tuple(StageSeconds((float(count),), (2.0 * count,)) for count in (4, 2, 1))
     pipe = Pipe("local", stages, 8, replicas=(4, 2, 1))
-    found = predict_pipe(pipe)
+    found = predict(pipe)
     assert found.step_seconds == pytest.approx(3 * 8)
     assert found.idle == pytest.approx([0, 0, 0])
     assert estimate_seconds(pipe) == pytest.approx(3 * 8)
@@ -84,8 +84,8 @@ def test_each_replica_of_a_stage_trains_its_share_of_the_micro_batches():
     assert list(map(len, numbers)) == [2, 2, 2, 2, 4, 4, 8]
     assert one.messages == {(0, 4): 2, (1, 5): 2, (2, 4): 2, (3, 5): 2, (4, 6): 4, (5, 6): 4}
     slow_first = replace(pipe, stages=(StageSeconds((8.0,), (16.0,)), *stages[1:]))
-    assert predict_pipe(slow_first).step_seconds == pytest.approx(3 * 16)
-    assert predict_pipe(slow_first).idle == pytest.approx([0, 0.5, 0.5])
+    assert predict(slow_first).step_seconds == pytest.approx(3 * 16)
+    assert predict(slow_first).idle == pytest.approx([0, 0.5, 0.5])
 
 
 def test_formulas_for_unequal_replicas_are_near_the_simulation():

@@ -64,7 +64,7 @@ def test_slices_of_a_saved_model_are_the_model(name: str, shard_size: str, tmp_p
     with torch.no_grad():
         for part in parts:
             hidden, normed = part(hidden, input_ids=ids)
-            collected = collect([part], None, zero3=False, keep=True, folded={})
+            collected = collect([part], None, keep=True, folded={})
             tensors |= collected.body | collected.head
         output: Any = parts[-1].model.get_output_embeddings()
         assert torch.equal(output(normed), model(input_ids=ids).logits)
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_base_class(name: str, tmp_path: Path):
     assert not any(name.startswith("transformer.") for name in tensor_files(str(tmp_path)))
     blocks = in_two_stages(tmp_path)
     assert_equal_to_transformers(tmp_path, blocks)
-    first = collect([blocks[0].body], blocks[0].head, zero3=False, keep=True, folded={})
+    first = collect([blocks[0].body], blocks[0].head, keep=True, folded={})
     assert first.body.keys() | first.head.keys() < model.state_dict().keys()
 
 

@@ -21,7 +21,7 @@ from llm_local.bench.gpu_runs import ROOT, Job, Paths, last_words, read_metrics,
 from llm_local.bench.mfu import LARGE, TINY, flops_a_step
 from llm_local.bench.worker import TURNS
 from llm_local.device import describe_device, finish_queued_work
-from llm_local.plan.times import StageSeconds, predict
+from llm_local.plan.times import Pipe, StageSeconds, predict
 from llm_local.study.points import read_study
 from llm_local.study.runs import StudyRun, runs_of
 
@@ -139,8 +139,8 @@ def simulated(alone: StageSeconds, undivided: StageSeconds, cut: int) -> dict[st
     """Seconds of a step of MICRO_BATCHES on equal stages: local learning's, each as measured alone, and 1F1B's, each an
     equal part of the undivided model. Links count nothing."""
     part = StageSeconds((undivided.forward[0] / cut,), (undivided.backward[0] / cut,), undivided.optimizer / cut)
-    local = predict("local", [alone] * cut, MICRO_BATCHES).step_seconds
-    peer = predict("1f1b", [part] * cut, MICRO_BATCHES).step_seconds
+    local = predict(Pipe("local", [alone] * cut, MICRO_BATCHES)).step_seconds
+    peer = predict(Pipe("1f1b", [part] * cut, MICRO_BATCHES)).step_seconds
     return {"local": local, "1f1b": peer, "1f1b / local": peer / local}
 
 

@@ -33,6 +33,7 @@ from llm_local.checkpoint.catalog import (
 )
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
 from llm_local.checkpoint.shards import (
+    OUTER,
     PART,
     SCALAR,
     STATE,
@@ -91,14 +92,12 @@ class Saver:
         further: Mapping[str, torch.Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
         positions: Positions | None = None,
-        outer: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Saves what is true after `step`, with `rows` sequences used up. Every replica of the stage must call.
 
-        further: tensors that are the same on all replicas, by name. notes: further JSON files of the stage, by name.
-        positions: of a job's links. outer: the state of the outer optimizer, which is the same on all replicas. Raises
-        Unwritten where this save cannot begin or the one before has failed, and MisplacedWeights rather than save
-        another model than is trained.
+        further: tensors that are the same on all replicas, by name, those of the outer optimizer among them. notes:
+        further JSON files of the stage, by name. positions: of a job's links. Raises Unwritten where this save cannot
+        begin or the one before has failed, and MisplacedWeights rather than save another model than is trained.
         """
         start = time.perf_counter()
         self.wait()
@@ -118,21 +117,23 @@ class Saver:
             own.mkdir(exist_ok=True)
         tensors, starts = snapshot(engines, self._world.shard, place.tensor_rank)
         files: dict[Path, str] = {}
+        outer: dict[str, torch.Tensor] = {}
         if place.is_recorder or self._world.is_apart:
             for name, tensor in (further or {}).items():
-                tensors[name] = tensor.detach().to("cpu", copy=True).view(-1)
+                kept = outer if OUTER in name else tensors
+                kept[name] = tensor.detach().to("cpu", copy=True).view(-1)
             files[own / STATE_FILE] = json.dumps([block_state(engine) for engine in engines])
         shares = [(own / replica_file(place.data_rank, place.tensor_rank), tensors)]
         if place.is_recorder:
             notes = {**(notes or {}), NOTE: asdict(positions) if positions else None}
             files |= {folder / name: json.dumps(value) for name, value in notes.items() if value}
-            if outer is not None:
-                shares.append((folder / OUTER_FILE, {name: tensor.clone() for name, tensor in outer.items()}))
+            if outer:
+                shares.append((folder / OUTER_FILE, outer))
         manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
         manifest = replace(manifest, apart=self._world.is_apart)
         if self._job is not None:
             manifest = replace(manifest, stages=[place.stage], run=self._job.run)
-        arguments = (root, folder, shares, starts, files, manifest, positions)
+        arguments = (shares, starts, files, manifest, positions)
         self._thread = threading.Thread(target=self._write, args=arguments, name="save", daemon=True)
         self._thread.start()
         self._seconds += time.perf_counter() - start
@@ -156,15 +157,13 @@ class Saver:
 
     def _write(
         self,
-        root: Path,
-        folder: Path,
         shares: Sequence[tuple[Path, dict[str, torch.Tensor]]],
         starts: dict[str, int],
         files: dict[Path, str],
         manifest: Manifest,
         positions: Positions | None,
     ) -> None:
-        path = root
+        path = root = checkpoint_of(self._folder.parent, manifest.step)
         try:
             for path, tensors in shares:
                 save_stretches(tensors, starts, path)
@@ -187,7 +186,7 @@ class Saver:
         except Exception as error:  # the training thread raises it
             self._failure = unwritten(error, path, repair=REPAIR) or error
             if not (root / MANIFEST).exists():  # an older one may be what cannot be removed
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(root / f"stage-{self._world.place.stage:02d}", ignore_errors=True)
 
 
 def snapshot(

@@ -25,7 +25,7 @@ from llm_local.plan import failing
 from llm_local.plan.layouts import Planner
 from llm_local.plan.machine import Machine, hosts_of, of_each
 from llm_local.plan.report import Plan, as_json, draw, short, text, trace_events, verdict
-from llm_local.plan.search import check_plan, search
+from llm_local.plan.search import Choices, check_plan, search
 from llm_local.program import program
 from llm_local.registry import HEADS
 from llm_local.screen import quiet_libraries
@@ -130,7 +130,8 @@ def main(arguments: list[str]) -> int:
     try:
         given, rest = make_parser().parse_known_args(arguments)
         planner = make_planner(given, rest)
-        plan = search(planner, given.method, given.head, given.num_stages, given.zero, given.top, given.stage_replicas)
+        choices = Choices(given.method, given.head, given.num_stages, given.zero, given.stage_replicas)
+        plan = search(planner, choices, given.top)
         write(given, planner, plan)
     except (ConfigError, OSError) as error:
         return refused(NAME, error)

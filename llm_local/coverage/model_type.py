@@ -231,7 +231,7 @@ class _Trial:
         with tempfile.TemporaryDirectory() as folder:
             export = Path(folder)
             for stage, block in enumerate(self.blocks):
-                tensors = collect([block.body], block.head, False, True, {})
+                tensors = collect([block.body], block.head, True, {})
                 write_stage(export, stage, NUM_STAGES, tensors, has_head=stage == last or not refused)
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
             name = type(self.blocks[0].body.model).__name__

@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from transformers import PretrainedConfig
 
+from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.adapters.hf_internals import unsaved
 from llm_local.config import Config
 from llm_local.export.adapter import write_share
@@ -63,7 +64,6 @@ class StageTensors:
 def collect(
     bodies: Sequence[Slice],
     head: Slice | None,
-    zero3: bool,
     keep: bool,
     folded: dict[str, torch.Tensor],
     dtype: torch.dtype | None = None,
@@ -79,7 +79,7 @@ def collect(
     heads: dict[str, torch.Tensor] = {}
     adapter: dict[str, torch.Tensor] = {}
     for part in bodies:
-        tensors = _cast(part, _state(part, zero3, keep, masters), dtype)
+        tensors = _cast(part, _state(part, keep, masters), dtype)
         adapter |= adapter_of(part, tensors)
         tensors = merged(part, tensors)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
@@ -90,13 +90,13 @@ def collect(
     if head is not None:
         layers = [f"{head.anatomy.layers}.{index}." for index in range(head.span.start, head.span.stop)]
         names = (*layers, *(f"{name}." for name in head.anatomy.after))
-        tensors = multiplied(head, _state(head, zero3, keep, masters)) | (folded if keep else {})
+        tensors = multiplied(head, _state(head, keep, masters)) | (folded if keep else {})
         tensors = _cast(head, tensors, dtype)
         heads = _original_names(head, {k: v for k, v in tensors.items() if k.startswith(names)})
     return StageTensors(body, heads, adapter)
 
 
-def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
+def _state(part: Slice, keep: bool, masters: Masters | None) -> dict[str, torch.Tensor]:
     ignored = unsaved(part.model)
     named = {k: v for k, v in part.model.state_dict(keep_vars=True).items() if k not in ignored}
     kept: dict[str, torch.Tensor] = {}
@@ -110,7 +110,7 @@ def _state(part: Slice, zero3: bool, keep: bool, masters: Masters | None) -> dic
         elif master is not None:
             if keep:
                 kept[name] = master.detach().to("cpu", copy=True)
-        elif zero3 and isinstance(tensor, torch.nn.Parameter):
+        elif is_partitioned(tensor):
             with deepspeed.zero.GatheredParameters([tensor]):
                 if keep:
                     kept[name] = tensor.detach().cpu().clone()
@@ -189,24 +189,23 @@ def check_exit(
     config: Config,
     draft: Path,
     final: Path,
-    stage: int,
-    is_last: bool,
+    stage: int | None,
     reason: str | None,
     check: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> str:
-    """Compares a stage's exit, of the last one the whole model, as transformers loads it, with the pipeline's logits
+    """Compares a stage's exit, or the whole model (None), as transformers loads it, with the pipeline's logits
     (1, T', V) on a row (1, T) of text, if there is such a check.
 
     Returns a line for a person, in which the draft has its final name. An exit that is no model of its own, for a
     reason that is known or because it shows, is removed; the whole model must be one. Raises WrongExport.
     """
-    folder, named = (each if is_last else exit_folder(each, stage) for each in (draft, final))
-    if is_last or reason is None:
+    folder, named = (each if stage is None else exit_folder(each, stage) for each in (draft, final))
+    if stage is None or reason is None:
         try:
             said = "not checked, as its part has no logits" if check is None else _compare(config, folder, *check)
             return f"{named}: {said}"
         except WrongExport as error:
-            if is_last:
+            if stage is None:
                 raise
             reason = error.reason
     shutil.rmtree(folder)

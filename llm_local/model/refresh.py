@@ -93,7 +93,6 @@ class Refresher:
         links: Links,
         precision: str,
         link_seconds: float | None,
-        num_due: int = 0,
     ):
         self.timetable = timetable
         self.wait_seconds = 0.0
@@ -105,7 +104,7 @@ class Refresher:
         self._dtype = DTYPES[precision]
         self._device = world.device
         self._link_seconds = link_seconds
-        self.num_due = num_due
+        self.num_due = 0
         self._pending: dict[int, torch.Tensor] = {}
         self._arrived: Queue[_Arrival | BaseException] = Queue()
         self._thread: threading.Thread | None = None
@@ -215,4 +214,6 @@ def make_refresher(
         return None
     timetable = Timetable(config.local.head_refresh_steps, config.train.max_steps)
     seconds = None if config.is_job else world.timeout_seconds  # a job's links say themselves who is away for too long
-    return Refresher(blocks, timetable, world, links, config.precision, seconds, num_due)
+    refresher = Refresher(blocks, timetable, world, links, config.precision, seconds)
+    refresher.num_due = num_due
+    return refresher

@@ -17,7 +17,7 @@ from llm_local.methods.method import PLAIN_ZERO, local_methods
 from llm_local.model.anatomy import Anatomy
 from llm_local.plan.machine import Machine
 from llm_local.plan.stages import PEER_METHODS, Candidate, Stages
-from llm_local.plan.times import Pipe, Prediction, predict_pipe
+from llm_local.plan.times import Pipe, Prediction, predict
 from llm_local.registry import METHODS
 
 Replicas: TypeAlias = tuple[int, ...]  # of each stage
@@ -163,13 +163,13 @@ class Planner:
             problem = f"{least}{where} needs {memory[stage]}; a device has {made.room[stage] / 1e9:g} GB"
             return replace(made, problem=problem)
         pipe = stages.pipe()
-        return replace(made, pipe=pipe, prediction=predict_pipe(pipe, most_passes=0))
+        return replace(made, pipe=pipe, prediction=predict(pipe, most_passes=0))
 
 
 def fastest(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     """The best of those that fit, simulated. Of equally fast ones the one with less memory is better."""
     fitting = sorted((o for o in outcomes if o.pipe), key=_order)[:count]
-    exact = [replace(o, prediction=predict_pipe(o.pipe)) for o in fitting if o.pipe]
+    exact = [replace(o, prediction=predict(o.pipe)) for o in fitting if o.pipe]
     return sorted(exact, key=_order)
 
 

@@ -229,5 +229,5 @@ def trace_events(pipe: Pipe, timeline: Timeline) -> dict[str, Any]:
         for span in spans:
             kind, number = _NAMES[span.kind], "" if span.micro_batch is None else f" {span.micro_batch}"
             about = {"step": span.step, "micro_batch": span.micro_batch, "block": span.block}
-            events.append(bar(f"{kind}{number}", kind, stage, replica, span.start, span.end - span.start, about))
+            events.append(bar(f"{kind}{number}", kind, (stage, replica), span.start, span.end - span.start, about))
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llm_local.config import Config, ConfigError
@@ -108,20 +109,24 @@ def _positive(name: str, value: float) -> str:
     return "" if 0 < value < math.inf else f"--{name.replace('_', '-')} {value:g} must be more than 0"
 
 
-def search(
-    planner: Planner,
-    methods: Sequence[str],
-    heads: Sequence[str] | None,
-    stages: Sequence[int] | None,
-    zero: Sequence[int],
-    top: int,
-    replicas: Sequence[str] | None = None,
-) -> Plan:
-    """The fastest local layouts, the fastest of each backpropagation, and what does not fit.
+@dataclass(frozen=True)
+class Choices:
+    """What layouts are made of. heads, stages: None: all that fit. replicas: of each stage, as --stage_replicas; None:
+    any where devices differ, else as many of each stage."""
 
-    replicas: of each stage, as --stage_replicas; None: any where devices differ, else as many of each stage.
+    methods: Sequence[str]
+    heads: Sequence[str] | None
+    stages: Sequence[int] | None
+    zero: Sequence[int]
+    replicas: Sequence[str] | None = None
+
+
+def search(planner: Planner, choices: Choices, top: int) -> Plan:
+    """The `top` fastest local layouts, the fastest of each backpropagation, and what does not fit.
+
     Raises ConfigError for stages, or positions, that the model has not.
     """
+    stages, replicas = choices.stages, choices.replicas
     layers = planner.sizes.num_layers
     for count in stages or []:
         if count > layers:
@@ -129,15 +134,15 @@ def search(
     length, most = planner.config.data.seq_length, planner.sizes.max_positions
     if most is not None and length > most:
         raise ConfigError([f"--seq_length {length} is longer than the model's {most} positions; shorten it"])
-    heads = heads or default_heads(planner.config)
+    heads = choices.heads or default_heads(planner.config)
     alike, counts = planner.machine.alike(), _divisors(planner.machine.devices)
     equal = [count for count in stages or counts if count in counts]
     unequal = [found for text in replicas or [] if (found := parse_replicas(text))]
     if ANY in (replicas or [ANY] * (len(alike) > 1)):
         unequal += [s for s in splits(alike, planner.rows, max(stages or [layers])) if not stages or len(s) in stages]
-    shards = sorted(set(zero))
+    shards = sorted(set(choices.zero))
     splits_wanted = unequal if replicas and ANY not in replicas else [*equal, *unequal]
-    local = [planner.evaluate(layout) for layout in planner.layouts(methods, heads, splits_wanted, shards)]
+    local = [planner.evaluate(layout) for layout in planner.layouts(choices.methods, heads, splits_wanted, shards)]
     best = fastest(local, top)
     refused = [outcome for outcome in local if outcome.problem]
     peers = []

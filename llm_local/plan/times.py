@@ -2,7 +2,7 @@
 
     stages = [StageSeconds(forward=(0.010,), backward=(0.020,), optimizer=0.002)] * 4
     link = Link(latency_seconds=5e-6, seconds_per_byte=1e-9)
-    predict("1f1b", stages, micro_batches=8, links=[link], forward_bytes=8e6, backward_bytes=8e6).step_seconds
+    predict(Pipe("1f1b", stages, 8, links=[link], forward_bytes=8e6, backward_bytes=8e6)).step_seconds
 
 The seconds may be measured, or come from FLOPs as in plan/layouts.py. A step is simulated instruction by instruction;
 where it has more passes than a person would wait for, it is estimated by the formulas below, and says so.
@@ -94,9 +94,9 @@ class Pipe:
     """
 
     schedule: str
-    stages: tuple[StageSeconds, ...]
+    stages: Sequence[StageSeconds]
     micro_batches: int
-    links: tuple[Link, ...] = (Link(),)
+    links: Sequence[Link] = (Link(),)
     forward_bytes: float = 0.0
     backward_bytes: float = 0.0
     max_packets_in_flight: int = 4
@@ -206,23 +206,8 @@ class Pipe:
             yield first + micro_batch % count
 
 
-def predict(
-    schedule: str,
-    stages: Sequence[StageSeconds],
-    micro_batches: int,
-    links: Sequence[Link] = (Link(),),
-    forward_bytes: float = 0.0,
-    backward_bytes: float = 0.0,
-    max_packets_in_flight: int = 4,
-    num_cores: int | None = None,
-) -> Prediction:
-    """A step of the full pipe. schedule: of local_schedules() or PEERS; the rest, and what is refused, as in Pipe."""
-    made = (tuple(stages), micro_batches, tuple(links), forward_bytes, backward_bytes, max_packets_in_flight, num_cores)
-    return predict_pipe(Pipe(schedule, *made))
-
-
-def predict_pipe(pipe: Pipe, most_passes: int = MOST_PASSES) -> Prediction:
-    """Simulated if a step has at most so many passes, else estimated."""
+def predict(pipe: Pipe, most_passes: int = MOST_PASSES) -> Prediction:
+    """A step of the full pipe, simulated if a step has at most so many passes, else estimated."""
     timeline = None
     if pipe.num_passes <= most_passes or pipe.num_cores is not None:  # the formulas know of no shared core
         timeline = pipe.simulate()

@@ -62,12 +62,13 @@ def process_name(stage: int) -> dict[str, Any]:
 
 
 def bar(
-    title: str, category: str, stage: int, thread: int, start: float, seconds: float, about: Mapping[str, Any]
+    title: str, category: str, place: tuple[int, int], start: float, seconds: float, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a thread of a stage does from `start` on, both in seconds. about: shown beside it, but for what is None."""
-    place = {"pid": stage, "tid": thread, "ts": _microseconds(start), "dur": _microseconds(seconds)}
+    """What happens at a place, stage and thread, from `start` on. about: shown beside it, but for what is None."""
+    stage, thread = place
+    place_and_time = {"pid": stage, "tid": thread, "ts": _microseconds(start), "dur": _microseconds(seconds)}
     arguments = {name: value for name, value in about.items() if value is not None}
-    return {"name": title, "cat": category, "ph": "X", **place, "args": arguments}
+    return {"name": title, "cat": category, "ph": "X", **place_and_time, "args": arguments}
 
 
 def _microseconds(seconds: float) -> float:
@@ -78,8 +79,8 @@ def _bar_of(rank: RankTrace, event: Event, start: float) -> dict[str, Any]:
     category = kind_of(event) if event.lane == COMPUTE else event.lane
     title = event.name if event.lane == COMPUTE else f"{event.name} {event.step}"
     about = {"step": event.step, "split": event.split, "micro_batch": event.micro_batch, "block": event.block}
-    thread = _thread(rank, event.lane)
-    return bar(title, category, rank.header.stage, thread, event.start - start, event.seconds, about)
+    place = rank.header.stage, _thread(rank, event.lane)
+    return bar(title, category, place, event.start - start, event.seconds, about)
 
 
 def meetings(ranks: list[RankTrace]) -> Iterator[tuple[RankTrace, Event, RankTrace, Event]]:
