@@ -46,7 +46,7 @@ class Place:
 
     @property
     def replica_ranks(self) -> int:
-        """Of each replica: tensor_problems.py refuses to have it divided both ways."""
+        """Of each replica: sequence_problems.py refuses to have it divided both ways."""
         return self.tensor_ranks * self.sequence_ranks
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Trainer, block_losses, records, weights
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.checks.preflight import preflight
@@ -19,7 +19,7 @@ from llm_local.checks.tiny import tiny_config
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
-from llm_local.model.sequence_parallel import completed, own_part, position_problems
+from llm_local.model.sequence_parallel import completed, exchange_heads, own_part, position_problems
 from llm_local.model.stage import build_blocks
 from llm_local.partition import Costs, make_partition
 from llm_local.place import Place
@@ -90,14 +90,15 @@ def test_padded_rows_go_on_as_whole_ones_and_back(trainer: Trainer):
     flags = TWO | {"train_file": documents, "packing": "none", "gradient_accumulation_steps": 2}
     flags |= {"head": "decoder", "head_layers": 1, "save_steps": 5}
     one = trainer.run("one", 2, **flags)
-    two = trainer.run("two", 4, **flags, sequence_parallel_size=2)
+    parts = flags | {"sequence_parallel_size": 2, "deepspeed": DS / "zero2.json"}
+    two = trainer.run("two", 4, **parts)
     same_run(two, one, 2)
     assert records(one, 0)[0]["padding"] > 0.1
     for ours, theirs in zip(records(two, 0), records(one, 0), strict=True):
         assert ours["sent_bytes"] - 2 * 2 * HEADERS == theirs["sent_bytes"] - 2 * HEADERS, "a position crosses once"
     assert "deepspeed --num_gpus 4 scripts/pretrain.py" in (two / "export/README.md").read_text()
     checkpoints = [run / "checkpoints/step-00000005" for run in (one, two)]
-    again = trainer.run("again", 4, **flags, sequence_parallel_size=2, resume_from_checkpoint=checkpoints[0])
+    again = trainer.run("again", 4, **parts, resume_from_checkpoint=checkpoints[0])
     whole = trainer.run("whole", 2, **flags, resume_from_checkpoint=checkpoints[1])
     for run in (again, whole):
         close(block_losses(run, 2), block_losses(one, 2)[5:])
@@ -124,15 +125,16 @@ HEADS |= {"head_warmup_steps": 3}
     [
         ("llama", {"deepspeed": DS / "zero3.json", "gradient_checkpointing": True}),
         ("gpt2", {"deepspeed": DS / "zero1.json", "method": "greedy"}),
-        ("qwen3", {"deepspeed": DS / "zero2.json"}),
+        ("qwen3", {}),
         ("gemma3_text", {"stage_replicas": "2,1"}),
         ("llama", {"method": "overlapping", "layers_per_block": 2, "block_stride": 1}),
         ("llama", {"final_backprop_steps": 5, "deepspeed": DS / "zero2.json"}),
+        ("llama", {"method": "delayed", "delay_correction": True, "gradient_accumulation_steps": 2}),
         ("llama", {"head": "shared", "layers_per_block": 1, "head_refresh_steps": 2}),
         ("llama", HEADS | {"freeze_stages": "0"}),
         ("llama", {"bf16": True, "deepspeed": DS / "zero1.json"}),
     ],
-    ids=["zero3", "zero1", "zero2", "dealt", "overlapping", "finally", "shared", "heads", "bf16"],
+    ids=["zero3", "zero1", "zero0", "dealt", "overlapping", "finally", "delayed", "shared", "heads", "bf16"],
 )
 def test_runs_are_those_of_whole_rows(trainer: Trainer, kind: str, flags: dict[str, Any]):
     """Types with rotary, learned and windowed positions, under each ZeRO stage; and what goes back over a boundary."""
@@ -158,6 +160,7 @@ def test_a_type_passes_its_trial(kind: str):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        ("roberta", "model type 'roberta' is another model on parts of rows (logits or gradients differ by"),
         ("bloom", "model type 'bloom' is another model on parts of rows (logits or gradients differ by"),
         ("gemma2", "does not run on parts of rows (ValueError: `sdpa` attention does not support `softcap`"),
         ("mamba", "does not run on parts of rows (ValueError: a small one has no heads to divide: [None, None]); use"),
@@ -166,6 +169,19 @@ def test_a_type_passes_its_trial(kind: str):
 def test_a_type_fails_its_trial(kind: str, said: str):
     (problem,) = found_of(kind)
     assert said in problem
+
+
+def test_a_mask_of_a_part_of_a_row_is_refused():
+    config = AutoConfig.for_model(**TINY)
+
+    def attend(ranks: ThreadRanks) -> float:
+        model = AutoModelForCausalLM.from_config(config)
+        exchange_heads(model, ranks)
+        model(torch.ones(1, 6, dtype=torch.int64), attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+        return 0.0
+
+    with pytest.raises(ValueError, match="its class makes masks of its own"):
+        in_threads(attend, 2)
 
 
 def found_of(kind: str) -> list[str]:
@@ -237,11 +253,8 @@ def test_models_are_refused(trainer: Trainer, flags: dict[str, Any], said: str):
     ("kind", "values", "said"),
     [
         ("mixtral", {"output_router_logits": True}, "output_router_logits=true asks for a loss of whole rows"),
-        (
-            "llama4_text",
-            {"attn_temperature_tuning": True},
-            "attn_temperature_tuning of model type 'llama4_text'",
-        ),
+        ("minimax_m3_vl_text", {}, "model type 'minimax_m3_vl_text' chooses index_topk_blocks of the keys that a rank"),
+        ("llama4_text", {"attn_temperature_tuning": True}, "attn_temperature_tuning of model type 'llama4_text'"),
     ],
 )
 def test_what_a_trial_would_not_show_is_refused(kind: str, values: dict[str, Any], said: str):

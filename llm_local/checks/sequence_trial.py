@@ -50,8 +50,8 @@ def _ranks_for(model: PreTrainedModel) -> int:
 def _train(config: Config, model: PreTrainedModel, length: int, ranks: ThreadRanks | None = None) -> torch.Tensor:
     """Logits of rows of so many tokens, or of a rank's part of them, with what a backward pass leaves in the model."""
     rows: dict[str, Any] = trial_rows(config, model, length)
-    rows["position_ids"] = torch.arange(length).expand(2, -1)
-    if ranks is not None:
+    if ranks is not None:  # the class numbers whole rows itself
+        rows["position_ids"] = torch.arange(length).expand(2, -1)
         rows = {name: values.chunk(ranks.size, 1)[ranks.rank] for name, values in rows.items()}
     logits = model(**rows, **config.task.options).logits.float()
     weights = torch.randn(2, length, logits.shape[-1], generator=torch.Generator().manual_seed(0))

@@ -130,6 +130,8 @@ def position_problems(config: PretrainedConfig, kernel: str | None, ranks: int) 
             )
     if getattr(text, "attn_temperature_tuning", False):
         yield f"{named}: attn_temperature_tuning of {kind} counts a rank's own positions; set it to false"
+    for name in (name for name in text.to_dict() if name.startswith("index_topk")):
+        yield f"{named}: {kind} chooses {name} of the keys that a rank has; use 1, with more stages or replicas"
     if wants_router_loss(config):
         yield f"{named}: output_router_logits=true asks for a loss of whole rows, which no rank sees; set it to false"
     yield from dropout_problems(named, text, "positions of a row")
