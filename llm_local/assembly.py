@@ -79,7 +79,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
             kind = DelayedEngine if is_delayed else BlockEngine
             engines.append(make_block_engine(config, block, settings, world.tensor, kind))
     if is_delayed:
-        pairs = [build_blocks(config, *model, place.stage, setup.documents) for _ in range(2)]
+        pairs = [build_blocks(config, *model, place.stage, setup.documents, None, world.sequence) for _ in range(2)]
         for engine, *copies in zip(engines, *pairs, strict=True):
             engine.copies, engine.corrects = copies, config.local.delay_correction
     world.everybody("ready", startup, "all stages to be built")

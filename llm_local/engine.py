@@ -195,7 +195,7 @@ class LocalEngine:
             logits, hidden, _ = engine(hidden=hidden, return_logits=True, **inputs)
         if self.links.sender is not None:
             self.links.sender.send(dataclasses.replace(entered.received, hidden=hidden))
-        if self._sequence is not None:
+        if self._sequence is not None and self.blocks[-1].has_head:
             logits = torch.cat(self._sequence.gather(logits), 1)
         for engine in self.engines:
             engine.empty_partition_cache()  # ZeRO-3 has fetched for a backward pass, and an export gathers by itself

@@ -111,7 +111,6 @@ def test_hidden_states_go_forward_and_one_gradient_comes_back(trainer: Trainer):
         ({"lora_rank": 2}, "lora_rank=2 has not been tried with method=delayed; leave it out"),
         ({"replica_sync_steps": 2}, "replica_sync_steps=2 has not been tried with method=delayed; leave it out"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 has not been tried with method=delayed; leave it out"),
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size=2 has not been tried with method=delayed"),
         ({"head_warmup_steps": 2}, "method=delayed has one head, the model's own; leave out head_warmup_steps"),
         ({"final_backprop_steps": 2}, "final_backprop_steps=2: every step of method=delayed is one; leave it out"),
         ({"freeze_stages": "0"}, "freeze_stages='0' does not work with method=delayed"),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.schedule import PipeInstruction
 
 
-_UNTRIED = ("replica_sync_steps", "lora_rank", "tensor_parallel_size", "sequence_parallel_size")
+_UNTRIED = ("replica_sync_steps", "lora_rank", "tensor_parallel_size")
 _DEFAULTS = LocalArguments()
 
 

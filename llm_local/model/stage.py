@@ -349,13 +349,14 @@ def build_blocks(
     numbers = partition.stages[stage]
     shared = (config, model_config, anatomy, partition)
     blocks = [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
-    if not config.model.model_name_or_path:
-        for part in (p for block in blocks for p in (block.body, *([block.head] if block.has_head else []))):
-            check_set(part)
     for block in blocks:
+        parts = [block.body, block.head] if block.has_head else [block.body]
+        if not config.model.model_name_or_path:
+            for part in parts:
+                check_set(part)
         if ranks is not None:
-            divide((block.body_model, block.head_model), ranks)
+            divide([part.model for part in parts], ranks)
         if sequence is not None:
-            exchange_heads(block.body_model, sequence)
-            exchange_heads(block.head_model, sequence)
+            for part in parts:
+                exchange_heads(part.model, sequence)
     return blocks
