@@ -23,6 +23,7 @@ import pytest
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else no copy of a process that has asked could use a GPU
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of all tests but those marked gpu
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as pretrain.py has it, before torch is imported
 
 PRELOAD = [
     "imports",
