@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from llm_local.files import write_json, write_whole
 from llm_local.job_problems import not_listening
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
-from llm_local.jobs.channel import LINGER_SECONDS, Channel
+from llm_local.jobs.channel import LINGER_SECONDS, Channel, Limits
 from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.hello import Terms
@@ -124,7 +124,6 @@ class Job:
                 self._logs_back.get(peer),
                 received,
                 most,
-                lambda: None,
             )
             for peer, visits in door.visits.items()
         }
@@ -137,10 +136,10 @@ class Job:
         terms = self._terms(place.stage + 1, peer, REFRESH_IN_FLIGHT if refreshes else 0)
         most = _matrix_bytes(self._setup) if refreshes else 0
         known, steps = log.folder / FINISHED, str(self._setup.config.train.max_steps)
-        finished = partial(write_whole, known, steps)
         first = self.positions.refreshed if refreshes else 0
         oldest = next(iter(committed(self._setup.config.output_dir)), None)
-        channel = self._channel(way, terms, log, first, most, finished, min(first, self._matrices_at(oldest)))
+        channel = self._channel(way, terms, log, first, most, min(first, self._matrices_at(oldest)))
+        channel.finished = partial(write_whole, known, steps)
         if known.exists() and known.read_text() == steps:  # not of an end that has been put off since
             channel.knew()
         channel.goes_back = lambda number: self._goes_back(log, number)
@@ -159,21 +158,12 @@ class Job:
         return Terms(replace(mine, window=window), stage, (peer,))
 
     def _channel(
-        self,
-        way: Way,
-        terms: Terms,
-        log: PacketLog | None,
-        first: int,
-        most: int,
-        finished: Callable[[], None],
-        durable: int | None = None,
+        self, way: Way, terms: Terms, log: PacketLog | None, first: int, most: int, durable: int | None = None
     ) -> Channel:
-        stages = sorted((terms.stage, terms.mine.stage))
-        ends = [terms.mine.replica, *terms.replicas]
-        ends = ends if terms.stage == stages[1] else ends[::-1]
-        name = f"link {stages[0]}→{stages[1]}, replica {'→'.join(str(end) for end in dict.fromkeys(ends))}"
-        absent = self._setup.config.local.absent_peer_timeout
-        return Channel(name, way, terms, log, first, 4 * most + _SMALL, absent, self._beat, finished, durable=durable)
+        limits = Limits(4 * most + _SMALL, self._setup.config.local.absent_peer_timeout)
+        channel = Channel(way, terms, log, first, limits, durable)
+        channel.beat = self._beat
+        return channel
 
     def _make_links(self) -> Links:
         config, place, at = self._setup.config, self._world.place, self.positions

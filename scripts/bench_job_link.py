@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - gloo as such
 
 from llm_local.bench.cases import Spread, arguments_of, table, write
-from llm_local.jobs.channel import LINGER_SECONDS, Channel
+from llm_local.jobs.channel import LINGER_SECONDS, Channel, Limits
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
@@ -51,7 +51,7 @@ def channel(folder: Path, stage: int, port: int, window: int, most: int) -> Chan
     way: Way = Dial(address, context) if is_sender else Door(address, context).visits[0]
     terms = Terms(Hello(stage, 0, f"stage {stage}", 1, {}, run="bench", window=window), 1 - stage, (0,))
     log = PacketLog(folder / "log", 4 << 30, None) if is_sender else None
-    made = Channel("link 0→1", way, terms, log, 0, most, None, dict, lambda: None)
+    made = Channel(way, terms, log, 0, Limits(most))
     made.start()
     return made
 

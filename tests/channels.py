@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from ranks import free_port
 
-from llm_local.jobs.channel import Channel
+from llm_local.jobs.channel import Channel, Limits
 from llm_local.jobs.frames import Frame
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
@@ -64,18 +64,10 @@ class Ends:
 
     def _channel(self, stage: int, way: Any, other: int, log: PacketLog | None, **options: Any) -> Channel:
         mine = hello(stage, window=options.pop("window", 0), **options.pop("says", {}))
-        channel = Channel(
-            f"link 0→1 at {stage}",
-            way,
-            Terms(mine, other, (0,)),
-            log,
-            options.pop("first", 0),
-            MOST,
-            options.pop("absent_seconds", None),
-            lambda: {"stage": stage},
-            lambda: self.news.append("finished"),
-            **options,
-        )
+        first, durable = options.pop("first", 0), options.pop("durable", None)
+        channel = Channel(way, Terms(mine, other, (0,)), log, first, Limits(MOST, **options), durable)
+        channel.beat = lambda: {"stage": stage}
+        channel.finished = lambda: self.news.append("finished")
         channel.start()
         self._closing.append(channel)
         return channel

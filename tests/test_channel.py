@@ -98,7 +98,7 @@ class TestOneLife:
         def is_said() -> bool:
             nonlocal said
             said += capfd.readouterr().err
-            return "llm_local: link 0→1 at 0: the log is full; this stage waits until stage 1 has saved\n" in said
+            return "llm_local: link 0→1, replica 0: the log is full; this stage waits until stage 1 has saved\n" in said
 
         until(is_said, "said")
         receiver.made_durable(1)
@@ -268,7 +268,7 @@ class TestAbsence:
     def test_longer_than_allowed_ends_the_other_one(self, ends: Ends, is_sender: bool):
         channel = ends.sender(absent_seconds=0.5) if is_sender else ends.receiver(absent_seconds=0.5)
         other = 1 if is_sender else 0
-        said = rf"link 0→1 at {1 - other}: stage {other} is away for 0\.5 s \(--absent_peer_timeout 0\.5\)"
+        said = rf"link 0→1, replica 0: stage {other} is away for 0\.5 s \(--absent_peer_timeout 0\.5\)"
         with pytest.raises(LostPeer, match=said):
             until(lambda: channel.check(), "missed") if is_sender else channel.take()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import free_port
 
-from llm_local.jobs.channel import Channel
+from llm_local.jobs.channel import Channel, Limits
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
@@ -48,7 +48,7 @@ def test_the_sender_ends_and_its_next_life_makes_the_packets_again(tmp_path: Pat
     log.trim(8)
 
     def channel(mine: Hello, other: int, way: Dial | Door, log: PacketLog | None, first: int) -> Channel:
-        return Channel("link 0→1", way, Terms(mine, other, (0,)), log, first, 1 << 20, None, dict, lambda: None)
+        return Channel(way, Terms(mine, other, (0,)), log, first, Limits(1 << 20))
 
     sender = channel(MINE, 1, Dial(address, tls(key, server=False)), log, 0)
 

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import Empty, Queue
 from typing import Any
 
@@ -57,43 +57,45 @@ _POLL_SECONDS = 0.1
 _READ_AT_A_TIME = 4 << 20
 
 
+@dataclass(frozen=True)
+class Limits:
+    """packet_bytes: the most that is taken. absent_seconds: how long the other end may be away; None: for ever.
+    silence_seconds: after which a connection counts as broken."""
+
+    packet_bytes: int
+    absent_seconds: float | None = None
+    silence_seconds: float = SILENCE_SECONDS
+
+
 class Channel:
     """One end. log: what it sends, if it does; terms: whom it takes for the other end; way: where that comes from.
 
     first: the number of the first packet that it has not; durable: of the first that it may want again, if that is
-    another one. absent_seconds: how long the other end may be away; None: for
-    ever. beat: what the other end is to know of this job; finished: called, once, when it needs nothing any more.
-    silence_seconds: after which a connection counts as broken.
+    another one. To be set before the start: beat: what the other end is to know of this job; finished: called, once,
+    when it needs nothing any more; goes_back: whether the next life of this end goes back to before a packet, which
+    the other end wants again.
     """
 
     def __init__(
         self,
-        name: str,
         way: Way,
         terms: Terms,
         log: PacketLog | None,
         first: int,
-        max_packet_bytes: int,
-        absent_seconds: float | None,
-        beat: Callable[[], dict[str, Any]],
-        finished: Callable[[], None],
-        silence_seconds: float = SILENCE_SECONDS,
+        limits: Limits,
         durable: int | None = None,
     ):
-        self.name = name
+        self.name = terms.link
         self.neighbour: dict[str, Any] = {}  # what the other end's last beat says
         self.num_connections = 0
         self.trouble = ""
-        # whether the next life of this end goes back to before that packet, which the other end wants again
+        self.beat: Callable[[], dict[str, Any]] = dict
+        self.finished: Callable[[], None] = lambda: None
         self.goes_back: Callable[[int], bool] = lambda number: False
         self._way = way
         self._terms = terms
         self._log = log
-        self._max_packet_bytes = max_packet_bytes
-        self._absent_seconds = absent_seconds
-        self._beat = beat
-        self._on_finished = finished
-        self._silence_seconds = silence_seconds
+        self._limits = limits
         self._received = self._taken = first
         self._durable = first if durable is None else durable
         self._window = terms.mine.window
@@ -112,7 +114,7 @@ class Channel:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name=f"channel {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"channel {terms.link}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -136,8 +138,9 @@ class Channel:
             raise self._failure
         is_missed = not (self._is_connected or self._peer_finished.is_set())
         away = time.monotonic() - self._away_since if is_missed else 0.0
-        if self._absent_seconds is not None and away > self._absent_seconds:
-            limit = f"{self._absent_seconds:g}"
+        most = self._limits.absent_seconds
+        if most is not None and away > most:
+            limit = f"{most:g}"
             raise LostPeer(
                 f"{self.name}: stage {self._terms.stage} is away for {limit} s (--absent_peer_timeout {limit})"
                 + (f"; {self.trouble}" if self.trouble else "")
@@ -338,7 +341,7 @@ class _Conversation:
         self._standing, self._is_welcome = mine.standing, False
         self._cursor = 0 if other.wants is None else other.wants
         self._peer_taken, self._peer_window = other.taken, other.window
-        self._parser = parse(channel._max_packet_bytes, _room)
+        self._parser = parse(channel._limits.packet_bytes, _room)
         self._reading = memoryview(next(self._parser))
         self._writing: deque[memoryview] = deque()
         self._now = self._heard = time.monotonic()
@@ -367,8 +370,8 @@ class _Conversation:
         while not channel._is_over:
             self._now = time.monotonic()
             self._read()
-            if self._now - self._heard > channel._silence_seconds:
-                raise TimeoutError(f"no sign of life for {channel._silence_seconds:g} s")
+            if self._now - self._heard > channel._limits.silence_seconds:
+                raise TimeoutError(f"no sign of life for {channel._limits.silence_seconds:g} s")
             if (met := channel._way.visitor()) and channel._changes(met, self._now - self._heard):
                 raise ConnectionAbortedError("the other end has come again")
             is_stuck = self._write()
@@ -435,7 +438,7 @@ class _Conversation:
             return [header(GONE)]
         if self._now - self._beaten >= BEAT_SECONDS:
             self._beaten = self._now
-            return [with_text(BEAT, channel._beat())]
+            return [with_text(BEAT, channel.beat())]
         log = channel._log
         if log is None or self._cursor >= min(log.next, self._peer_taken + self._peer_window):
             return []
@@ -479,7 +482,7 @@ class _Conversation:
 
     def _finished(self) -> None:
         if not self._channel._peer_finished.is_set():
-            self._channel._on_finished()
+            self._channel.finished()
             self._channel._peer_finished.set()
 
 

@@ -85,6 +85,13 @@ class Terms:
     replicas: tuple[int, ...]
     log_begins: int = 0
 
+    @property
+    def link(self) -> str:
+        """Which one they end, in messages."""
+        stages, ends = sorted((self.stage, self.mine.stage)), [self.mine.replica, *self.replicas]
+        ends = ends if self.stage == stages[1] else ends[::-1]
+        return f"link {stages[0]}→{stages[1]}, replica {'→'.join(str(end) for end in dict.fromkeys(ends))}"
+
     def is_too_early(self, other: Hello) -> bool:
         """Whether the other end belongs here, and wants what the log has no more."""
         has_all = replace(self, log_begins=0)
