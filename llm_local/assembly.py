@@ -20,10 +20,11 @@ from llm_local.head_plan import HeadPlan
 from llm_local.job import Job
 from llm_local.links.ends import Links
 from llm_local.model.anatomy import text_config
+from llm_local.model.block import Block
 from llm_local.model.distillation import Distillation
 from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice
-from llm_local.model.stage import Block, build_blocks
+from llm_local.model.stage import build_blocks
 from llm_local.replicas import of_stage
 from llm_local.setup import Setup
 from llm_local.trace import Tracer

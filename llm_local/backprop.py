@@ -27,11 +27,12 @@ from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.block import named_once
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.lora import add_adapters
 from llm_local.model.loss import head_logits, head_loss
 from llm_local.model.slices import Slice
-from llm_local.model.stage import build_slice, named_once
+from llm_local.model.stage import build_slice
 from llm_local.partition import Partition, Span
 from llm_local.trace import Tracer
 

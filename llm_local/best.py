@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llm_local.checkpoint.catalog import Catalog, read_data_state
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import checkpoint_of
 from llm_local.checkpoint.loader import install_saved, load_engines
+from llm_local.checkpoint.manifest import read_data_state
 from llm_local.data.feed import trained_tokens
 from llm_local.metrics import best_step, read_records
 from llm_local.rank import Rank

@@ -33,7 +33,7 @@ from llm_local.adapters.deepspeed_internals import (
 from llm_local.adapters.torch_internals import buffers_of
 from llm_local.config import Config
 from llm_local.ds_config import SEQUENCE_PARALLEL, fit_bucket
-from llm_local.model.stage import Block
+from llm_local.model.block import Block
 from llm_local.model.tensor_parallel import part_of
 from llm_local.world import TensorRanks
 

@@ -20,8 +20,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from llm_local.checkpoint.catalog import TRAINER_FILE, read_note
 from llm_local.checkpoint.line import checkpoint_of
+from llm_local.checkpoint.manifest import TRAINER_FILE, read_note
 from llm_local.finish import slices_of
 from llm_local.metrics import Record
 from llm_local.rank import Rank

@@ -16,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from llm_local.block_engine import BlockEngine
 from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.shards import DELAYED, Stretch
-from llm_local.model.stage import Block
+from llm_local.model.block import Block
 
 
 class DelayedEngine(BlockEngine):

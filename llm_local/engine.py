@@ -22,10 +22,10 @@ from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.methods.schedule import EvalSchedule, Schedule
+from llm_local.model.block import Block
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.model.sequence_parallel import completed, own_part
 from llm_local.model.slices import Slice
-from llm_local.model.stage import Block
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
 from llm_local.trace import Tracer
@@ -38,12 +38,11 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: (blocks,) float32, of this replica, or where the whole model has one loss that one, 0 on the stages in
-    front of it; their mean over the replicas is one over all scored positions of the
-    step, as a micro-batch counts by its Packet's weight. lr: the rate that the step used.
-    grad_norms: one a block, before clipping; None where DeepSpeed computes none. tokens: of this replica, without
-    padding. is_skipped: nothing was trained, as nothing came. What is on the device is waited for when somebody looks
-    at it."""
+    """losses: (blocks,) float32, of this replica; where the whole model has one loss that one, 0 on the stages in front
+    of its head. Their mean over the replicas is one over all scored positions of the step, as a micro-batch counts by
+    its Packet's weight. lr: the rate that the step used. grad_norms: one a block, before clipping; None where DeepSpeed
+    computes none. tokens: of this replica, without padding. is_skipped: nothing was trained, as nothing came. What is
+    on the device is waited for when somebody looks at it."""
 
     losses: torch.Tensor
     lr: float

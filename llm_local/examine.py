@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_local.checkpoint.catalog import MANIFEST, Catalog, read_manifest
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import FOLDER, committed
 from llm_local.checkpoint.loader import fill_block
+from llm_local.checkpoint.manifest import MANIFEST, read_manifest
 from llm_local.checks.preflight import document_mask
 from llm_local.config import Config
 from llm_local.cut import plan_partition
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
 from llm_local.model.anatomy import probe
+from llm_local.model.block import Block
 from llm_local.model.lora import with_adapters
 from llm_local.model.loss import IGNORED, LossLinear
 from llm_local.model.slices import Seam
-from llm_local.model.stage import Block, build_blocks
+from llm_local.model.stage import build_blocks
 from llm_local.partition import Partition
 from llm_local.registry import METHODS
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint
 from llm_local.checkpoint.line import committed
+from llm_local.checkpoint.manifest import BrokenCheckpoint
 from llm_local.config import ConfigError
 from llm_local.files import write_json, write_whole
 from llm_local.job_problems import not_listening

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from llm_local.checkpoint.catalog import layout_of, read_note
 from llm_local.checkpoint.line import committed, find_checkpoint
+from llm_local.checkpoint.manifest import layout_of, read_note
 from llm_local.config import Config, ConfigError
 from llm_local.evaluation import EvalSet
 from llm_local.export.model_card import installed_versions

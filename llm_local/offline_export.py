@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import BaseImageProcessor
 
-from llm_local.checkpoint.catalog import Catalog, read_data_state, read_note
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import METRICS
 from llm_local.checkpoint.loader import fill, fill_block
+from llm_local.checkpoint.manifest import read_data_state, read_note
 from llm_local.checks.exit_check import refused_exits
 from llm_local.config import Config
 from llm_local.cut import plan_partition
@@ -47,11 +48,12 @@ from llm_local.flags import ModelArguments
 from llm_local.jobs.positions import NOTE
 from llm_local.metrics import read_records
 from llm_local.model.anatomy import Anatomy, probe
+from llm_local.model.block import EXITS, named_once
 from llm_local.model.classes import set_classes
 from llm_local.model.lora import add_adapters, with_adapters
 from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
-from llm_local.model.stage import EXITS, build_block, build_slice, named_once
+from llm_local.model.stage import build_block, build_slice
 from llm_local.partition import Partition
 from llm_local.replicas import replicas_of
 

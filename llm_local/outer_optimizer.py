@@ -32,7 +32,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from llm_local.adapters.deepspeed_internals import forget_second_copies
-from llm_local.checkpoint.catalog import Catalog, read_manifest
+from llm_local.checkpoint.catalog import Catalog
+from llm_local.checkpoint.manifest import read_manifest
 from llm_local.checkpoint.shards import OUTER, Shard, Stretch, shards
 from llm_local.flags import LocalArguments
 from llm_local.place import Place

@@ -14,9 +14,10 @@ from typing import Any, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from llm_local.assembly import Engine, make_engine
-from llm_local.checkpoint.catalog import Catalog, Layout, layout_of, read_data_state
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import after_restart
 from llm_local.checkpoint.loader import load_shared_head, restore
+from llm_local.checkpoint.manifest import Layout, layout_of, read_data_state
 from llm_local.checkpoint.saver import Saver
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs

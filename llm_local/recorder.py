@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_local.checkpoint.catalog import Layout
+from llm_local.checkpoint.manifest import Layout
 from llm_local.checkpoint.saver import Saver
 from llm_local.config import Config
 from llm_local.device import finish_queued_work, peak_memory_bytes

@@ -30,8 +30,8 @@ from transformers import TrainerCallback
 
 from llm_local.best import load_best
 from llm_local.callbacks import Callbacks, metrics_of
-from llm_local.checkpoint.catalog import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.line import checkpoint_of
+from llm_local.checkpoint.manifest import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.saver import SHARED
 from llm_local.config import Config, is_due
 from llm_local.delayed_engine import delayed_state

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from transformers import TrainerCallback
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint
+from llm_local.checkpoint.manifest import BrokenCheckpoint
 from llm_local.checkpoint.saver import UnsavedCheckpoint
 from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import Config, ConfigError, parse

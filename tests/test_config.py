@@ -344,7 +344,7 @@ class TestStaticProblems:
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
-            ({"method": "x"}, "method='x' is unknown; choose one of backprop, chunked, greedy, overlapping"),
+            ({"method": "x"}, "method='x' is unknown; choose one of backprop, chunked, delayed, greedy, overlapping"),
             ({"head": "x"}, "head='x' is unknown; choose one of decoder, linear, shared"),
             ({"wire_dtype": "x"}, "wire_dtype='x' is unknown; choose one of auto, fp32, bf16, fp16, int8, int4"),
             (
@@ -451,11 +451,11 @@ class TestStaticProblems:
             ({"num_stages": 2, "stage_layers": "4,0"}, "stage_layers='4,0' leaves stage 1 without a layer"),
             (
                 {"method": "greedy", "layers_per_block": 2},
-                "layers_per_block=2 is for method=chunked and overlapping, not greedy",
+                "layers_per_block=2 is for method=chunked, delayed, overlapping, not greedy",
             ),
             (
                 {"method": "backprop", "num_stages": 2, "layers_per_block": 2},
-                "layers_per_block=2 is for method=chunked and overlapping, not backprop",
+                "layers_per_block=2 is for method=chunked, delayed, overlapping, not backprop",
             ),
             ({"block_stride": 1}, "block_stride=1 is for method=overlapping, not chunked"),
             ({"method": "greedy", "block_stride": 2}, "block_stride=2 is for method=overlapping, not greedy"),

@@ -16,7 +16,7 @@ from launching import by_hand, until_step
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint, read_data_state
+from llm_local.checkpoint.manifest import BrokenCheckpoint, read_data_state
 from llm_local.data import streams, text_files
 from llm_local.data.feed import Feed
 from llm_local.data.sequences import MixedSequences, PackedTokens, StoredSequences
@@ -114,8 +114,8 @@ def test_kill_and_resume_with_other_replicas_loses_nothing_and_repeats_nothing(f
     in_epoch = DOCUMENTS - (100 if "held-out" in kind else 0)
     before = feeds(lambda: stream(folder, kind), 2)
     seen = [i for step in range(1, stop + 1) for i in step_ids(before, step)]
-    state = before[0].state()
-    assert state == before[1].state()
+    state = before[0].state(stop)
+    assert state == before[1].state(stop)
     after = feeds(lambda: stream(folder, kind), 3, start=(stop, len(seen)), state=state)
     step = stop
     while len(seen) < 2 * in_epoch:

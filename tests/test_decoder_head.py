@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import Block, build_block
+from llm_local.model.block import Block
+from llm_local.model.stage import build_block
 from llm_local.partition import Costs, Span, make_partition
 
 HEAD = {"head": "decoder", "head_layers": 1}

@@ -16,8 +16,9 @@ from llm_local.checks.preflight import preflight
 from llm_local.checks.trial import document_problems
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
+from llm_local.model.block import Block
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.stage import Block, build_block
+from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 
 EOS, VOCABULARY = 2, 64

@@ -14,8 +14,9 @@ from llm_local.block_engine import parameter_groups
 from llm_local.checks.preflight import preflight
 from llm_local.config import from_flat, parse
 from llm_local.model.anatomy import probe
+from llm_local.model.block import Block
 from llm_local.model.loss import head_loss
-from llm_local.model.stage import Block, build_block
+from llm_local.model.stage import build_block
 from llm_local.partition import Costs, make_partition
 
 FLAGS = {"config_name": "x.json", "layers_per_block": 1, "head_features": True, "weight_decay": 0.1}

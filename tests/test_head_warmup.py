@@ -16,9 +16,10 @@ from llm_local.config import from_flat
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import probe
+from llm_local.model.block import Block
 from llm_local.model.head_start import SHARE, shrink_logits
 from llm_local.model.slices import Slice, new_slice
-from llm_local.model.stage import Block, build_block
+from llm_local.model.stage import build_block
 from llm_local.partition import Costs, Span, make_partition
 from llm_local.problems import static_problems
 

@@ -24,13 +24,13 @@ model: gguf_header gguf_cache levels observation remote_code overrides token_ids
 model: slices pretrained classes tensor_cut tensor_parallel loss router_loss sequence_parallel document_mask
 model: distillation
 model.heads: head decoder linear shared
-model: lora lowrank windows head_start stage refresh
+model: lora lowrank windows head_start block stage refresh
 head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems tensor_problems sequence_problems reporting block_engine engine backprop
-checkpoint: shards catalog line saver loader
+checkpoint: manifest shards catalog line saver loader
 export: masters model_folder adapter stages parts model_card sample reading
 memory: activations sizes engine parts stage
 metrics bars progress evaluation setup

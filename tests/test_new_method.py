@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import nn
 
 import llm_local as ll
-from llm_local.checkpoint.catalog import read_manifest
+from llm_local.checkpoint.manifest import read_manifest
 from llm_local.config import parse
 from llm_local.flags import LocalArguments
 from llm_local.methods.method import Method, local_methods, register_method

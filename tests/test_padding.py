@@ -16,7 +16,8 @@ from llm_local.launch import Launch
 from llm_local.links.ends import Receiver, Sender
 from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import Block, build_block
+from llm_local.model.block import Block
+from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 from llm_local.place import Place
 from llm_local.rendezvous import open_store

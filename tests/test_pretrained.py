@@ -21,9 +21,10 @@ from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.export.stages import collect
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import probe
+from llm_local.model.block import Block
 from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import load_slice, tensor_files
-from llm_local.model.stage import Block, build_block
+from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 
 IDS = torch.arange(16)[None]

@@ -16,7 +16,7 @@ import torch
 from conftest import Trainer, records
 from transformers import AutoModelForCausalLM
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint, Layout, Manifest
+from llm_local.checkpoint.manifest import BrokenCheckpoint, Layout, Manifest
 from llm_local.commands import probe
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer

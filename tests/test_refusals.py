@@ -61,7 +61,7 @@ def test_a_good_run_is_not_refused(trainer: Trainer, tmp_path: Path):
             "3 ranks cannot be divided into num_stages=2 stages of equal size; start a multiple of 2",
         ),
         (5, {"num_stages": 5}, "4 layers"),
-        (1, {"method": "layerwise"}, "method='layerwise' is unknown; choose one of backprop, chunked, greedy"),
+        (1, {"method": "layerwise"}, "method='layerwise' is unknown; choose one of backprop, chunked, delayed, greedy"),
         (1, {"head": "mlp"}, "head='mlp' is unknown; choose one of decoder, linear"),
         (2, {"num_stages": 2, "wire_dtype": "int2"}, "wire_dtype='int2' is unknown; choose one of auto, fp32, bf16"),
         (1, {"seq_length": 128}, "seq_length=128 is longer than the model's 64 positions; shorten it, or set max_pos"),

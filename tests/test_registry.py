@@ -17,7 +17,7 @@ def test_a_name_that_is_taken_is_refused():
 
 
 def test_a_file_a_method():
-    assert list(METHODS) == ["backprop", "chunked", "greedy", "overlapping"]
+    assert list(METHODS) == ["backprop", "chunked", "delayed", "greedy", "overlapping"]
     assert local_methods() == ["chunked", "greedy", "overlapping"]
     assert all(method.name == name for name, method in METHODS.items())
 

@@ -16,8 +16,9 @@ import torch
 from conftest import MODELS, Trainer, records, weights
 from launching import job
 
-from llm_local.checkpoint.catalog import Catalog, read_manifest
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import committed, find_checkpoint, set_aside
+from llm_local.checkpoint.manifest import read_manifest
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 

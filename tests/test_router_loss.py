@@ -16,7 +16,8 @@ from llm_local.checks.preflight import preflight
 from llm_local.checks.trial import router_problems
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import Block, build_block
+from llm_local.model.block import Block
+from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64}

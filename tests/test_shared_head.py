@@ -16,8 +16,9 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import Config, from_flat, parse
 from llm_local.model import loss as loss_module
 from llm_local.model.anatomy import SliceError, probe
+from llm_local.model.block import Block
 from llm_local.model.heads.shared import install, installed, make_read_only, matrix_name
-from llm_local.model.stage import Block, build_blocks
+from llm_local.model.stage import build_blocks
 from llm_local.partition import Costs, make_partition
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"

@@ -17,7 +17,8 @@ from llm_local.checks.tensor_trial import ThreadRanks, division_problems, gradie
 from llm_local.checks.tiny import tiny_config
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import Block, build_blocks
+from llm_local.model.block import Block
+from llm_local.model.stage import build_blocks
 from llm_local.model.tensor_cut import TensorCut
 from llm_local.model.tensor_parallel import part_of, plan_problems
 from llm_local.partition import Costs, make_partition

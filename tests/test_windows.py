@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from llm_local.config import from_flat
 from llm_local.head_plan import HeadPlan
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import Block, build_block
+from llm_local.model.block import Block
+from llm_local.model.stage import build_block
 from llm_local.model.windows import cut, draw_window
 from llm_local.partition import Costs, make_partition
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from llm_local.checkpoint.catalog import MANIFEST, read_manifest
+from llm_local.checkpoint.manifest import MANIFEST, read_manifest
 from llm_local.config import Config, ConfigError, from_here
 from llm_local.jobs.positions import IDENTITY
 

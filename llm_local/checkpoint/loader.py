@@ -13,7 +13,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim.lr_scheduler import LambdaLR
 
 from llm_local.adapters.deepspeed_internals import base_optimizer, forget_second_copies
-from llm_local.checkpoint.catalog import BrokenCheckpoint, Catalog, Layout, layout_changes
+from llm_local.checkpoint.catalog import Catalog
+from llm_local.checkpoint.manifest import BrokenCheckpoint, Layout, layout_changes
 from llm_local.checkpoint.saver import SHARED, loss_scales
 from llm_local.checkpoint.shards import (
     SCALAR,
@@ -26,10 +27,10 @@ from llm_local.checkpoint.shards import (
     whole,
 )
 from llm_local.config import Config, some_of
+from llm_local.model.block import EXITS, Block
 from llm_local.model.heads.shared import install, installed, matrix_name
 from llm_local.model.refresh import INSTALLED
 from llm_local.model.slices import Slice
-from llm_local.model.stage import EXITS, Block
 from llm_local.replicas import replicas_text
 from llm_local.world import World
 

@@ -21,17 +21,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from llm_local.adapters.deepspeed_internals import base_optimizer
-from llm_local.checkpoint.catalog import (
-    MANIFEST,
-    OUTER_FILE,
-    STATE_FILE,
-    Layout,
-    Manifest,
-    replica_file,
-    replica_folder,
-    save_stretches,
-)
+from llm_local.checkpoint.catalog import OUTER_FILE, STATE_FILE, replica_file, replica_folder, save_stretches
 from llm_local.checkpoint.line import FOLDER, checkpoint_of, committed
+from llm_local.checkpoint.manifest import MANIFEST, Layout, Manifest
 from llm_local.checkpoint.shards import (
     OUTER,
     PART,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from llm_local.checkpoint.catalog import read_manifest
 from llm_local.checkpoint.line import another_run, find_checkpoint, is_own, set_aside
+from llm_local.checkpoint.manifest import read_manifest
 from llm_local.config import Config, ConfigError
 from llm_local.export.model_folder import draft_of, predecessor_of
 from llm_local.flags import FLAGS

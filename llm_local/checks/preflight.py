@@ -9,13 +9,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm_local.checkpoint.catalog import (
-    BrokenCheckpoint,
-    Catalog,
-    layout_of,
-    layout_problems,
-)
+from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import documents_begin, find_checkpoint
+from llm_local.checkpoint.manifest import BrokenCheckpoint, layout_of, layout_problems
 from llm_local.checks.class_problems import class_problems, skipped_positions
 from llm_local.checks.engine_trial import engine_problems
 from llm_local.checks.exit_check import exit_warnings, refused_exits

@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint
+from llm_local.checkpoint.manifest import BrokenCheckpoint
 from llm_local.config import ConfigError
 from llm_local.export.model_folder import INDEX, WrongExport
 from llm_local.files import Unwritten, ends_with_a_line, writing

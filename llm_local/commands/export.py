@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.checkpoint.catalog import MANIFEST, BrokenCheckpoint
+from llm_local.checkpoint.manifest import MANIFEST, BrokenCheckpoint
 from llm_local.config import ConfigError
 from llm_local.files import Unwritten, ends_with_a_line, writing
 from llm_local.model.anatomy import SliceError

@@ -21,7 +21,7 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and warns
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint
+from llm_local.checkpoint.manifest import BrokenCheckpoint
 from llm_local.config import ConfigError
 from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.checkpoint.catalog import BrokenCheckpoint, read_manifest
 from llm_local.checkpoint.line import committed
+from llm_local.checkpoint.manifest import BrokenCheckpoint, read_manifest
 from llm_local.config import ConfigError
 from llm_local.files import Unwritten, ends_with_a_line
 from llm_local.program import program

@@ -107,7 +107,9 @@ def page(folders: list[Path], output: Path) -> None:
 def conclude(study: Study, runs: list[StudyRun], output: Path, path: Path, seconds: float) -> None:
     """What the finished runs have shown."""
     from llm_local.study.comparison import compare, table
+    from llm_local.study.runs import keep_results
 
+    keep_results(runs, output / "results.json")
     comparison = compare(study, {(run.point.name, run.seed): run.result() for run in runs if run.is_finished})
     write(comparison, output, path, seconds)
     print(f"\n{table(comparison)}\n{output / 'study.md'}, study.json and study.png")

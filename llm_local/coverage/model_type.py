@@ -32,9 +32,10 @@ from llm_local.export.model_folder import Description, model_without_memory
 from llm_local.export.stages import collect, compose, exit_folder, exit_name, write_stage
 from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import SliceError, probe, text_config
+from llm_local.model.block import Block
 from llm_local.model.observation import name_of
 from llm_local.model.slices import new_slice, try_slices
-from llm_local.model.stage import Block, build_block
+from llm_local.model.stage import build_block
 from llm_local.partition import Partition, Span
 from llm_local.registry import TASKS
 from llm_local.tasks.task import IGNORED, Task

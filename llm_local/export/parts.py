@@ -23,19 +23,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llm_local.checkpoint.catalog import (
+from llm_local.checkpoint.catalog import STATE_FILE, Catalog, replica_file, save_stretches
+from llm_local.checkpoint.line import METRICS, committed
+from llm_local.checkpoint.manifest import (
     DATA_FILE,
     MANIFEST,
-    STATE_FILE,
     BrokenCheckpoint,
-    Catalog,
     Manifest,
     model_differences,
     read_manifest,
-    replica_file,
-    save_stretches,
 )
-from llm_local.checkpoint.line import METRICS, committed
 from llm_local.config import ConfigError
 from llm_local.export.model_folder import Description, replaced, write_description, write_text, writing
 from llm_local.export.stages import CHECK_FILE

@@ -72,13 +72,13 @@ class Method:
         """What is wrong with the flags for this method."""
         problems = distillation_problems(local)
         if not self.is_cut_by_hand and local.layers_per_block not in (None, 1):
-            takers = " and ".join(name for name, method in METHODS.items() if method.is_cut_by_hand)
+            takers = ", ".join(name for name, method in METHODS.items() if method.is_cut_by_hand)
             problems.append(f"layers_per_block={local.layers_per_block} is for method={takers}, not {self.name}")
         if local.delay_correction and not self.is_delayed:
-            takers = " and ".join(name for name, method in METHODS.items() if method.is_delayed)
+            takers = ", ".join(name for name, method in METHODS.items() if method.is_delayed)
             problems.append(f"delay_correction=True is for method={takers}, not {self.name}; leave it out")
         if local.block_stride is not None and self.window_stride(local) is None:
-            takers = " and ".join(name for name, method in METHODS.items() if method.window_stride(local))
+            takers = ", ".join(name for name, method in METHODS.items() if method.window_stride(local))
             problems.append(f"block_stride={local.block_stride} is for method={takers}, not {self.name}")
         return problems
 

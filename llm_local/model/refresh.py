@@ -30,9 +30,9 @@ from llm_local.device import DTYPES
 from llm_local.links.ends import Links
 from llm_local.links.link import ReceivingEnd, SendingEnd
 from llm_local.links.packet import END, REFRESH, Packet
+from llm_local.model.block import Block
 from llm_local.model.heads.head import head_of
 from llm_local.model.heads.shared import install, installed
-from llm_local.model.stage import Block
 from llm_local.partition import Partition
 from llm_local.world import World
 
