@@ -77,7 +77,7 @@ def test_blocks_train_alike_wherever_they_run(trainer: Trainer):
     common = PLAIN | {"layers_per_block": 1, "max_grad_norm": 0.1, "weight_decay": 0.1, "eval_steps": 2}
     one = trainer.run("one", 1, **common)
     layouts = {
-        "two": (2, {"num_stages": 2}),
+        "two": (2, {"num_stages": 2, "gradient_checkpointing": True}),
         "four": (4, {"num_stages": 4, "deepspeed": CONFIGS / "zero2.json"}),
         "replicas": (4, {"num_stages": 2, "per_device_train_batch_size": 1, "deepspeed": CONFIGS / "zero1.json"}),
         "many-micro-batches": (
