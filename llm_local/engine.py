@@ -226,10 +226,10 @@ class LocalEngine:
         return self._totals.pop((kind, step))
 
     def _totals_of(self, packet: Packet) -> _Totals:
-        device = self.engines[0].device
-        return self._totals.setdefault(
-            (self._kind, packet.step), _Totals(torch.zeros(len(self.engines), device=device))
-        )
+        key = self._kind, packet.step
+        if key not in self._totals:
+            self._totals[key] = _Totals(torch.zeros(len(self.engines), device=self.engines[0].device))
+        return self._totals[key]
 
     def _position(self) -> tuple[int, int]:
         """Step and number of the next micro-batch that enters."""

@@ -130,9 +130,14 @@ class Block(nn.Module):
         head alone, but for the body's router loss, and with body_waits not even that; with a window (B, L) it is that
         of those positions. With keep_normed what the output matrix read is there to be taken.
         """
-        self.add_positions(input_ids, inputs, return_logits)
+        if self.documents is not None:
+            assert input_ids is not None, "documents are of text"
+            inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            inputs.setdefault("position_ids", inside if return_logits else self.documents.positions(input_ids))
         features = self.features(input_ids, hidden, **inputs)
         leaving = features.detach()
+        if not self.has_head:
+            return features.new_zeros((), dtype=torch.float32), leaving, features
         read = leaving if detach_head else features
         if self.feature_scale is not None:
             assert hidden is not None
@@ -155,13 +160,6 @@ class Block(nn.Module):
             of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
             loss = loss + of_head + (0.0 if body_waits else of_body)
         return loss, leaving, features
-
-    def add_positions(self, input_ids: torch.Tensor | None, inputs: dict[str, Any], is_whole: bool) -> None:
-        """Where packed documents are kept apart: those within each, or, if the row is a whole one, within that."""
-        if self.documents is not None:
-            assert input_ids is not None, "documents are of text"
-            inside = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            inputs.setdefault("position_ids", inside if is_whole else self.documents.positions(input_ids))
 
     @property
     def span(self) -> Span:
@@ -214,23 +212,6 @@ class Trunk(Block):
         self.documents = documents
         self.measured = torch.zeros(len(body.task.measures))
         self._routers = []
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        hidden: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        return_logits: bool = False,
-        detach_head: bool = False,
-        window: torch.Tensor | None = None,
-        keep_normed: bool = False,
-        body_waits: bool = False,
-        **inputs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As a Block's, but for what is the head's."""
-        self.add_positions(input_ids, inputs, return_logits)
-        features = self.features(input_ids, hidden, **inputs)
-        return features.new_zeros((), dtype=torch.float32), features.detach(), features
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         return named_once([("", self.body_model)])
