@@ -7,7 +7,6 @@ Runs under torchrun, about a minute each on two cores; one that is there is not 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
@@ -15,7 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llm_local.bench.cases import ROOT, BenchmarkError, arguments_of, table, torchrun, write
+from llm_local.bench.cases import ROOT, BenchmarkError, arguments_of, table, write
+from llm_local.bench.curves import train
 from llm_local.config import Config
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.files import ends_with_a_line
@@ -51,11 +51,9 @@ that a step has sent, MB.
 """
 
 
-def train(folder: Path, steps: int, seed: int, flags: dict[str, Any]) -> None:
-    """One run, unless it is there."""
-    if (folder / "export").exists():
-        return
-    flags = {
+def flags_of(steps: int, seed: int) -> dict[str, Any]:
+    """Of all runs."""
+    return {
         "config_name": "configs/studies/cpu.json",
         "tokenizer_name": builtin_tokenizer_dir(Config().cache_dir, vocab_size=1024),
         "layers_per_block": 4,
@@ -70,20 +68,7 @@ def train(folder: Path, steps: int, seed: int, flags: dict[str, Any]) -> None:
         "adam_beta2": 0.95,
         "eval_batches": 64,
         "seed": seed,
-        "output_dir": folder,
-        "overwrite_output_dir": True,
-        **flags,
     }
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [*torchrun(2), "scripts/pretrain.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BenchmarkError(f"{folder.name} failed:\n{done.stderr[-2000:]}")
 
 
 @ends_with_a_line(BenchmarkError)
@@ -98,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(42, 42 + given.repeats):
             folder = given.runs / f"{'-'.join(map(str, run))}-{given.steps}-{seed}"
             print(folder.name, file=sys.stderr, flush=True)
-            train(folder, given.steps, seed, flags)
+            train(folder, 2, {**flags_of(given.steps, seed), **flags})
             records = read_records(folder / "metrics/stage-00.jsonl")
             losses.append([record["block_losses"] for record in records if record["split"] == "eval"][-1])
             of_step = [record["sent_replica_bytes"] or 0 for record in records if record["split"] == "train"]

@@ -7,13 +7,8 @@ Needs root, ip and /dev/net/tun. Each namespace is a host to torchrun.
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -29,17 +24,14 @@ from llm_local.bench.cases import (
     arguments_of,
     bench_model,
     ratios,
-    run_case,
     table,
     write,
 )
-from llm_local.bench.relay import MTU, Relay, open_tun
+from llm_local.bench.hosts import TwoHosts, missing, two_hosts
+from llm_local.bench.relay import MTU
 from llm_local.files import ends_with_a_line
 from llm_local.plan.times import Link, Pipe, StageSeconds, predict
 
-HOSTS = ("llmlocal0", "llmlocal1")
-ADDRESSES = ("10.213.77.1", "10.213.77.2")
-PORT = 29533
 MICRO_BATCHES = 4
 INTRODUCTION = f"""
 How many times as long a step takes over a slow link as over an unlimited one, measured in turns: the median over the
@@ -55,44 +47,6 @@ asked for; and nothing is exchanged at the end of a step.
 
 8 layers of width 256, {MICRO_BATCHES} micro-batches of 4 x 128 tokens a step, bf16, frames of {MTU} bytes.
 """
-
-
-def sh(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"{' '.join(command)}: {done.stderr.strip()}")
-
-
-@contextmanager
-def two_hosts() -> Iterator[tuple[Relay, list[list[str]]]]:
-    """Two network namespaces with a cable between them; yields it, and what starts a node's ranks in each."""
-    with ExitStack() as stack:
-        ends = []
-        for number, (host, address) in enumerate(zip(HOSTS, ADDRESSES, strict=True)):
-            sh("ip", "netns", "add", host)
-            stack.callback(subprocess.run, ["ip", "netns", "del", host], capture_output=True, check=False)
-            cable = f"cable{number}"
-            try:
-                ends.append(open_tun(cable))
-            except OSError as error:
-                raise BenchmarkError(f"no TUN device can be made: {error}") from error
-            stack.callback(os.close, ends[-1])
-            sh("ip", "link", "set", cable, "netns", host)
-            for command in (
-                ["addr", "add", f"{address}/24", "dev", cable],
-                ["link", "set", cable, "mtu", str(MTU), "up"],
-                ["link", "set", "lo", "up"],
-            ):
-                sh("ip", "-n", host, *command)
-        relay = Relay(*ends)
-        stack.callback(relay.stop)
-        yield relay, [_launcher(number) for number in (0, 1)]
-
-
-def _launcher(number: int) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    torchrun += [f"--node_rank={number}", f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}"]
-    return ["ip", "netns", "exec", HOSTS[number], "env", f"GLOO_SOCKET_IFNAME=cable{number}", *torchrun]
 
 
 def flags(system: str) -> dict[str, Any]:
@@ -118,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--shares {given.shares} --delays_ms {given.delays_ms}: give shares above 0 and no negative delay"
         )
-    if os.geteuid() or not shutil.which("ip"):
-        parser.error("network namespaces need root and ip")
+    if problem := missing():
+        parser.error(problem)
     rows, data = measure(shares, delays, given.repeats, given.steps)
     header = ["traffic over compute", "Mbit/s", "delay, ms", "local", "predicted", "local's waiting"]
     header += ["deepspeed 1F1B", "predicted"]
@@ -132,21 +86,21 @@ def measure(
 ) -> tuple[list[list[str]], dict[str, Any]]:
     """Rows of the table, and the seconds of every round."""
     cases = [Case(system, 2, "rate", system, flags(system), steps) for system in METHODS]
-    with two_hosts() as (relay, launchers):
+    with two_hosts() as hosts:
         sent, passes = {}, {}
         for system in METHODS:
             print(f"{system}: traffic and passes", file=sys.stderr)
             timed = Case(system, 2, "passes", system, flags(system), steps)
-            sent[system] = run_case(replace(timed, measure="traffic", steps=3), launchers)[0]["bytes_a_step"]
-            passes[system] = calibrate(timed, repeats, launchers=launchers)
-        compute = median(run_case(cases[0], launchers)[-1]["seconds"])
+            sent[system] = hosts.run(replace(timed, measure="traffic", steps=3))[0]["bytes_a_step"]
+            passes[system] = calibrate(timed, repeats, launchers=hosts.launchers)
+        compute = median(hosts.run(cases[0])[-1]["seconds"])
         slow = [(sent["local"] / (share * compute), share, delay) for delay in delays for share in shares]
         found = {link: Found() for link in slow}
         for number in range(repeats):
             for link in slow:
                 print(f"round {number + 1} of {repeats}: share {link[1]:g}, {link[2]:g} ms", file=sys.stderr)
                 for case in cases:
-                    found[link].add(case.name, *(_over(each, relay, case, launchers) for each in (None, link)))
+                    found[link].add(case.name, *(_over(each, hosts, case) for each in (None, link)))
     rows, data = [], []
     for (rate, share, delay), each in found.items():
         against = {system: ratios(each.slow[system], each.unlimited[system]).text() for system in METHODS}
@@ -183,13 +137,10 @@ class Found:
         self.waiting[system].append(median(waited / whole for waited, whole in steps))
 
 
-def _over(
-    link: tuple[float, float, float] | None, relay: Relay, case: Case, launchers: list[list[str]]
-) -> dict[str, Any]:
+def _over(link: tuple[float, float, float] | None, hosts: TwoHosts, case: Case) -> dict[str, Any]:
     """What the last stage measured."""
-    relay.bytes_a_second, _, delay = link or (None, 0.0, 0.0)
-    relay.delay_seconds = delay / 1000
-    return run_case(case, launchers)[-1]
+    rate, _, delay = link or (None, 0.0, 0.0)
+    return hosts.run(case, rate, delay / 1000)[-1]
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from ranks import run_ranks
 from torch.distributed.pipelining import schedules
 
 from llm_local.bench import cases as benchmark
-from llm_local.bench import relay
+from llm_local.bench import hosts, relay
 from llm_local.bench.calibration import stage_seconds
 from llm_local.bench.cases import BenchmarkError, Case, Spread, ratios, run_case, table
+from llm_local.bench.curves import evaluations, steps_until, train
 from llm_local.bench.relay import MTU, Relay
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import parse
@@ -188,12 +189,33 @@ def test_a_relay_holds_packets_back_for_as_long_as_a_slow_link_would():
     assert [seconds >= 0.1 * number + 0.15 for number, (seconds, _) in enumerate(slow)] == [True] * 4
 
 
+def test_steps_until_a_loss():
+    curve = [(50, 5.0), (100, 4.0), (150, 4.5), (200, 3.0)]
+    assert steps_until(curve, 4.25) == pytest.approx(87.5), "where it first is as low"
+    assert steps_until(curve, 5.5) == 50
+    assert steps_until(curve, 3.0) == 200
+    assert steps_until(curve, 2.9) is None
+
+
+@pytest.mark.processes
+def test_a_curve_is_trained_once(trainer: Trainer, tmp_path: Path):
+    flags = parse(trainer.flags("curve", eval_batches=1, eval_steps=2, max_steps=4)).flat()
+    told = {k: v for k, v in flags.items() if v is not None and k != "output_dir"}
+    train(tmp_path / "curve", 1, told)
+    found = evaluations(tmp_path / "curve")
+    assert [step for step, _ in found] == [2, 4]
+    train(tmp_path / "curve", 1, {"config_name": "/nowhere"})  # is there already
+    assert evaluations(tmp_path / "curve") == found
+    with pytest.raises(BenchmarkError, match=r"(?s)^another failed:.*no model config in /nowhere"):
+        train(tmp_path / "another", 1, {"config_name": "/nowhere"})
+
+
 def test_without_tun_devices_there_is_no_slow_link(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     module = script("bench_slow_link")
     monkeypatch.setattr(relay, "_DEVICE", "/nowhere")
-    monkeypatch.setattr(module.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(module.shutil, "which", lambda name: name)
-    monkeypatch.setattr(module, "sh", lambda *command: None)
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(hosts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(hosts, "sh", lambda *command: None)
     assert module.main([]) == 1
     assert "bench_slow_link.py: no TUN device can be made" in capsys.readouterr().err
 

@@ -73,6 +73,12 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *here, f"--nproc_per_node={ranks}"]
 
 
+def environment() -> dict[str, str]:
+    """Variables of what a benchmark starts: without a device a rank has a core."""
+    found = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), **os.environ}
+    return found if torch.accelerator.is_available() else {"OMP_NUM_THREADS": "1", **found, "DS_ACCELERATOR": "cpu"}
+
+
 def run_case(case: Case, launchers: Sequence[Sequence[str]] = ()) -> list[dict[str, Any]]:
     """What each rank measured, in order. launchers: one a host; by default torchrun on this one. Raises
     BenchmarkError."""
@@ -90,14 +96,12 @@ def run_case(case: Case, launchers: Sequence[Sequence[str]] = ()) -> list[dict[s
 
 
 def _run_all(name: str, commands: list[list[str]], logs: list[Path]) -> None:
-    environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), **os.environ}
-    if not torch.accelerator.is_available():
-        environment = {"OMP_NUM_THREADS": "1", **environment, "DS_ACCELERATOR": "cpu"}
+    variables = environment()
     end, processes = time.monotonic() + SECONDS, []
     try:
         for command, log in zip(commands, logs, strict=True):
             with log.open("w") as file:
-                processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file))
+                processes.append(subprocess.Popen(command, env=variables, cwd=ROOT, stdout=file, stderr=file))
         for process in processes:
             process.wait(end - time.monotonic())
     except subprocess.TimeoutExpired as error:
@@ -154,13 +158,13 @@ def machine() -> str:
 def arguments_of(description: str | None, repeats: int, steps: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=_positive, default=repeats, help=f"rounds (default {repeats})")
-    parser.add_argument("--steps", type=_positive, default=steps, help=f"measured steps of a run (default {steps})")
+    parser.add_argument("--repeats", type=positive, default=repeats, help=f"rounds (default {repeats})")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"measured steps of a run (default {steps})")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/bench", help="folder of the result")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
     return int(text)
