@@ -19,12 +19,15 @@ import torch
 from conftest import TINY, Trainer
 from ranks import run_ranks
 from torch.distributed.pipelining import schedules
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_local.bench import cases as benchmark
 from llm_local.bench import hosts, relay
 from llm_local.bench.calibration import stage_seconds
 from llm_local.bench.cases import BenchmarkError, Case, Spread, ratios, run_case, table
 from llm_local.bench.curves import evaluations, steps_until, train
+from llm_local.bench.hosts import two_hosts
+from llm_local.bench.largest import DEVICES, LAYOUTS, largest
 from llm_local.bench.relay import MTU, Relay
 from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.config import parse
@@ -49,7 +52,7 @@ def measured(measure: str, system: str, flags: dict[str, Any], steps: int, round
 
 
 def measure(trainer: Trainer, name: str, system: str, steps: int = 2, ranks: int = 2, **settings: Any) -> list[Any]:
-    flags = parse(trainer.flags(f"{name}-{system}-{ranks}", num_stages=ranks, **settings)).flat()
+    flags = parse(trainer.flags(f"{name}-{system}-{ranks}", **{"num_stages": ranks, **settings})).flat()
     given = {k: v for k, v in flags.items() if v is not None}
     return run_ranks(measured, ranks, name, system, given, steps, 2)
 
@@ -66,6 +69,37 @@ def test_the_pipelines_compared_are_one_model(trainer: Trainer):
     local = measure(trainer, "rate", "local", **batch)[1]
     assert len(local["seconds"]) == len(local["losses"]) == 2
     assert local["losses"] != pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.processes
+def test_systems_that_share_a_curve_are_one_arithmetic(trainer: Trainer):
+    """A core alone, two stages of 1F1B, and two replicas with and without ZeRO-1: a step's loss is the same."""
+    module = script("bench_time_to_loss")
+    alike = {name: system for name, system in module.SYSTEMS.items() if system.learning == "backprop"}
+    assert len(alike) == 4
+    settings = {
+        "per_device_train_batch_size": 8,
+        "eval_batches": 1,
+        "learning_rate": 1e-2,
+        "overwrite_output_dir": True,
+    }
+    found = {}
+    for name, system in alike.items():
+        ranks = measure(trainer, "rate", "deepspeed", steps=4, ranks=system.ranks, **module.flags_of(system, settings))
+        of_steps = zip(*(rank["losses"] for rank in ranks), strict=True)
+        found[name] = [sum(losses) / len(losses) for losses in of_steps]
+    alone = found.pop("one core alone")
+    assert alone[-1] < alone[0] - 0.01, "it learns"
+    for losses in found.values():
+        assert losses == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.processes
+def test_a_step_of_replicas_that_meet_is_a_mean_over_meetings(trainer: Trainer):
+    flags = {"method": "backprop", "num_stages": 1, "replica_sync_steps": 2, "max_grad_norm": 1.0}
+    for rank in measure(trainer, "whole", "local", **flags):
+        assert rank["seconds"] > 0
+        assert rank["sent_bytes"] == 0, "nothing has left this host"
 
 
 @pytest.mark.processes
@@ -210,6 +244,72 @@ def test_a_curve_is_trained_once(trainer: Trainer, tmp_path: Path):
         train(tmp_path / "another", 1, {"config_name": "/nowhere"})
 
 
+def test_the_largest_model_that_fits_a_device():
+    """A stage of two needs no more than the whole, and twice the device has more room."""
+    flags = {"config_name": str(SCRIPTS.parent / "configs/studies/long.json"), "seq_length": 128, "bf16": True}
+    whole, half = ({**flags, "method": method, "num_stages": n} for method, n in (("backprop", 1), ("chunked", 2)))
+    assert 0 < largest(whole, 1, 8e9) < largest(whole, 1, 16e9)
+    assert largest(half, 2, 8e9) > largest(whole, 1, 8e9)
+    assert largest(whole, 1, 8e9) < 8e9 / 16, "as many bytes a parameter at least"
+    assert largest(whole, 1, 1e6) == 0
+
+
+def test_the_page_of_the_time_to_a_loss(tmp_path: Path):
+    """Steps of a curve times seconds of a step; what never gets there has no minutes."""
+    module = script("bench_time_to_loss")
+    ends = {name: 4.0 + 0.1 * number for number, name in enumerate(module.LEARNING)}
+    curves = {n: {"rate": 8e-3, "ends": {}, "losses": [(0, 6.0), (600, end)]} for n, end in ends.items()}
+    seconds = {name: {"seconds": 1.0, "sent": 7.0} for name in module.SYSTEMS}
+    slow = {name: {"seconds": 2.0, "sent": 7.0} for name in module.SYSTEMS}
+    one = {link: seconds if link == module.FREE else slow for link in module.LINKS}
+    taken = {name: {"counted": 2e6, "resident": 3e6} for name in module.SYSTEMS}
+    sizes = {name: {str(size): 5e8 for size in DEVICES} for name in LAYOUTS}
+    module.save({"curves": curves, "rounds": [one] * 3, "memory": taken, "largest": sizes}, tmp_path)
+    page = (tmp_path / "time_to_loss.md").read_text()
+    assert (tmp_path / "time_to_loss.png").exists()
+    worst, middle = max(ends.values()), sorted(ends.values())[(len(ends) - 1) // 2]
+    last = next(name for name, system in module.SYSTEMS.items() if ends[system.learning] == worst)
+    every, some = page.split("## Minutes until ")[1:]
+    assert every.startswith(f"{worst:.3f} nats")
+    assert some.startswith(f"{middle:.3f} nats")
+    assert f"| {last} | 600 | 10.0 (10.0–10.0) | 20.0 (20.0–20.0) | 20.0 (20.0–20.0) |" in every
+    assert f"| {last} |  |  |  |  |" in some
+    assert f"| {last} | 3 | 2 | 7 | 1.00 (1.00–1.00) | 2.00 (2.00–2.00) | 2.00 (2.00–2.00) |" in page
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(bool(hosts.missing()), reason="network namespaces need root")
+def test_what_leaves_a_host_is_counted(trainer: Trainer, tmp_path: Path):
+    """Two replicas under ZeRO-1, one on each host: a gradient's sum takes 4 bytes a parameter, and the weights 2."""
+    module = script("bench_time_to_loss")
+    system = module.SYSTEMS["data parallel, ZeRO-1"]
+    settings = {"per_device_train_batch_size": 4, "eval_batches": 0}
+    flags = parse(trainer.flags("hosts", **module.flags_of(system, settings))).flat()
+    told = {k: v for k, v in flags.items() if v is not None and k not in ("output_dir", "max_steps")}
+    with two_hosts() as pair:
+        ranks = pair.run(
+            Case("zero1", 2, "whole", "local", {**told, "overwrite_output_dir": True}, steps=2), 1e8, 0.001
+        )
+    parameters = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**TINY)).parameters())
+    for rank in ranks:
+        assert rank["sent_bytes"] == pytest.approx(6 * parameters, rel=0.05)
+        assert rank["seconds"] > 6 * parameters / 1e8
+
+
+def test_hosts_need_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Before anything is trained, also where no part is named."""
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
+    for name, given in (
+        ("bench_slow_link", []),
+        ("bench_time_to_loss", []),
+        ("bench_time_to_loss", ["--only", "steps"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            script(name).main([*given, "--output", str(tmp_path)])
+        assert caught.value.code == 2
+        assert "network namespaces need root and ip" in capsys.readouterr().err
+
+
 def test_without_tun_devices_there_is_no_slow_link(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     module = script("bench_slow_link")
     monkeypatch.setattr(relay, "_DEVICE", "/nowhere")
@@ -235,6 +335,8 @@ def test_a_table():
         ("bench_throughput", ["--systems", "megatron"], "--systems megatron: choose of deepspeed, torch-1f1b"),
         ("bench_throughput", ["--repeats", "0"], "0: give 1 or more"),
         ("bench_slow_link", ["--shares", "0,1"], "--shares 0,1 --delays_ms 0,20: give shares above 0"),
+        ("bench_time_to_loss", ["--curve_steps", "0"], "0: give 1 or more"),
+        ("bench_time_to_loss", ["--only", "links"], "invalid choice: 'links' (choose from"),
         ("bench_mfu", ["--peak_tflops", "0"], "--peak_tflops 0: give a number above 0"),
         ("bench_mfu", ["--configs", "zero9"], "--configs zero9: not in configs/ds"),
     ],
@@ -256,7 +358,7 @@ def test_a_pipeline_that_torch_has_not_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("bench_*.py")))
 def test_the_results_are_there(name: str):
     """Each benchmark's page and figures, but of what has not been measured."""
-    if name == "bench_mfu":
+    if name in ("bench_mfu", "bench_time_to_loss"):
         pytest.skip("not measured yet")
     folder = SCRIPTS.parent / "docs/bench"
     assert json.loads((folder / f"{name.removeprefix('bench_')}.json").read_text())["machine"]

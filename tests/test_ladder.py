@@ -45,7 +45,7 @@ offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine stages layouts splits failing report search
-bench: saved_bytes plain peers worker figures cases calibration relay hosts curves
+bench: saved_bytes plain peers worker figures cases calibration relay hosts curves largest
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate predict
 commands: report plot probe key doctor status up watch timeline study

@@ -118,6 +118,28 @@ def rate(task: Task) -> dict[str, Any]:
     return {"seconds": seconds, "waited": waited, "losses": losses}
 
 
+def whole(task: Task) -> dict[str, Any]:
+    """Mean seconds of a step as a run trains it, with the matrices of a shared head and the meetings of replicas, whose
+    whole periods `steps` should be; and the bytes of a step that leave this rank's host."""
+    rank = begin(task)
+    run = Run(rank)
+    start = bytes_before = 0.0
+    for step in islice(run.steps(), task.warmup + task.steps):
+        run.train_step()
+        if step == task.warmup:
+            start, bytes_before = time.perf_counter(), _bytes_left_host()
+    finish_queued_work(rank.world.device)
+    seconds, sent = time.perf_counter() - start, _bytes_left_host() - bytes_before
+    leave(rank)
+    return {"seconds": seconds / task.steps, "sent_bytes": sent / task.steps}
+
+
+def _bytes_left_host() -> int:
+    """By all of its networks, as the kernel counts them: what acknowledges and announces is among them."""
+    lines = (line.split(":") for line in Path("/proc/self/net/dev").read_text().splitlines()[2:])
+    return sum(int(counts.split()[8]) for name, counts in lines if name.strip() != "lo")
+
+
 def wait_for_turn(exclusive: bool) -> None:
     """Takes the file of TURNS, if there is one, until the process ends, or until this is called again: exclusively once
     nobody else has it, so that nobody measures while another one warms up."""
@@ -370,6 +392,7 @@ def _is_on(event: Any, on_cpu: bool) -> bool:
 
 MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "rate": rate,
+    "whole": whole,
     "beside_plain": beside_plain,
     "efficiency": efficiency,
     "memory": memory,
