@@ -27,6 +27,7 @@ from llm_local.config import Config
 from llm_local.cut import plan_partition
 from llm_local.data.sequences import Sequences
 from llm_local.data.special_tokens import run_model_config
+from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.lora import with_adapters
@@ -78,13 +79,14 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     if config.task.sends_labels:
         raise ValueError(f"{folder} was trained with task={config.task.name}; a probe reads models of causal-lm alone")
     catalog = Catalog(folder)
-    model_config = run_model_config(config)
+    tokenizer = load_tokenizer(config)
+    model_config = run_model_config(config, tokenizer)
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, anatomy)
     anatomy = with_adapters(config, model_config, anatomy, partition)
     blocks: list[Block] = []
     for stage in range(partition.num_stages):
-        blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config))
+        blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config, tokenizer))
     for block in blocks:
         fill_block(catalog, block)
         if block.is_frozen:

@@ -114,7 +114,8 @@ def described(config: Config, of_export: bool = False) -> Description:
         processing: ProcessingClass = load_processor(config, model_config)
         generation = None
     else:
-        model_config, processing = run_model_config(config), load_tokenizer(config)
+        processing = load_tokenizer(config)
+        model_config = run_model_config(config, processing)
         generation = generation_values(config, model_config, processing)
     return Description(model_config, "", processing, generation, read_code(model_config), config.task.name)
 

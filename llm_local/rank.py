@@ -22,7 +22,7 @@ from llm_local.checkpoint.saver import Saver
 from llm_local.checks.devices import device_problems, device_warnings
 from llm_local.checks.epochs import with_epochs
 from llm_local.checks.output_folder import open_output
-from llm_local.checks.preflight import preflight
+from llm_local.checks.preflight import set_up
 from llm_local.config import Config, ConfigError
 from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
@@ -126,12 +126,13 @@ def check(config: Config, launch: Launch, meeting: Rendezvous | None = None) -> 
     with writing(config.cache_dir, reads=True):
         with nullcontext() if meeting is None else meeting.kept_waiting():
             config = with_epochs(config, launch.world_size)
-            setup = preflight(config, launch.world_size, launch.local_world_size)  # which may have images to fetch
+            # which may have images to fetch
+            setup, processing_class = set_up(config, launch.world_size, launch.local_world_size)
             setup = replace(setup, given=given)
         if meeting is not None:
             setup = _with_devices(setup, launch, meeting)
         with nullcontext() if meeting is None else meeting.kept_waiting():
-            processing_class, data = load_processing_class(setup.config, setup.model_config()), None
+            data = None
             if config.reads_data:
                 data = prepare_all(setup.config, processing_class, progress=sys.stderr.isatty())
                 setup = replace(setup, counts=data.counts(), eval_sets=eval_sets(data.validation, config.task))

@@ -125,7 +125,10 @@ def _first_at(address: str) -> Claim | None:
     host, _, port = address.rpartition(":")
 
     def look(_: None) -> Claim | None:
-        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        patience = timedelta(
+            seconds=3 * _LOOK_SECONDS
+        )  # torch complains on the screen at its end: this run has ended then
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=patience, wait_for_workers=False)
         places = dist.PrefixStore(_places(0), store)
         return Claim.from_json(bytes(places.get("0")).decode()) if places.check(["0"]) else None
 

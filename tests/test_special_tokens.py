@@ -64,27 +64,29 @@ ALL = {"eos_token": "[eos]", "bos_token": "[bos]", "pad_token": "[pad]"}
 )
 def test_a_new_model_has_the_tokenizers_ids(run, model: dict[str, Any], tokens: dict[str, str], wanted: tuple):
     config = run(model, tokens)
-    made = run_model_config(config)
+    tokenizer = load_tokenizer(config)
+    made = run_model_config(config, tokenizer)
     assert ids_of(made) == ids_of(made.get_text_config(decoder=True)) == wanted
-    values = generation_values(config, made, tokenizer := load_tokenizer(config))
+    values = generation_values(config, made, tokenizer)
     assert values["eos_token_id"] == wanted[0]
     assert values.get("pad_token_id") == tokenizer.pad_token_id
 
 
 def test_ids_that_contradict_the_tokenizer(run):
     config = run(LLAMA | {"eos_token_id": 9, "pad_token_id": 1}, ALL)
-    assert token_warnings(config, run_model_config(config)) == (
+    tokenizer = load_tokenizer(config)
+    assert token_warnings(config, run_model_config(config, tokenizer), tokenizer) == (
         f"the tokenizer's ids replace those of config_name={config.model.config_name}: eos_token_id 9 → 3; "
         "config_overrides would win",
     )
     config = run(LLAMA | {"eos_token_id": 9}, ALL, config_overrides="eos_token_id=5,pad_token_id=null")
-    made = run_model_config(config)
+    made = run_model_config(config, tokenizer)
     assert ids_of(made) == (5, 2, None)
-    assert token_warnings(config, made) == (
+    assert token_warnings(config, made, tokenizer) == (
         "eos_token_id=5 in config_overrides, but the data's documents end with 3: generate() runs on",
     )
     with pytest.raises(ConfigError, match="eos_token_id=16 is outside the vocabulary of 16; set eos_token_id to an id"):
-        run_model_config(run(LLAMA, ALL, config_overrides="eos_token_id=16"))
+        run_model_config(run(LLAMA, ALL, config_overrides="eos_token_id=16"), tokenizer)
 
 
 class TestPretrained:
@@ -96,9 +98,11 @@ class TestPretrained:
 
     def values(self, run, folder: Path, **flags: Any) -> dict[str, Any]:
         config = run({}, ALL, config_name=None, model_name_or_path=folder, **flags)
-        assert ids_of(run_model_config(config))[2] == 0
-        assert token_warnings(config, run_model_config(config)) == ()
-        return generation_values(config, run_model_config(config), load_tokenizer(config))
+        tokenizer = load_tokenizer(config)
+        made = run_model_config(config, tokenizer)
+        assert ids_of(made)[2] == 0
+        assert token_warnings(config, made, tokenizer) == ()
+        return generation_values(config, made, tokenizer)
 
     def test_its_own_settings_stay_and_the_tokenizers_eos_stops_it_too(self, run, folder: Path):
         own = {"eos_token_id": [7, 3, 9], "top_p": 0.9, "temperature": 0.6, "max_length": 77, "of_its_own": 1}

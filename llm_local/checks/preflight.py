@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.line import documents_begin, find_checkpoint
@@ -25,10 +25,10 @@ from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
 from llm_local.config import Config, ConfigError
 from llm_local.cut import plan_partition
-from llm_local.data.image_processor import load_processor, pixel_shape
-from llm_local.data.sets import class_names, data_problems, key_of, load_processing_class
+from llm_local.data.image_processor import pixel_shape
+from llm_local.data.sets import ProcessingClass, class_names, data_problems, key_of, load_processing_class
 from llm_local.data.special_tokens import generation_values, pretrained_generation, special_tokens, token_warnings
-from llm_local.data.tokenizer import highest_id, load_tokenizer
+from llm_local.data.tokenizer import highest_id
 from llm_local.device import missing_for_compile, supports
 from llm_local.ds_config import load_json
 from llm_local.ds_problems import deepspeed_problems
@@ -58,8 +58,15 @@ from llm_local.tensor_problems import tensor_problems
 
 
 def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setup:
-    """Checks the whole run. local_world_size: ranks of this host, by default all. Raises ConfigError with every problem
-    that was found."""
+    """As set_up, without what reads the data."""
+    return set_up(given, world_size, local_world_size)[0]
+
+
+def set_up(given: Config, world_size: int, local_world_size: int = 0) -> tuple[Setup, ProcessingClass]:
+    """Checks the whole run; what all ranks will use, and the tokenizer or image processor, which is read once here.
+
+    local_world_size: ranks of this host, by default all. Raises ConfigError with every problem that was found.
+    """
     config = replace(given, data=replace(given.data, add_bos=documents_begin(given)))
     with suppress(ConfigError):  # which deepspeed_problems has
         config = replace(config, deepspeed_json=load_json(config))
@@ -77,7 +84,8 @@ def preflight(given: Config, world_size: int, local_world_size: int = 0) -> Setu
     checkpoint, problems = _resume(config, found, world_size)
     if problems:
         raise ConfigError(problems)
-    return _in_memory(_set_up(given, config, checkpoint, found), found, world_size, local_world_size or world_size)
+    setup = _in_memory(_setup_of(given, config, checkpoint, found), found, world_size, local_world_size or world_size)
+    return setup, found.processing_class(config)
 
 
 def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: int) -> Setup:
@@ -111,7 +119,7 @@ def _of_engines(look: Callable[[Config, int], list[str]], config: Config, world_
     return next(filter(None, (look(each, config.engine_ranks(number)) for number, each in different.items())), [])
 
 
-def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model) -> Setup:
+def _setup_of(given: Config, config: Config, checkpoint: str | None, found: _Model) -> Setup:
     """What all ranks will use, of a run that is right."""
     model_config, anatomy, partition = found.whole()
     if config.local.partition == "profile":
@@ -123,9 +131,10 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
         config = replace(config, local=replace(config.local, stage_layers=",".join(map(str, layers))))
     warnings, generation = found.warnings + head_warnings(config) + _frozen_as_new(config, checkpoint), {}
     refused = refused_exits(config, model_config, anatomy, partition)
-    processing = load_processing_class(config, model_config)
+    processing = found.processing_class(config)
     if isinstance(processing, PreTrainedTokenizerBase):
-        warnings += tokenizer_warnings(config, model_config) + token_warnings(config, model_config)
+        warnings += tokenizer_warnings(config, model_config, processing)
+        warnings += token_warnings(config, model_config, processing)
         generation = generation_values(config, model_config, processing)
     return Setup(
         config=config,
@@ -136,7 +145,7 @@ def _set_up(given: Config, config: Config, checkpoint: str | None, found: _Model
         partition=partition,
         checkpoint=checkpoint,
         warnings=warnings + exit_warnings(model_config.model_type, refused),
-        documents=document_mask(config),
+        documents=document_mask(config, processing),
         refused_exits=refused,
         code=read_code(model_config),
         tokenizer=key_of(processing) if getattr(processing, "is_fast", True) else "",
@@ -158,6 +167,20 @@ class _Model:
         self.partition: Partition | None = None
         self.warnings: tuple[str, ...] = ()
         self.sizes: ModelSizes | None = None
+        self._processing: ProcessingClass | None = None
+
+    def processing_class(self, config: Config) -> ProcessingClass:
+        """The run's, read when it is first asked for. Raises ConfigError."""
+        if self._processing is None:
+            assert self.config is not None
+            self._processing = load_processing_class(config, self.config)
+        return self._processing
+
+    def tokenizer(self, config: Config) -> PreTrainedTokenizerBase:
+        """That of a run that reads text. Raises ConfigError."""
+        tokenizer = self.processing_class(config)
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return tokenizer
 
     def sized(self, config: Config) -> Config:
         """With as many tokens a row as the model makes of one, where that is fixed."""
@@ -183,7 +206,7 @@ class _Model:
         self.anatomy = anatomy = replace(anatomy, fresh=fresh)
         problems, self.warnings = weight_problems(config, model_config, fresh)
         self.warnings += (said,) if said else ()
-        problems += _length_problems(config, model_config, anatomy) + _support_problems(config, model_config)
+        problems += self._length_problems(config, anatomy) + _support_problems(config, model_config)
         config = self.sized(config)
         problems += class_problems(config, model_config, anatomy)
         if (ranks := config.local.tensor_parallel_size) > 1:
@@ -215,10 +238,12 @@ class _Model:
         self.config, shape = load_model_config(config.model), None
         if config.task.reads_images:
             set_classes(self.config, class_names(config))
-            shape = pixel_shape(load_processor(config, self.config))
-        else:
-            with suppress(ConfigError):  # of the tokenizer, which _size_problems reports
-                set_token_ids(self.config, special_tokens(config))
+            processor = self.processing_class(config)
+            assert isinstance(processor, BaseImageProcessor)
+            shape = pixel_shape(processor)
+        elif config.model.model_name_or_path is None:
+            with suppress(ConfigError):  # of the tokenizer, which _length_problems has
+                set_token_ids(self.config, special_tokens(config, self.tokenizer(config)))
         kernel = attention_kernel(config.model, self.config)
         measuring = Measuring(config.rank_positions, config.precision, kernel, then=try_slices)
         self.anatomy, self.sizes = probe_and(measuring, self.config, config.model, shape)
@@ -226,15 +251,19 @@ class _Model:
         pretrained_generation(config)
         return self.config, self.anatomy
 
-
-def _length_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
-    """What is wrong with the length of rows."""
-    length, default = config.data.seq_length, Config().data.seq_length
-    if not anatomy.num_tokens:
-        return _size_problems(config, model_config)
-    if length in (default, anatomy.num_tokens):
-        return []
-    return [f"seq_length={length}: the model makes {anatomy.num_tokens} tokens of an image; leave it out"]
+    def _length_problems(self, config: Config, anatomy: Anatomy) -> list[str]:
+        """What is wrong with the length of rows, and with the tokenizer."""
+        assert self.config is not None
+        length, default = config.data.seq_length, Config().data.seq_length
+        if not anatomy.num_tokens:
+            problems = _size_problems(config, self.config)
+            try:
+                return problems + _vocabulary_problems(config, self.config, highest_id(self.tokenizer(config)))
+            except ConfigError as error:
+                return problems + error.problems
+        if length in (default, anatomy.num_tokens):
+            return []
+        return [f"seq_length={length}: the model makes {anatomy.num_tokens} tokens of an image; leave it out"]
 
 
 def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:
@@ -245,9 +274,9 @@ def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:
     return f"attn_implementation={wanted} cannot be used ({reason}); install what it needs, or use sdpa or eager"
 
 
-def document_mask(config: Config) -> DocumentMask | None:
+def document_mask(config: Config, processing_class: ProcessingClass) -> DocumentMask | None:
     """How the run keeps packed documents apart, if it does."""
-    end: Any = load_tokenizer(config).eos_token_id if config.data.document_mask else None
+    end: Any = getattr(processing_class, "eos_token_id", None) if config.data.document_mask else None
     return None if end is None else DocumentMask(end)  # data/sets.py refuses a tokenizer without
 
 
@@ -266,10 +295,12 @@ def _size_problems(config: Config, model_config: PretrainedConfig) -> list[str]:
             f"begin behind pad_token_id={skipped - 1}; shorten it, or set "
             f"max_position_embeddings={config.data.seq_length + skipped} in config_overrides"
         )
-    try:
-        highest = highest_id(load_tokenizer(config))
-    except ConfigError as error:
-        return problems + error.problems
+    return problems
+
+
+def _vocabulary_problems(config: Config, model_config: PretrainedConfig, highest: int) -> list[str]:
+    """highest: the tokenizer's last id."""
+    text, problems = text_config(model_config), []
     if config.local.distillation_weight > 0 and config.local.distillation_top_k > text.vocab_size:
         problems.append(
             f"distillation_top_k={config.local.distillation_top_k} is more than the model's vocabulary of "

@@ -12,13 +12,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llm_local.adapters.hf_internals import file_of
 from llm_local.config import Config
 from llm_local.data.sentencepieces import PROBES
-from llm_local.data.tokenizer import load_tokenizer, read_tokenizer
+from llm_local.data.tokenizer import read_tokenizer
 from llm_local.files import writing
 
 
-def tokenizer_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str, ...]:
+def tokenizer_warnings(
+    config: Config, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
     """Where the same files give other tokens. Raises ConfigError where what the export will hold cannot be read."""
-    tokenizer = load_tokenizer(config)
     return (*_class_warnings(tokenizer), *_export_warnings(tokenizer, config, model_config))
 
 

@@ -15,7 +15,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_local.adapters.hf_internals import generation_settings
 from llm_local.config import Config, ConfigError
-from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.gguf_cache import weights_path
 from llm_local.model.model_config import load_model_config
 from llm_local.model.overrides import parse_overrides
@@ -23,19 +22,18 @@ from llm_local.model.pretrained import COPY_AGAIN, find
 from llm_local.model.token_ids import EOS, PAD, TOKEN_IDS, set_token_ids, token_id
 
 
-def run_model_config(config: Config) -> PretrainedConfig:
-    """The config of the run's model. Raises ConfigError where there is none, or no tokenizer."""
-    return set_token_ids(load_model_config(config.model), special_tokens(config))
+def run_model_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The config of the run's model. Raises ConfigError where there is none."""
+    return set_token_ids(load_model_config(config.model), special_tokens(config, tokenizer))
 
 
-def special_tokens(config: Config) -> dict[str, Any]:
+def special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The ids that a new model's config gets from the tokenizer, None where that has none; {} for a pretrained model.
 
     A padding token that also ends or begins texts is none to the model, which does not train its embedding.
     """
     if config.model.model_name_or_path is not None:
         return {}
-    tokenizer = load_tokenizer(config)
     found: dict[str, Any] = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     end, begin, pad = found.values()
     if pad in (end, begin):
@@ -46,7 +44,9 @@ def special_tokens(config: Config) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in parse_overrides(config.model.config_overrides)}
 
 
-def token_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str, ...]:
+def token_warnings(
+    config: Config, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
     """Where a new model has other ids than its JSON says, or does not end its texts as its data does.
 
     model_config: of the run (run_model_config).
@@ -62,7 +62,7 @@ def token_warnings(config: Config, model_config: PretrainedConfig) -> tuple[str,
         if other:
             named = f"config_name={config.model.config_name}"
             said.append(f"the tokenizer's ids replace those of {named}: {', '.join(other)}; config_overrides would win")
-    end, ends = load_tokenizer(config).eos_token_id, token_id(model_config, EOS)
+    end, ends = tokenizer.eos_token_id, token_id(model_config, EOS)
     if config.task.generates and end not in (ends if isinstance(ends, list) else [ends]):
         said.append(f"{EOS}={ends} in config_overrides, but the data's documents end with {end}: generate() runs on")
     return tuple(said)
