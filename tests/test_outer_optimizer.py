@@ -166,11 +166,11 @@ class TestCheckpoints:
         ids=["zero1-bf16", "zero3-blocks", "offload", "overlapping", "shared", "backprop", "two and one", "streaming"],
     )
     def test_resume_equals_never_having_stopped(self, trainer: Trainer, ranks: int, settings: dict):
-        """From between two meetings, and from one."""
+        """From between two meetings; in one case from one, too."""
         trainer.model(TINY | {"attention_dropout": 0.1})
         common = {"save_steps": 3, "eval_batches": 1, "replica_sync_steps": 2, "max_steps": 9, **settings}
         straight = trainer.run("straight", ranks, **common)
-        for step in (3, 6):
+        for step in (3, 6) if "stage_replicas" in settings else (3,):
             resumed = trainer.folder / f"resumed {step}"
             later = [checkpoint(straight, other).name for other in (6, 9) if other > step]
             shutil.copytree(straight, resumed, ignore=shutil.ignore_patterns("export", *later))

@@ -43,7 +43,7 @@ def small_model(
     made = type(model_config).from_dict(_sized(model_config.to_dict(), shrink=size > LARGEST_TRIED))
     want_none(made)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "dtype": torch.float32}
         model = config.task.make(made, **options)
         if kernel:

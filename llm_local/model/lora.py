@@ -167,7 +167,7 @@ def add_adapters(config: Config, part: Slice) -> None:
     for name, module in _adapters(part.model):
         digest = hashlib.sha256(f"{config.train.seed}:{name}:lora".encode()).digest()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
             module.reset_lora_parameters(_NAME, True)
 
 

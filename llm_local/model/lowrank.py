@@ -76,7 +76,7 @@ def make_low_rank(head: Slice, rank: int, seed: int, is_new: bool) -> None:
             full = f"{layer}.{name}"
             digest = hashlib.sha256(f"{seed}:{full}@{head.span.start}:rank".encode()).digest()
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+                torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
                 head.model.set_submodule(full, LowRankLinear.of(module, rank, keep_norm=is_new))
 
 

@@ -140,7 +140,7 @@ def new_slice(
                 number = output_of
             suffix = f"@{number}" if is_head else ""
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
             if name.startswith(f"{anatomy.layers}."):
                 module.apply(partial(initialise, owner))
             else:
