@@ -3,7 +3,7 @@
 sudo python scripts/bench_time_to_loss.py [--only curves memory steps] [--runs DIR] [--output DIR]
 
 Time is steps until the loss, from the curve of one run, times seconds of a step over the link. `curves` trains the runs
-that are not there, an hour on two cores; `memory` takes minutes; `steps` times steps over links, half an hour of an
+that are not there, an hour on two cores; `memory` takes minutes; `steps` times steps over links, most of an hour of an
 idle machine, as root. A part that is named is made anew, else what OUTPUT/time_to_loss.json has not is measured.
 """
 

@@ -14,7 +14,6 @@ from typing import Any
 from llm_local.bench.cases import BenchmarkError, Case, run_case
 from llm_local.bench.relay import MTU, Relay, open_tun
 
-HOSTS = ("llmlocal0", "llmlocal1")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = 29533
 
@@ -49,28 +48,33 @@ def two_hosts() -> Iterator[TwoHosts]:
     """Raises BenchmarkError where they cannot be made. Needs root, and goes with the process that makes them."""
     with ExitStack() as stack:
         ends = []
-        for number, (host, address) in enumerate(zip(HOSTS, ADDRESSES, strict=True)):
-            sh("ip", "netns", "add", host)
-            stack.callback(subprocess.run, ["ip", "netns", "del", host], capture_output=True, check=False)
-            cable = f"cable{number}"
+        for number, address in enumerate(ADDRESSES):
+            name = _name(number)
+            sh("ip", "netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True, check=False)
             try:
-                ends.append(open_tun(cable))
+                ends.append(open_tun(name))
             except OSError as error:
                 raise BenchmarkError(f"no TUN device can be made: {error}") from error
             stack.callback(os.close, ends[-1])
-            sh("ip", "link", "set", cable, "netns", host)
+            sh("ip", "link", "set", name, "netns", name)
             for command in (
-                ["addr", "add", f"{address}/24", "dev", cable],
-                ["link", "set", cable, "mtu", str(MTU), "up"],
+                ["addr", "add", f"{address}/24", "dev", name],
+                ["link", "set", name, "mtu", str(MTU), "up"],
                 ["link", "set", "lo", "up"],
             ):
-                sh("ip", "-n", host, *command)
+                sh("ip", "-n", name, *command)
         relay = Relay(*ends)
         stack.callback(relay.stop)
         yield TwoHosts(relay, [_launcher(number) for number in (0, 1)])
 
 
+def _name(number: int) -> str:
+    """Of a host, and of its end of the cable; no other process's."""
+    return f"llm{os.getpid()}n{number}"  # a device's name has 15 letters at most
+
+
 def _launcher(number: int) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     torchrun += [f"--node_rank={number}", f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}"]
-    return ["ip", "netns", "exec", HOSTS[number], "env", f"GLOO_SOCKET_IFNAME=cable{number}", *torchrun]
+    return ["ip", "netns", "exec", _name(number), "env", f"GLOO_SOCKET_IFNAME={_name(number)}", *torchrun]
