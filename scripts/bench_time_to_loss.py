@@ -258,14 +258,19 @@ def _of_a_step(found: Mapping[str, Any]) -> str:
 
 
 def _minutes(found: Mapping[str, Any], loss: float, said: str) -> str:
-    """Until the loss, by system and link."""
-    rows = []
+    """Until the loss, by system and link, and which is first."""
+    rows, middle = [], {}
     for name, system in SYSTEMS.items():
         steps = steps_until(found["curves"][system.learning]["losses"], loss)
-        seconds = [_spreads(found, link, name) for link in LINKS]
-        each = ["" if steps is None else Spread(*(steps * t / 60 for t in astuple(s))).text(1) for s in seconds]
-        rows.append([name, "" if steps is None else f"{steps:.0f}", *each])
-    return f"\n## Minutes until {loss:.3f} nats: {said}\n\n{table(['', 'steps', *LINKS], rows)}\n"
+        if steps is None:
+            rows.append([name, *[""] * (1 + len(LINKS))])
+            continue
+        each = [Spread(*(steps * t / 60 for t in astuple(_spreads(found, link, name)))) for link in LINKS]
+        middle[name] = [spread.median for spread in each]
+        rows.append([name, f"{steps:.0f}", *(spread.text(1) for spread in each)])
+    first = "; ".join(f"{link}: {min(middle, key=lambda n: middle[n][k])}" for k, link in enumerate(LINKS))
+    shown = table(["", "steps", *LINKS], rows)
+    return f"\n## Minutes until {loss:.3f} nats: {said}\n\n{shown}\n\nThe first to get there, by link: {first}.\n"
 
 
 @ends_with_a_line(BenchmarkError)

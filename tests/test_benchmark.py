@@ -261,6 +261,7 @@ def test_the_page_of_the_time_to_a_loss(tmp_path: Path):
     curves = {n: {"rate": 8e-3, "ends": {}, "losses": [(0, 6.0), (600, end)]} for n, end in ends.items()}
     seconds = {name: {"seconds": 1.0, "sent": 7.0} for name in module.SYSTEMS}
     slow = {name: {"seconds": 2.0, "sent": 7.0} for name in module.SYSTEMS}
+    slow["DiLoCo, 50 steps"]["seconds"] = 0.5
     one = {link: seconds if link == module.FREE else slow for link in module.LINKS}
     taken = {name: {"counted": 2e6, "resident": 3e6} for name in module.SYSTEMS}
     sizes = {name: {str(size): 5e8 for size in DEVICES} for name in LAYOUTS}
@@ -274,6 +275,7 @@ def test_the_page_of_the_time_to_a_loss(tmp_path: Path):
     assert some.startswith(f"{middle:.3f} nats")
     assert f"| {last} | 600 | 10.0 (10.0–10.0) | 20.0 (20.0–20.0) | 20.0 (20.0–20.0) |" in every
     assert f"| {last} |  |  |  |  |" in some
+    assert "no limit: one core alone; 20 Mb/s, 20 ms: DiLoCo, 50 steps; 2 Mb/s" in every
     assert f"| {last} | 3 | 2 | 7 | 1.00 (1.00–1.00) | 2.00 (2.00–2.00) | 2.00 (2.00–2.00) |" in page
 
 
