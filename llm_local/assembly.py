@@ -14,7 +14,7 @@ from llm_local.block_engine import BlockEngine, make_block_engine
 from llm_local.data.feed import Feed
 from llm_local.delayed_engine import DelayedEngine
 from llm_local.ds_config import monitor_folder, resolve
-from llm_local.engine import EvalResult, LocalEngine, StepResult
+from llm_local.engine import EvalResult, LocalEngine, StepResult, TrainingPlan
 from llm_local.files import writing
 from llm_local.head_plan import HeadPlan
 from llm_local.job import Job
@@ -24,7 +24,7 @@ from llm_local.model.block import Block
 from llm_local.model.distillation import Distillation
 from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.replicas import of_stage
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
@@ -65,13 +65,14 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
     startup, model_config = float(config.train.ddp_timeout), setup.model_config()
     text = text_config(model_config)
     of_engine = of_stage(config, place.replicas, place.stage)
-    name, model = f"stage-{place.stage:02d}", (model_config, setup.anatomy, setup.partition)
+    name = f"stage-{place.stage:02d}"
+    plan = Blueprint(config, model_config, setup.anatomy, setup.partition, setup.documents)
     if config.is_pipelined:
         world.everybody("ready", startup, "all ranks to be ready")
         settings = resolve(of_engine, place.num_replicas, text, name if place.is_recorder else None)
         with writing(monitor_folder(settings) or config.output_dir, reads=True):
-            return make_backprop_engine(config, *model, settings, feed, setup.documents), Links()
-    blocks = build_blocks(config, *model, place.stage, setup.documents, world.tensor, world.sequence)
+            return make_backprop_engine(plan, settings, feed), Links()
+    blocks = build_blocks(plan, place.stage, world.tensor, world.sequence)
     is_delayed, engines = config.method.is_delayed, []
     for index, block in enumerate(blocks):
         monitor = name if index == len(blocks) - 1 and place.is_recorder else None
@@ -80,7 +81,7 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
             kind = DelayedEngine if is_delayed else BlockEngine
             engines.append(make_block_engine(config, block, settings, world.tensor, kind))
     if is_delayed:
-        pairs = [build_blocks(config, *model, place.stage, setup.documents, None, world.sequence) for _ in range(2)]
+        pairs = [build_blocks(plan, place.stage, sequence=world.sequence) for _ in range(2)]
         for engine, *copies in zip(engines, *pairs, strict=True):
             engine.copies, engine.corrects = copies, config.local.delay_correction
     world.everybody("ready", startup, "all stages to be built")
@@ -96,16 +97,10 @@ def make_engine(setup: Setup, world: World, feed: Feed | None, job: Job | None =
             refresh_dtype=config.precision if head_of(config).shares_matrix else None,
         )
     )
-    engine = LocalEngine(
-        engines,
-        place.stage,
-        place.num_stages,
-        of_engine.train.gradient_accumulation_steps,
-        partial(config.method.schedule_at, local, config.train.max_steps),
-        feed,
-        links,
-        HeadPlan.of(config, setup.partition, place.stage, place.dealing(0)),
-        Distillation(local.distillation_weight, local.distillation_top_k, local.distillation_sampling),
-        world.sequence,
+    training = TrainingPlan(
+        micro_batches=of_engine.train.gradient_accumulation_steps,
+        schedule_of=partial(config.method.schedule_at, local, config.train.max_steps),
+        heads=HeadPlan.of(config, setup.partition, place.stage, place.dealing(0)),
+        distillation=Distillation(local.distillation_weight, local.distillation_top_k, local.distillation_sampling),
     )
-    return engine, links
+    return LocalEngine(engines, training, world, links, feed), links

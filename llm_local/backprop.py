@@ -16,24 +16,20 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
-from transformers import PretrainedConfig
 
 from llm_local.adapters.deepspeed_internals import instructions_of, link_as_laid_out, set_instructions, undo_dummy_step
 from llm_local.block_engine import engine_arguments, restore_buffers
-from llm_local.config import Config
 from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
 from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
-from llm_local.model.anatomy import Anatomy
 from llm_local.model.block import named_once
-from llm_local.model.document_mask import DocumentMask
 from llm_local.model.lora import add_adapters
 from llm_local.model.loss import head_logits, head_loss
 from llm_local.model.slices import Slice
-from llm_local.model.stage import build_slice
-from llm_local.partition import Partition, Span
+from llm_local.model.stage import Blueprint, build_slice
+from llm_local.partition import Span
 from llm_local.trace import Tracer
 
 
@@ -72,16 +68,10 @@ def weight_of(told: torch.Tensor) -> torch.Tensor:
 class PipeSlice(nn.Module):
     """A slice as a layer of a PipelineModule: token ids travel along with the hidden states."""
 
-    def __init__(
-        self,
-        config: Config,
-        model_config: PretrainedConfig,
-        anatomy: Anatomy,
-        span: Span,
-        documents: DocumentMask | None = None,
-    ):
+    def __init__(self, plan: Blueprint, span: Span):
         super().__init__()
-        self.part = build_slice(config, model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
+        config, anatomy, documents = plan.config, plan.anatomy, plan.documents
+        self.part = build_slice(config, plan.model_config, anatomy, span, has_head=span.stop == anatomy.num_layers)
         add_adapters(config, self.part)
         self.model = self.part.model
         self.documents = documents
@@ -250,16 +240,11 @@ class BackpropEngine:
 
 
 def make_backprop_engine(
-    config: Config,
-    model_config: PretrainedConfig,
-    anatomy: Anatomy,
-    partition: Partition,
-    settings: dict[str, Any],
-    load: Callable[[int, int, int], Packet] | None,
-    documents: DocumentMask | None = None,
+    plan: Blueprint, settings: dict[str, Any], load: Callable[[int, int, int], Packet] | None
 ) -> BackpropEngine:
     """Every rank must call; only this stage's slice is built."""
-    specs = [LayerSpec(PipeSlice, config, model_config, anatomy, span, documents) for span in partition.blocks]
+    config, partition = plan.config, plan.partition
+    specs = [LayerSpec(PipeSlice, plan, span) for span in partition.blocks]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
         module = Pipeline(specs, num_stages=partition.num_stages, partition_method="uniform", seed_layers=False)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llm_local.config import Config
 from llm_local.costs import Setting, Shape, low_rank_parameters, setting_of
 from llm_local.model.anatomy import Anatomy
 from llm_local.model.heads.head import head_of
-from llm_local.partition import Costs, Partition, make_partition
+from llm_local.partition import Costs, Heads, Partition, cut_by_hand, make_partition
 from llm_local.problems import parse_stage_layers
 
 
@@ -16,26 +17,23 @@ def plan_partition(
     config: Config,
     anatomy: Anatomy,
     costs: Costs | None = None,
-    stage_speeds: Sequence[float] = (),
+    stage_speeds: tuple[float, ...] = (),
 ) -> Partition:
-    """The cut that the flags ask for; costs: by default counted. stage_speeds: as make_partition has it. Raises
-    ValueError where it leaves a stage without a layer."""
+    """The cut that the flags ask for; costs: by default counted. stage_speeds: as Costs has them. Raises ValueError
+    where it leaves a stage without a layer."""
     local = config.local
-    costs = costs or run_shape(config, anatomy).costs()
-    by_hand = parse_stage_layers(local.stage_layers) if local.stage_layers else None
-    return make_partition(
-        num_layers=anatomy.num_layers,
-        num_stages=local.num_stages,
-        costs=costs,
-        layers_per_block=config.method.block_layers(local),
-        block_stride=config.method.window_stride(local),
-        stage_layers=by_hand,
-        local_heads=not config.has_one_head,
-        head_layers=config.head_layers_schedule,
-        shared_head=head_of(config).shares_matrix,
+    model = (anatomy.num_layers, local.num_stages)
+    blocks = (config.method.block_layers(local), config.method.window_stride(local))
+    if local.stage_layers and (by_hand := parse_stage_layers(local.stage_layers)):
+        return cut_by_hand(*model, by_hand, *blocks)
+    heads = Heads(
+        are_local=not config.has_one_head,
+        layers=config.head_layers_schedule,
+        share_matrix=head_of(config).shares_matrix,
         token_fraction=local.head_token_fraction,
-        stage_speeds=stage_speeds,
     )
+    costs = replace(costs or run_shape(config, anatomy).costs(), stage_speeds=stage_speeds)
+    return make_partition(*model, costs, *blocks, heads)
 
 
 def run_shape(config: Config, anatomy: Anatomy) -> Shape:

@@ -21,7 +21,7 @@ from llm_local.device import seed_everything
 from llm_local.head_plan import HeadPlan
 from llm_local.links.ends import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
-from llm_local.methods.schedule import EvalSchedule, Schedule
+from llm_local.methods.schedule import Backward, EvalSchedule, Forward, Schedule
 from llm_local.model.block import Block
 from llm_local.model.distillation import Distillation, distillation_loss, soft_targets
 from llm_local.model.sequence_parallel import completed, own_part
@@ -29,7 +29,7 @@ from llm_local.model.slices import Slice
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
 from llm_local.trace import Tracer
-from llm_local.world import ReplicaRanks
+from llm_local.world import World
 
 
 class NonFiniteLoss(RuntimeError):
@@ -93,43 +93,42 @@ class _Totals:
     tokens: int = 0
 
 
-class LocalEngine:
-    """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a stage does in each step. micro_batches: of a step. schedule_of(step) makes the schedule that it follows;
+    what that lets into the stage before its step, it finds there in that."""
 
-    schedule_of(step) makes the schedule that the step follows. What it lets into the stage before its step, it finds
-    there in that. sequence: the ranks between which rows are divided.
-    """
+    micro_batches: int
+    schedule_of: Callable[[int], Callable[..., Schedule]]
+    heads: HeadPlan
+    distillation: Distillation
+
+
+class LocalEngine:
+    """One stage of local training. `load(kind, step, index)` gives stage 0 its micro-batches."""
 
     def __init__(
         self,
         engines: Sequence[BlockEngine | FrozenEngine],
-        stage: int,
-        num_stages: int,
-        micro_batches: int,
-        schedule_of: Callable[[int], Callable[..., Schedule]],
-        load: Callable[[int, int, int], Packet] | None,
+        plan: TrainingPlan,
+        world: World,
         links: Links,
-        heads: HeadPlan,
-        distillation: Distillation,
-        sequence: ReplicaRanks | None = None,
+        load: Callable[[int, int, int], Packet] | None,
     ):
         self.engines = engines
-        self.stage = stage
-        self.num_stages = num_stages
-        self.micro_batches = micro_batches
-        self._schedule_of = schedule_of
-        self._load = load
+        self._plan = plan
+        self._heads = plan.heads
+        self._place = world.place
+        self._sequence = world.sequence
         self.links = links
-        self._heads = heads
-        self._distillation = distillation
-        self._sequence = sequence
+        self._load = load
         frozen = [number for number, block in enumerate(self.blocks) if block.is_frozen]
         # where the whole model has one loss, what stands in front of its head has none
         self._reported = slice(-1 if any(not block.has_head for block in self.blocks) else None, None)
         self._told = {"frozen": frozen} if frozen else {}  # a schedule from elsewhere may not know of it
         self._kind = TRAIN
         self._step = 0
-        self._count = micro_batches  # of the step, or of the evaluation
+        self._count = plan.micro_batches  # of the step, or of the evaluation
         self._num_entered = 0
         self._buffers: dict[int, _MicroBatch] = {}
         self._of_next_step: dict[int, _MicroBatch] = {}
@@ -166,8 +165,9 @@ class LocalEngine:
         for engine in self.engines:
             engine.train()
         lr = float(self.engines[-1].get_lr()[0])
-        totals = self._run(self._schedule_of(step), TRAIN, step, self.micro_batches)
-        losses = totals.losses[self._reported] / self.micro_batches
+        count = self._plan.micro_batches
+        totals = self._run(self._plan.schedule_of(step), TRAIN, step, count)
+        losses = totals.losses[self._reported] / count
         self._unchecked.append((step, losses))
         return StepResult(losses, lr, tuple(engine.get_global_grad_norm() for engine in self.engines), totals.tokens)
 
@@ -177,7 +177,8 @@ class LocalEngine:
         for step, losses in steps:
             for block, loss in enumerate(losses.tolist()):
                 if not math.isfinite(loss):
-                    raise NonFiniteLoss(f"the loss of stage {self.stage} (its block {block}) is {loss} at step {step}")
+                    whose = f"the loss of stage {self._place.stage} (its block {block})"
+                    raise NonFiniteLoss(f"{whose} is {loss} at step {step}")
 
     @torch.no_grad()
     def check_logits(self) -> torch.Tensor:
@@ -215,7 +216,7 @@ class LocalEngine:
         self._buffers = self._of_next_step if kind == TRAIN else {}
         self._num_entered = len(self._buffers)
         told = self._told | ({"entered": self._num_entered} if self._num_entered else {})
-        made = schedule(micro_batches, self.num_stages, self.stage, len(self.engines), **told)
+        made = schedule(micro_batches, self._place.num_stages, self._place.stage, len(self.engines), **told)
         for commands in made.steps():
             for command in commands:
                 self._instruction_map[type(command)](**command.kwargs)
@@ -259,21 +260,11 @@ class LocalEngine:
         device = self.engines[0].device
         return {name: part.to(device, non_blocking=True) for name, part in packet.inputs().items()}
 
-    def _exec_forward(
-        self,
-        buffer_id: int,
-        block: int,
-        keep_graph: bool = False,
-        learns: bool = False,
-        teaches: bool = False,
-        detach_head: bool = False,
-        body_waits: bool = False,
-        no_graph: bool = False,
-    ) -> None:
-        """The block's loss and output; what else is kept, or made, is as methods/schedule.py has it."""
-        batch = self._buffers[buffer_id]
+    def _exec_forward(self, buffer_id: int, block: int, **said: bool) -> None:
+        """The block's loss and output, and what else a Forward of that says."""
+        batch, meaning = self._buffers[buffer_id], Forward(**said)
         entering = batch.hidden
-        if keep_graph and entering is not None:
+        if meaning.keep_graph and entering is not None:
             entering.requires_grad_()
         inputs: dict[str, Any] = self._inputs(batch.packet)
         compute: Any = self.engines[block]
@@ -282,22 +273,21 @@ class LocalEngine:
             compute = compute.of_step(step)
             seed_everything(self._heads.dropout_seed(step, batch.index, block))
             inputs["window"] = draw_window(self._heads, step, batch.index, block, inputs.get("input_ids"))
-        inputs |= {"detach_head": detach_head, "keep_normed": learns or teaches, "body_waits": body_waits}
-        with torch.no_grad() if no_graph else nullcontext():
-            loss, batch.hidden, leaving = compute(hidden=entering, **inputs)
+        with torch.no_grad() if meaning.no_graph else nullcontext():
+            loss, batch.hidden, leaving = compute(hidden=entering, meaning=meaning, **inputs)
             loss = loss if batch.share is None else batch.share * loss
         batch.losses[block] = self._heads.weights[block] * batch.packet.weight * loss
-        if keep_graph:
+        if meaning.keep_graph:
             batch.entering[block], batch.leaving[block] = entering, leaving
             if seam := self.blocks[block].body.border.take_seam():
                 batch.seams[block] = seam
-        if learns or teaches:
+        if meaning.keeps_normed:
             part = self.blocks[block]
             normed = part.take_normed()
-            if learns:
+            if meaning.learns:
                 batch.normed[block] = normed
-            if teaches:
-                asked = self._distillation
+            if meaning.teaches:
+                asked = self._plan.distillation
                 batch.from_above[block - 1] = soft_targets(part.head, normed, asked.top_k, asked.samples)
         self._totals_of(batch.packet).losses[block].add_(loss.detach(), alpha=batch.packet.weight)
         if self._kind == EVAL:
@@ -309,26 +299,17 @@ class LocalEngine:
         batch = self._buffers[buffer_id]
         self.links.sender.send(dataclasses.replace(batch.received, hidden=batch.hidden))
 
-    def _exec_backward(
-        self,
-        buffer_id: int,
-        block: int,
-        from_above: bool = False,
-        beside_loss: bool = False,
-        learns: bool = False,
-        again: bool = False,
-        passes_down: bool = False,
-    ) -> None:
-        """The block's gradients from its own loss, or from the gradient of its output that the next block had, or from
-        both; the rest is as methods/schedule.py has it."""
-        batch, engine = self._buffers[buffer_id], self.engines[block]
-        if from_above:
-            loss = batch.losses.pop(block) / engine.gradient_accumulation_steps() if beside_loss else 0.0
+    def _exec_backward(self, buffer_id: int, block: int, **said: bool) -> None:
+        """The block's gradients, as a Backward of that says."""
+        batch, engine, meaning = self._buffers[buffer_id], self.engines[block], Backward(**said)
+        if meaning.from_above:
+            loss = batch.losses.pop(block) / engine.gradient_accumulation_steps() if meaning.beside_loss else 0.0
             _continue_backward(engine, batch.leaving.pop(block), batch.from_above.pop(block), loss)
         else:
             loss = batch.losses.pop(block)
-            engine.backward(loss + self._divergence(batch, block) if learns else loss, retain_graph=again)
-        if passes_down:
+            loss = loss + self._divergence(batch, block) if meaning.learns else loss
+            engine.backward(loss, retain_graph=meaning.again)
+        if meaning.passes_down:
             if block in batch.seams:
                 seam = batch.seams.pop(block)
                 _continue_backward(engine, seam.below, _gradient_of(engine, seam.above))
@@ -340,7 +321,7 @@ class LocalEngine:
         """From the next block's soft targets, weighted."""
         normed, targets, mask = batch.normed.pop(block), batch.from_above.pop(block), batch.packet.attention_mask
         mask = None if mask is None else mask.to(normed.device, non_blocking=True)
-        weight = self._distillation.weight * batch.packet.weight
+        weight = self._plan.distillation.weight * batch.packet.weight
         return weight * distillation_loss(self.blocks[block].head, normed, targets, mask)
 
     def _exec_send_gradient(self, buffer_id: int) -> None:

@@ -33,7 +33,7 @@ from llm_local.model.block import Block
 from llm_local.model.lora import with_adapters
 from llm_local.model.loss import IGNORED, LossLinear
 from llm_local.model.slices import Seam
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.partition import Partition
 from llm_local.registry import METHODS
 
@@ -84,9 +84,9 @@ def load_run(run: Path, checkpoint: str | None, device: torch.device) -> Trained
     anatomy = probe(model_config, config.model)
     partition = plan_partition(config, anatomy)
     anatomy = with_adapters(config, model_config, anatomy, partition)
-    blocks: list[Block] = []
+    plan, blocks = Blueprint(config, model_config, anatomy, partition, document_mask(config, tokenizer)), list[Block]()
     for stage in range(partition.num_stages):
-        blocks += build_blocks(config, model_config, anatomy, partition, stage, document_mask(config, tokenizer))
+        blocks += build_blocks(plan, stage)
     for block in blocks:
         fill_block(catalog, block)
         if block.is_frozen:

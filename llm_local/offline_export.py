@@ -46,15 +46,15 @@ from llm_local.export.stages import (
 )
 from llm_local.flags import ModelArguments
 from llm_local.jobs.positions import NOTE
-from llm_local.metrics import read_records
 from llm_local.model.anatomy import Anatomy, probe
 from llm_local.model.block import EXITS, named_once
 from llm_local.model.classes import set_classes
 from llm_local.model.lora import add_adapters, with_adapters
 from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
-from llm_local.model.stage import build_block, build_slice
+from llm_local.model.stage import Blueprint, build_block, build_slice
 from llm_local.partition import Partition
+from llm_local.records import read_records
 from llm_local.replicas import replicas_of
 
 Say = Callable[[str], None]
@@ -219,16 +219,16 @@ def _write(draft: Path, run: _Run, catalogs: Sequence[Catalog], exits: bool, say
 
 def _write_stage(draft: Path, run: _Run, catalog: Catalog, stage: int, last: int, has_head: bool) -> str:
     """Returns the name of the model's class."""
-    built = (run.config, run.model.config, run.anatomy, run.partition)
+    plan = Blueprint(run.config, run.model.config, run.anatomy, run.partition)
     numbers, tensors, class_name = run.partition.stages[stage], StageTensors({}, {}), ""
     for index in range(numbers.start, numbers.stop):
         if has_head and index == numbers.stop - 1:
-            block = build_block(*built, index)
+            block = build_block(plan, index)
             fill_block(catalog, block)
             body = block.body
             found = collect([body], block.head, True, block.folded(), run.dtype)
         else:
-            body = build_slice(*built[:3], run.partition.blocks[index], has_head=False)
+            body = build_slice(run.config, run.model.config, run.anatomy, run.partition.blocks[index], has_head=False)
             add_adapters(run.config, body)
             fill(catalog, named_once([("", body.model)]))
             found = collect([body], None, True, {}, run.dtype)

@@ -80,17 +80,32 @@ class Costs:
     """What each part costs in training, forward and backward, FLOPs or seconds; only their ratios matter.
 
     layer: the mean of them, or of each if `layers` is (), else it has each layer's own. head: the model's. first: what
-    runs before the layers.
+    runs before the layers. stage_speeds: of each stage, where they differ; a stage of twice the speed pays half of what
+    its layers cost.
     """
 
     layer: float
     head: float
     layers: tuple[float, ...] = ()
     first: float = 0.0
+    stage_speeds: tuple[float, ...] = ()
 
     def of(self, span: Span) -> float:
         """Of the span's layers."""
         return sum(self.layers[span.start : span.stop]) if self.layers else self.layer * len(span)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a cut pays for heads. are_local: every block has one, with private layers as the schedule `layers` says,
+    fewer where the model ends; otherwise the last stage alone pays for one (backprop). share_matrix: all but the last
+    read a matrix without training it, which saves a third of what it costs. token_fraction: share of the positions that
+    all but the last see."""
+
+    are_local: bool = True
+    layers: Sequence[int] = (0,)
+    share_matrix: bool = False
+    token_fraction: float = 1.0
 
 
 def estimate_costs(
@@ -115,68 +130,77 @@ def make_partition(
     costs: Costs,
     layers_per_block: int | None = None,
     block_stride: int | None = None,
-    stage_layers: Sequence[int] | None = None,
-    local_heads: bool = True,
-    head_layers: Sequence[int] = (0,),
-    shared_head: bool = False,
-    token_fraction: float = 1.0,
-    stage_speeds: Sequence[float] = (),
+    heads: Heads | None = None,
 ) -> Partition:
     """Cuts the model so that the costliest stage is as cheap as can be.
 
     layers_per_block: layers of each block (the last may be shorter); None makes each stage one block.
     block_stride: layers_per_block is the length of overlapping windows that start so many layers apart.
-    stage_layers: layers of each stage, chosen by hand. local_heads: every block has a head with private layers, as
-    the schedule head_layers says, fewer where the model ends; otherwise the last stage alone pays for one (backprop).
-    shared_head: all heads but the last read a matrix without training it, which saves a third of what it costs.
-    token_fraction: share of the positions that all heads but the last see. stage_speeds: of each stage, where they
-    differ; a stage of twice the speed pays half of what its layers cost.
-    Raises ValueError where a stage would have no block, stage_layers cut a block, or there is one window only.
+    Raises ValueError where a stage would have no block, or there is one window only.
     """
-    unit = layers_per_block or 1
-    blocks = _blocks(num_layers, unit, block_stride)
-    if block_stride is not None and len(blocks) == 1:
-        raise ValueError(
-            f"layers_per_block={unit} with block_stride={block_stride} makes one window of the model's {num_layers} "
-            "layers, nothing overlaps; use smaller ones, or method=backprop"
-        )
-    if stage_layers is not None and len(stage_layers) != num_stages:
-        raise ValueError(f"stage_layers names {len(stage_layers)} stages, num_stages is {num_stages}")
-    if len(blocks) < num_stages:
-        what = f"{num_layers} layers" if unit == 1 else f"{len(blocks)} blocks of {unit} layers"
-        raise ValueError(
-            f"num_stages={num_stages} is more than the model's {what}: a stage would have no layer; "
-            f"use at most {len(blocks)} stages"
-        )
+    blocks = _blocks(num_layers, num_stages, layers_per_block, block_stride)
+    heads = heads or Heads()
 
     def head(block: int, stop: int) -> float:
         """What the head of a block that ends before layer `stop` costs, or without local heads that of the model."""
-        if not local_heads:
+        if not heads.are_local:
             return costs.head * (stop == num_layers)
-        matrix = costs.head * (2 / 3 if shared_head and stop < num_layers else 1.0)
-        whole = matrix + costs.of(Span(stop, min(stop + held(head_layers, block), num_layers)))
-        return token_fraction * whole if stop < num_layers else whole
+        matrix = costs.head * (2 / 3 if heads.share_matrix and stop < num_layers else 1.0)
+        whole = matrix + costs.of(Span(stop, min(stop + held(heads.layers, block), num_layers)))
+        return heads.token_fraction * whole if stop < num_layers else whole
 
     def after_first(items: list[float]) -> list[float]:
         return [costs.first + items[0], *items[1:]]
 
-    speeds = stage_speeds or [1.0] * num_stages
+    speeds = costs.stage_speeds or [1.0] * num_stages
     assert len(speeds) == num_stages
-    if stage_layers is not None:
-        stages = _stages_by_hand(blocks, num_layers, stage_layers)
-    elif layers_per_block is not None:
+    if layers_per_block is not None:
         stages = _balance(after_first([costs.of(b) + head(i, b.stop) for i, b in enumerate(blocks)]), speeds)
     else:
         stages = _balance(after_first([costs.of(Span(i, i + 1)) for i in range(num_layers)]), speeds, head)
+    return _dealt(blocks, stages, layers_per_block, block_stride)
+
+
+def cut_by_hand(
+    num_layers: int,
+    num_stages: int,
+    stage_layers: Sequence[int],
+    layers_per_block: int | None = None,
+    block_stride: int | None = None,
+) -> Partition:
+    """As make_partition, with so many layers in each stage. Raises ValueError also where these are not the model's, or
+    cut a block."""
+    if len(stage_layers) != num_stages:
+        raise ValueError(f"stage_layers names {len(stage_layers)} stages, num_stages is {num_stages}")
+    blocks = _blocks(num_layers, num_stages, layers_per_block, block_stride)
+    return _dealt(blocks, _stages_by_hand(blocks, num_layers, stage_layers), layers_per_block, block_stride)
+
+
+def _dealt(
+    blocks: tuple[Span, ...], stages: tuple[Span, ...], layers_per_block: int | None, block_stride: int | None
+) -> Partition:
+    """The stages with the blocks that they have, of which each has one unless layers_per_block says otherwise."""
     if layers_per_block is None:
         blocks = tuple(Span(blocks[s.start].start, blocks[s.stop - 1].stop) for s in stages)
-        stages = tuple(Span(k, k + 1) for k in range(num_stages))
-    return Partition(blocks, stages, 0 if block_stride is None else unit - block_stride)
+        stages = tuple(Span(k, k + 1) for k in range(len(stages)))
+    return Partition(blocks, stages, 0 if block_stride is None else (layers_per_block or 1) - block_stride)
 
 
-def _blocks(num_layers: int, unit: int, stride: int | None) -> tuple[Span, ...]:
-    """Blocks of `unit` layers, or those that windows of `unit` layers leave to each other."""
+def _blocks(num_layers: int, num_stages: int, layers_per_block: int | None, stride: int | None) -> tuple[Span, ...]:
+    """Blocks of so many layers, by default of one, or those that windows of them leave to each other."""
+    unit = layers_per_block or 1
     ends = [*range(unit, num_layers, stride or unit), num_layers]
+    if stride is not None and len(ends) == 1:
+        raise ValueError(
+            f"layers_per_block={unit} with block_stride={stride} makes one window of the model's {num_layers} "
+            "layers, nothing overlaps; use smaller ones, or method=backprop"
+        )
+    if len(ends) < num_stages:
+        what = f"{num_layers} layers" if unit == 1 else f"{len(ends)} blocks of {unit} layers"
+        raise ValueError(
+            f"num_stages={num_stages} is more than the model's {what}: a stage would have no layer; "
+            f"use at most {len(ends)} stages"
+        )
     return tuple(Span(a, b) for a, b in pairwise([0, *ends]))
 
 

@@ -24,7 +24,7 @@ from llm_local.checks.epochs import with_epochs
 from llm_local.checks.output_folder import open_output
 from llm_local.checks.preflight import set_up
 from llm_local.config import Config, ConfigError
-from llm_local.data.feed import SOURCES, Feed, changed_since, trained_tokens
+from llm_local.data.feed import SOURCES, BatchSize, Feed, RowUse, changed_since, trained_tokens
 from llm_local.data.packing import PackedSource
 from llm_local.data.sets import Data, ProcessingClass, key_of, load_processing_class, prepare_all
 from llm_local.delayed_engine import begin_delayed
@@ -41,7 +41,7 @@ from llm_local.outer_optimizer import OuterOptimizer, make_outer, open_checkpoin
 from llm_local.owner import claim_folder
 from llm_local.place import Place
 from llm_local.progress import Progress
-from llm_local.recorder import Recorder
+from llm_local.recorder import Recorder, Traffic
 from llm_local.rendezvous import Rendezvous, fetch_setup
 from llm_local.replicas import replicas_text
 from llm_local.report.facts import write_facts
@@ -212,7 +212,7 @@ def build(
     progress = Progress(world, config.train.max_steps, first_step)
     _say_what_begins(progress, setup, place, data, warnings_of_data, messages)
     saver = Saver(world, config, layout, partial(best_step, config.output_dir, place.num_stages), job)
-    recorder = Recorder(config, world, layout, links, refresher, outer, saver, metrics, progress)
+    recorder = Recorder(config, world, Traffic(links, refresher, outer), saver, metrics, progress)
     return Rank(
         config=config,
         setup=setup,
@@ -276,10 +276,11 @@ def _make_feed(setup: Setup, place: Place, start: Start | None, done: tuple[int,
     assert data is not None, "the first stage reads data"
     validation = [each.sequences for each in data.validation]
     train = config.train
-    counts = (place.share(train.gradient_accumulation_steps), place.share(train.eval_batches))
-    asked = (config.task.name, data.asker(config, processing_class), train.seed)
-    rows = train.per_device_train_batch_size
-    return Feed(data.train, validation, place, rows, *counts, done, setup.documents, *asked, setup.anatomy.num_tokens)
+    micro_batches, eval_batches = place.share(train.gradient_accumulation_steps), place.share(train.eval_batches)
+    batch = BatchSize(train.per_device_train_batch_size, micro_batches, eval_batches)
+    ask = data.asker(config, processing_class)
+    use = RowUse(config.task.name, ask, train.seed, setup.documents, setup.anatomy.num_tokens)
+    return Feed(data.train, validation, place, batch, done, use)
 
 
 def _go_on_reading(feed: Feed | None, catalog: Catalog | None, data: Data | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from llm_local.config import from_flat
 from llm_local.device import prepare_cpu
 from llm_local.ds_config import resolve
 from llm_local.model.anatomy import probe
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Costs, make_partition
 
 
@@ -31,5 +31,5 @@ def tiny_engine(settings: dict[str, Any], num_replicas: int = 1, **flags: Any) -
         path = Path(folder) / "ds.json"
         path.write_text(json.dumps(settings))
         run = from_flat({"config_name": "x.json", "layers_per_block": 1, "deepspeed": str(path), **flags})
-        block = build_block(run, config, probe(config, run.model), partition, 0)
+        block = build_block(Blueprint(run, config, probe(config, run.model), partition), 0)
         return make_block_engine(run, block, resolve(run, num_replicas, config))

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llm_local.config import Config
-from llm_local.report.facts import FORMAT
+from llm_local.report.notes import FORMAT
 
 
 def falling(step: int, stage: int) -> float:

@@ -46,7 +46,8 @@ def script(name: str) -> ModuleType:
 
 
 def measured(measure: str, system: str, flags: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]:
-    from llm_local.bench.worker import MEASURES, Task
+    from llm_local.bench.measures import MEASURES
+    from llm_local.bench.task import Task
 
     return MEASURES[measure](Task(measure, system, flags, steps, "", warmup=1, rounds=rounds))
 
@@ -142,7 +143,7 @@ def test_seconds_of_passes(trainer: Trainer):
 
 def test_ranks_measure_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nobody begins while another one still warms up."""
-    from llm_local.bench.worker import TURNS, wait_for_turn
+    from llm_local.bench.task import TURNS, wait_for_turn
 
     monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
     other = os.open(tmp_path / "turns", os.O_RDWR | os.O_CREAT)

@@ -16,7 +16,7 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm_local.config import parse
-from llm_local.data.feed import Feed, trained_tokens
+from llm_local.data.feed import BatchSize, Feed, RowUse, trained_tokens
 from llm_local.data.packing import count_openings, inputs_of, mark_of, pack
 from llm_local.data.sequences import PackedTokens, StoredSequences
 from llm_local.data.sets import prepare_all
@@ -51,7 +51,7 @@ class Padded:
 
 
 def test_a_feed_counts_the_tokens_of_all_replicas_in_the_steps_that_were_trained():
-    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), rows=1, micro_batches=2, eval_batches=1) for r in (0, 1)]
+    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), BatchSize(1, 2, 1)) for r in (0, 1)]
     for feed in feeds:
         for kind, step, index in ((TRAIN, 1, 0), (TRAIN, 1, 1), (EVAL, 1, 0), (TRAIN, 2, 0), (TRAIN, 2, 1)):
             feed(kind, step, index)
@@ -61,7 +61,7 @@ def test_a_feed_counts_the_tokens_of_all_replicas_in_the_steps_that_were_trained
 
 def test_a_resumed_feed_goes_on_counting_and_an_export_is_no_step():
     state = json.loads(json.dumps({"tokens": 50, "sources": []}))
-    feed = Feed(Padded(), [], Place(0, (1,)), rows=4, micro_batches=1, eval_batches=0, start=(2, 8))
+    feed = Feed(Padded(), [], Place(0, (1,)), BatchSize(4, 1, 0), start=(2, 8))
     assert feed.restore(state), "what is not of the data is kept from it"
     feed(CHECK, 0, 0)
     assert feed.state(2) == {"tokens": 50}
@@ -279,10 +279,11 @@ def test_a_step_is_a_mean_over_its_positions_in_any_layout(trainer: Trainer, lay
 
 def test_micro_batches_count_by_what_is_scored_in_them():
     """Row n has 8 - n % 4 tokens, of which the first is not predicted."""
-    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), rows=2, micro_batches=2, eval_batches=1) for r in (0, 1)]
+    feeds = [Feed(Padded(), [Padded()], Place(r, (2,)), BatchSize(2, 2, 1)) for r in (0, 1)]
     weights = [[feed(TRAIN, 1, index).weight for index in (0, 1)] for feed in feeds]
     assert weights == [[12 / 11] * 2, [10 / 11] * 2]
-    apart = Feed(Padded(), [], Place(0, (1,)), 1, 4, 0, documents=DocumentMask(5))  # a document a token
+    use = RowUse(documents=DocumentMask(5))  # a document a token
+    apart = Feed(Padded(), [], Place(0, (1,)), BatchSize(1, 4, 0), use=use)
     assert [apart(TRAIN, 1, index).weight for index in range(4)] == [0.0] * 4
 
 
@@ -291,7 +292,7 @@ def test_micro_batches_count_by_what_is_scored_in_them():
 
 def test_a_stored_list_has_no_padding_to_count():
     rows = StoredSequences(PackedTokens([np.arange(64, dtype=np.int32)], 8), seed=1)
-    feed = Feed(rows, [], Place(0, (1,)), rows=2, micro_batches=1, eval_batches=0)
+    feed = Feed(rows, [], Place(0, (1,)), BatchSize(2, 1, 0))
     feed(TRAIN, 1, 0)
     assert feed.tokens == feed.step_tokens(1) == 16
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llm_local.checkpoint.manifest import BrokenCheckpoint, read_data_state
 from llm_local.data import streams, text_files
-from llm_local.data.feed import Feed
+from llm_local.data.feed import BatchSize, Feed
 from llm_local.data.sequences import MixedSequences, PackedTokens, StoredSequences
 from llm_local.data.sets import prepare
-from llm_local.data.streams import StreamedSequences
+from llm_local.data.streams import RowPacking, StreamedSequences, TokensOf
 from llm_local.data.text_files import UnreadableText, pieces_of, read_texts
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.place import Place
@@ -71,7 +71,7 @@ SOURCES = {
 
 
 def stream(folder, kind="text", seed=1):
-    return StreamedSequences(SOURCES[kind](folder), encode, LENGTH, seed=seed, source="numbers")
+    return StreamedSequences(SOURCES[kind](folder), TokensOf(encode), RowPacking(LENGTH), seed=seed, source="numbers")
 
 
 def stored(seed=1, first=0):
@@ -80,10 +80,7 @@ def stored(seed=1, first=0):
 
 
 def feeds(make, replicas, start=(0, 0), state=None):
-    found = [
-        Feed(make(), [stored(0)], Place(r, (replicas,)), rows=2, micro_batches=3, eval_batches=1, start=start)
-        for r in range(replicas)
-    ]
+    found = [Feed(make(), [stored(0)], Place(r, (replicas,)), BatchSize(2, 3, 1), start=start) for r in range(replicas)]
     for feed in found:
         assert state is None or feed.restore(json.loads(json.dumps(state)))
     return found
@@ -141,7 +138,7 @@ def test_a_resumed_stream_does_not_read_what_lies_before(folder):
     def make():
         pieces = [piece for path in sorted(folder.glob("*.jsonl")) for piece in pieces_of(path, whole=False)]
         rows = IterableDataset.from_generator(counted, gen_kwargs={"pieces": pieces, "kind": "json", "column": "text"})
-        return StreamedSequences(rows, encode, LENGTH, seed=1, source="numbers")
+        return StreamedSequences(rows, TokensOf(encode), RowPacking(LENGTH), seed=1, source="numbers")
 
     first = make()
     expected = first.batch(0, 2800)[2500:]
@@ -197,7 +194,7 @@ def test_documents_are_shuffled_beyond_their_neighbours(folder):
 
 def test_an_evaluation_reads_the_set_that_was_chosen():
     sets = [stored(first=DOCUMENTS * n) for n in range(2)]
-    feed = Feed(stored(), sets, Place(0, (1,)), rows=2, micro_batches=1, eval_batches=2)
+    feed = Feed(stored(), sets, Place(0, (1,)), BatchSize(2, 1, 2))
     for number in (1, 0, 1):
         feed.validate_on(number)
         assert (feed(EVAL, 7, 1).input_ids // DOCUMENTS == number).all()
@@ -208,12 +205,13 @@ def test_a_library_that_fails_while_a_stream_is_read_is_explained():
         yield {"text": "1"}
         raise RuntimeError("the line\nis down")
 
-    sequences = StreamedSequences(IterableDataset.from_generator(rows), encode, LENGTH, seed=None, source="a/b")
+    failing = IterableDataset.from_generator(rows)
+    sequences = StreamedSequences(failing, TokensOf(encode), RowPacking(LENGTH), seed=None, source="a/b")
     with pytest.raises(UnreadableText, match=r"a/b, 1 documents further on in epoch 0: cannot be read \(the line is"):
         sequences.batch(0, 1)
     without = IterableDataset.from_generator(lambda: iter([{"body": "1"}]))
     with pytest.raises(UnreadableText, match="a/b: no column 'text', only 'body'; set text_column_name"):
-        StreamedSequences(without, encode, LENGTH, seed=None, source="a/b").batch(0, 1)
+        StreamedSequences(without, TokensOf(encode), RowPacking(LENGTH), seed=None, source="a/b").batch(0, 1)
 
 
 def test_a_damaged_state_is_named(tmp_path):

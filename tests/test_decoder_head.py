@@ -14,8 +14,8 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
-from llm_local.model.stage import build_block
-from llm_local.partition import Costs, Span, make_partition
+from llm_local.model.stage import Blueprint, build_block
+from llm_local.partition import Costs, Heads, Span, make_partition
 
 HEAD = {"head": "decoder", "head_layers": 1}
 
@@ -25,8 +25,8 @@ def block(index: int, head_layers: int, tmp: str | None = None) -> Block:
     config = AutoConfig.for_model(**TINY)
     source = {"model_name_or_path": tmp} if tmp else {"config_name": "x.json"}
     run = from_flat({**source, "head": "decoder", "head_layers": head_layers, "layers_per_block": 1})
-    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, head_layers=run.head_layers_schedule)
-    return build_block(run, config, probe(config, run.model), partition, index).eval()
+    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, heads=Heads(layers=run.head_layers_schedule))
+    return build_block(Blueprint(run, config, probe(config, run.model), partition), index).eval()
 
 
 def test_private_layers_are_the_heads_and_the_stream_passes_them_by():
@@ -78,10 +78,10 @@ def test_a_pretrained_models_next_layers_are_the_first_head(tmp_path: Path):
 def test_stages_are_balanced_with_their_heads_layers():
     """Two private layers for each stage but the last, which has room for none."""
     plain = make_partition(12, 3, Costs(1.0, 1.0))
-    deep = make_partition(12, 3, Costs(1.0, 1.0), head_layers=[2])
+    deep = make_partition(12, 3, Costs(1.0, 1.0), heads=Heads(layers=[2]))
     assert [len(plain.layers_of(k)) for k in range(3)] == [4, 4, 4]
     assert [len(deep.layers_of(k)) for k in range(3)] == [4, 3, 5], "costs 6, 5 and 5"
-    by_block = make_partition(8, 2, Costs(1.0, 1.0), layers_per_block=1, head_layers=[3])
+    by_block = make_partition(8, 2, Costs(1.0, 1.0), layers_per_block=1, heads=Heads(layers=[3]))
     assert [len(by_block.layers_of(k)) for k in range(2)] == [3, 5], "costs 15 and 19, of that 3 and 5 for matrices"
 
 

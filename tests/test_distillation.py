@@ -18,7 +18,7 @@ from llm_local.model import loss
 from llm_local.model.anatomy import probe
 from llm_local.model.distillation import distillation_loss, soft_targets
 from llm_local.model.loss import fit_head, head_logits
-from llm_local.model.slices import Slice, new_slice
+from llm_local.model.slices import HeadDraw, Slice, new_slice
 from llm_local.partition import Span
 
 TOP_K = 5
@@ -27,7 +27,7 @@ TOP_K = 5
 def head_of(stop: int, kind: str) -> Slice:
     more: dict[str, Any] = {"head_dim": 8, "final_logit_softcapping": 5.0} if kind == "gemma2" else {}
     config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"}, **more)
-    part = new_slice(config, probe(config, ModelArguments()), Span(stop, stop), 1, head_of=stop)
+    part = new_slice(config, probe(config, ModelArguments()), Span(stop, stop), 1, drawn=HeadDraw(stop))
     fit_head(part)
     return part
 

@@ -16,8 +16,8 @@ from llm_local.config import Config, parse
 from llm_local.ds_config import resolve, zero_stage
 from llm_local.flags import ModelArguments
 from llm_local.methods import delayed, schedule
-from llm_local.metrics import Record
 from llm_local.problems import static_problems
+from llm_local.records import Record
 
 ROOT = Path(llm_local.__file__).parents[1]
 README = (ROOT / "README.md").read_text()

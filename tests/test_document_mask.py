@@ -18,7 +18,7 @@ from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.document_mask import DocumentMask
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 
 EOS, VOCABULARY = 2, 64
@@ -51,7 +51,7 @@ def make_blocks(name: str, spans: tuple[Span, ...], masked: bool = True, **setti
     partition = Partition(spans, tuple(Span(k, k + 1) for k in range(len(spans))))
     documents = DocumentMask(EOS) if masked else None
     anatomy = probe(config, run.model)
-    blocks = [build_block(run, config, anatomy, partition, k, documents).eval() for k in range(len(spans))]
+    blocks = [build_block(Blueprint(run, config, anatomy, partition, documents), k).eval() for k in range(len(spans))]
     with torch.no_grad():
         for parameter in (p for block in blocks for p in block.parameters()):
             parameter.mul_(3)

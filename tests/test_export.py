@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 from llm_local.checks.output_folder import open_output
 from llm_local.config import parse
-from llm_local.data.feed import Feed
+from llm_local.data.feed import BatchSize, Feed, RowUse
 from llm_local.data.sets import load_processing_class, prepare_all
 from llm_local.export.model_folder import WrongExport
 from llm_local.export.stages import StageTensors, write_stage
@@ -70,7 +70,8 @@ def validation_loss(trainer: Trainer, folder: Path) -> float:
     processing = load_processing_class(config, AutoConfig.from_pretrained(folder))
     data = prepare_all(config, processing)
     held_out, ask = [data.validation[0].sequences], data.asker(config, processing)
-    parts = Feed(data.train, held_out, Place(0, (1,)), 4, 1, 1, task=trainer.task, ask=ask)(EVAL, 0, 0).inputs()
+    feed = Feed(data.train, held_out, Place(0, (1,)), BatchSize(4, 1, 1), use=RowUse(trainer.task, ask))
+    parts = feed(EVAL, 0, 0).inputs()
     make: Any = pipeline
     with torch.no_grad():
         model = make(config.task.pipeline_tag, model=str(folder)).model.eval()

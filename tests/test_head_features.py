@@ -16,7 +16,7 @@ from llm_local.config import from_flat, parse
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.loss import head_loss
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Costs, make_partition
 
 FLAGS = {"config_name": "x.json", "layers_per_block": 1, "head_features": True, "weight_decay": 0.1}
@@ -25,7 +25,8 @@ FLAGS = {"config_name": "x.json", "layers_per_block": 1, "head_features": True, 
 def block(index: int, **flags: object) -> Block:
     config = AutoConfig.for_model(**TINY)
     run = from_flat(FLAGS | flags)
-    return build_block(run, config, probe(config, run.model), make_partition(4, 1, Costs(1.0, 1.0), 1), index).eval()
+    partition = make_partition(4, 1, Costs(1.0, 1.0), 1)
+    return build_block(Blueprint(run, config, probe(config, run.model), partition), index).eval()
 
 
 def micro_batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,8 @@ from llm_local.flags import ModelArguments
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.head_start import SHARE, shrink_logits
-from llm_local.model.slices import Slice, new_slice
-from llm_local.model.stage import build_block
+from llm_local.model.slices import HeadDraw, Slice, new_slice
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Costs, Span, make_partition
 from llm_local.problems import static_problems
 
@@ -30,7 +30,8 @@ KINDS = ("llama", "gpt2", "gemma2", "opt")
 def block(index: int, **flags: Any) -> Block:
     run = from_flat({"config_name": "x.json", "layers_per_block": 1, **flags})
     config = AutoConfig.for_model(**TINY)
-    return build_block(run, config, probe(config, run.model), make_partition(4, 1, Costs(1.0, 1.0), 1), index)
+    partition = make_partition(4, 1, Costs(1.0, 1.0), 1)
+    return build_block(Blueprint(run, config, probe(config, run.model), partition), index)
 
 
 class TestTheLearningRate:
@@ -158,7 +159,7 @@ def test_nonsense_is_refused(tmp_path: Path):
 
 def head(kind: str) -> Slice:
     config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"})
-    return new_slice(config, probe(config, ModelArguments()), Span(2, 2), seed=0, head_of=2)
+    return new_slice(config, probe(config, ModelArguments()), Span(2, 2), seed=0, drawn=HeadDraw(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

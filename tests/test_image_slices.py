@@ -19,7 +19,7 @@ from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.levels import layers_override
 from llm_local.model.loss import head_loss
 from llm_local.model.slices import check_set, new_slice, try_slices
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 from llm_local.registry import TASKS
 
@@ -97,7 +97,7 @@ def test_checkpointing_repeats_layers_and_no_border(kind: str):
     found = []
     for flag in ("false", "true"):
         run = parse(["--task", TASK, "--gradient_checkpointing", flag])
-        block = build_block(run, config, anatomy, cut, 1).train()
+        block = build_block(Blueprint(run, config, anatomy, cut), 1).train()
         block(hidden=hidden, labels=torch.tensor([[0], [1]]))[0].backward()
         found.append({name: p.grad for name, p in block.named_parameters() if p.grad is not None})
     plain, again = found

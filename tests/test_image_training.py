@@ -20,7 +20,7 @@ from llm_local.data.images import read_images
 from llm_local.data.sets import prepare_all
 from llm_local.model.anatomy import probe
 from llm_local.model.classes import new_parameters, set_classes
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.offline_export import export_checkpoint
 from llm_local.partition import Costs, make_partition
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path: Path):
     )
     anatomy = replace(probe(model_config, run.model), fresh=fresh)
     partition = make_partition(4, 1, Costs(1.0, 1.0), 4)
-    one, other = (build_block(run, model_config, anatomy, partition, 0) for _ in range(2))
+    one, other = (build_block(Blueprint(run, model_config, anatomy, partition), 0) for _ in range(2))
     classifier = one.head.model.get_parameter("classifier.weight")
     assert classifier.shape == (10, 32)
     assert not classifier.isnan().any()

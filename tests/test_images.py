@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTImageProcessorPil
 from llm_local.config import Config, ConfigError, from_flat
 from llm_local.data import image_sources
 from llm_local.data.digits import digits
-from llm_local.data.feed import Feed
+from llm_local.data.feed import BatchSize, Feed, RowUse
 from llm_local.data.image_files import UnreadableImage, header_problem, read_image
 from llm_local.data.image_processor import Pixels, crop_box, load_processor, new_processor, pixel_shape
 from llm_local.data.objects import with_objects
@@ -248,9 +248,8 @@ def test_what_an_image_becomes_does_not_depend_on_the_layout(settings: Settings,
                 count = 12 // replicas // size
                 for replica in range(replicas):
                     validation, place = [data.validation[0].sequences], Place(replica, (replicas,))
-                    feed = Feed(
-                        data.train, validation, place, size, count, count, task=config.task.name, ask=ask, row_tokens=5
-                    )
+                    use = RowUse(config.task.name, ask, row_tokens=5)
+                    feed = Feed(data.train, validation, place, BatchSize(size, count, count), use=use)
                     for index in range(count):
                         packet = feed(kind, step, index)
                         assert packet.weight == 1
@@ -265,7 +264,7 @@ def test_what_an_image_becomes_does_not_depend_on_the_layout(settings: Settings,
     assert all(same), "an evaluation sees the same each time"
     epochs = [{tuple(whole[TRAIN, step, n].tolist()) for n in range(12)} for step in (1, 2)]
     assert not epochs[0] & epochs[1], "each pass cuts out other parts"
-    row = Feed(data.train, [], Place(0, (1,)), 4, 1, 0, task=config.task.name, ask=ask)(2, 1, 0)
+    row = Feed(data.train, [], Place(0, (1,)), BatchSize(4, 1, 0), use=RowUse(config.task.name, ask))(2, 1, 0)
     assert row.pixel_values is not None
     assert len(row.pixel_values) == 1, "a row to check an export with"
 

@@ -12,7 +12,7 @@ import llm_local
 # a line is a rung: modules, or a package and its modules
 LADDER = """
 adapters: torch_internals hf_internals deepspeed_internals
-program ancestors files screen in_flight registry flags partition costs
+program ancestors imports files records screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop delayed chunked greedy overlapping
 tasks: task causal_lm masked_lm image_classification
 trainer_flags config replicas head_plan
@@ -38,14 +38,14 @@ timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial tensor_trial sequence_trial exit_check class_problems tokenizer_check
 checks: weight_problems engine_trial memory_check output_folder preflight
 job_status job_start job
-report: curves library facts read charts tables now timeline page
+report: curves library notes facts read charts tables now timeline page
 examine delayed_engine assembly outer_optimizer run_trace recorder rank best finish
 training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report
 study: points comparison runs
 plan: times machine stages layouts splits failing report search
-bench: saved_bytes plain peers worker figures cases calibration relay hosts curves largest
+bench: saved_bytes plain peers task measures worker figures cases calibration relay hosts curves largest
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate predict
 commands: report plot probe key doctor status up watch timeline study

@@ -25,7 +25,7 @@ from llm_local.model.anatomy import probe
 from llm_local.model.lora import with_adapters
 from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import tensor_files
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 
 peft: Any = pytest.importorskip("peft")
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_peft(trainer: Trainer):
     config, partition = load_model_config(run.model), Partition((Span(0, 4),), (Span(0, 1),))
     anatomy = with_adapters(run, config, probe(config, run.model), partition)
     assert [name.rpartition(".")[2] for name in anatomy.adapted] == ["q_proj", "v_proj"] * 4
-    block = build_block(run, config, anatomy, partition, 0)
+    block = build_block(Blueprint(run, config, anatomy, partition), 0)
     made = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), made)
     ours = {f"base_model.model.{name}": p for name, p in block.body_model.named_parameters() if p.requires_grad}
@@ -219,7 +219,7 @@ def test_blocks_of_any_type_are_peft_s_model(trainer: Trainer, tmp_path: Path, k
     run = from_flat({"model_name_or_path": str(base), "lora_rank": 4, "lora_target_modules": "all-linear"})
     config, partition = load_model_config(run.model), Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
     anatomy = with_adapters(run, config, probe(config, run.model), partition)
-    blocks = [build_block(run, config, anatomy, partition, index).eval() for index in (0, 1)]
+    blocks = [build_block(Blueprint(run, config, anatomy, partition), index).eval() for index in (0, 1)]
     hidden, tensors = None, []
     with torch.no_grad():
         for number, block in enumerate(blocks):

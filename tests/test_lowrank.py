@@ -17,8 +17,8 @@ from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.lowrank import LowRankLinear, multiplied
-from llm_local.model.stage import build_block
-from llm_local.partition import Costs, make_partition
+from llm_local.model.stage import Blueprint, build_block
+from llm_local.partition import Costs, Heads, make_partition
 
 SETTINGS = {"head": "decoder", "head_layers": 1, "head_rank": 4, "stage_layers": "2,2"}
 
@@ -33,8 +33,8 @@ def block(index: int, rank: int | None, path: Path | None = None, seed: int = 42
     source = {"model_name_or_path": str(path)} if path else {"config_name": "x.json"}
     flags = {**source, "head": "decoder", "head_layers": 2, "head_rank": rank, "layers_per_block": 1, "seed": seed}
     run = from_flat(flags)
-    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, head_layers=[2])
-    return build_block(run, config, probe(config, run.model), partition, index).eval()
+    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, heads=Heads(layers=[2]))
+    return build_block(Blueprint(run, config, probe(config, run.model), partition), index).eval()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (32, 16), (24, 24)])

@@ -17,7 +17,7 @@ from llm_local.checks.tiny import tiny_config
 from llm_local.commands import prepare_data
 from llm_local.commands import probe as probe_command
 from llm_local.config import ConfigError, parse
-from llm_local.data.feed import Feed
+from llm_local.data.feed import BatchSize, Feed, RowUse
 from llm_local.data.packing import mark_of, pack
 from llm_local.data.sequences import FittedTokens, PackedTokens, StoredSequences
 from llm_local.data.sets import prepare_all
@@ -64,7 +64,7 @@ def asked(
     found: list[Parts] = [{}] * 12
     for replica in range(replicas):
         place = Place(replica, (replicas,))
-        feed = Feed(rows(), [rows()], place, size, count, count, start, task="masked-lm", ask=ask, seed=seed)
+        feed = Feed(rows(), [rows()], place, BatchSize(size, count, count), start, RowUse("masked-lm", ask, seed))
         for index in range(count):
             packet = feed(kind, start[0] + 1, index)
             for n in range(size):
@@ -115,7 +115,7 @@ def steps(flags: list[str], first: int, last: int, state: dict[str, Any] | None 
     tokenizer = load_tokenizer(config)
     data = prepare_all(config, tokenizer)
     start, ask = (first - 1, 4 * (first - 1)), data.asker(config, tokenizer)
-    feed = Feed(data.train, [], Place(0, (1,)), 4, 1, 0, start, task="masked-lm", ask=ask, seed=7)
+    feed = Feed(data.train, [], Place(0, (1,)), BatchSize(4, 1, 0), start, RowUse("masked-lm", ask, 7))
     assert state is None or feed.restore(state)
     return [feed(TRAIN, step, 0).integer_parts() for step in range(first, last + 1)], feed.state(last)
 

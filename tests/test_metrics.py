@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm_local.metrics import MetricsFile, Record, keep_until, read_records
+from llm_local.metrics import MetricsFile, keep_until
 from llm_local.place import Place
 from llm_local.progress import Progress
+from llm_local.records import Record, read_records
 
 
 def record(step: int, split: str = "train", loss: float = 1.0) -> Record:

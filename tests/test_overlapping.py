@@ -17,7 +17,7 @@ from llm_local.data.tokenizer import load_tokenizer
 from llm_local.model.anatomy import probe
 from llm_local.model.model_config import load_model_config
 from llm_local.model.slices import new_slice
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.partition import Span
 
 LAYERS = 5
@@ -51,7 +51,7 @@ def reference(config: Config) -> dict[str, list[torch.Tensor]]:
     """
     model_config = load_model_config(config.model)
     anatomy = probe(model_config, config.model)
-    blocks = build_blocks(config, model_config, anatomy, plan_partition(config, anatomy), 0)
+    blocks = build_blocks(Blueprint(config, model_config, anatomy, plan_partition(config, anatomy)), 0)
     train, _ = prepare(config, load_tokenizer(config))
     ids = train.batch(0, config.train.per_device_train_batch_size)
     seed = config.train.seed

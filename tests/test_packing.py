@@ -16,10 +16,10 @@ from documents import write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm_local.config import from_flat
-from llm_local.data.feed import Feed
+from llm_local.data.feed import BatchSize, Feed
 from llm_local.data.packing import count_cut, inputs_of, mark_of, marked, pack, rows_of
 from llm_local.data.sets import prepare, prepare_all
-from llm_local.data.streams import StreamedSequences
+from llm_local.data.streams import RowPacking, StreamedSequences, TokensOf
 from llm_local.links.packet import CHECK, TRAIN
 from llm_local.place import Place
 from llm_local.problems import static_problems
@@ -135,9 +135,8 @@ def test_what_packing_costs_is_counted_the_same_at_each_start(settings, tokenize
 def test_a_packed_stream_resumes(tmp_path):
     def make(packing: str = "best_fit"):
         numbers = IterableDataset.from_generator(lambda: iter({"text": str(n)} for n in range(5000)))
-        return StreamedSequences(
-            numbers, lambda texts: [[int(t)] * (int(t) % 7 + 1) for t in texts], 8, 1, "numbers", packing=packing
-        )
+        tokens = TokensOf(lambda texts: [[int(t)] * (int(t) % 7 + 1) for t in texts])
+        return StreamedSequences(numbers, tokens, RowPacking(8, packing), 1, "numbers")
 
     whole = make().batch(0, 3000)
     begun = make()
@@ -167,7 +166,7 @@ def test_the_feed_gives_masks_and_labels_and_checks_exports_without():
         def restore(self, state: dict[str, Any]) -> bool:
             return True
 
-    feed = Feed(Rows(), [], Place(0, (1,)), rows=1, micro_batches=2, eval_batches=1)
+    feed = Feed(Rows(), [], Place(0, (1,)), BatchSize(1, 2, 1))
     first, second = (feed(TRAIN, 1, index) for index in range(2))
     assert first.labels is not None
     assert first.labels.tolist() == [[5, 6, 2, -100]]

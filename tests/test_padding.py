@@ -17,7 +17,7 @@ from llm_local.links.ends import Receiver, Sender
 from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 from llm_local.place import Place
 from llm_local.rendezvous import open_store
@@ -47,7 +47,7 @@ def make(name: str, **settings: Any) -> tuple[list[Block], PreTrainedModel]:
     config = AutoConfig.for_model(kind, **{"tie_word_embeddings": False, **KINDS[name]})
     run = from_flat({"config_name": "x", "attn_implementation": kernel or None, **settings})
     anatomy, spans = probe(config, run.model), tuple(Span(k, k + 1) for k in range(3))
-    blocks = [build_block(run, config, anatomy, Partition(spans, spans), k).eval() for k in range(3)]
+    blocks = [build_block(Blueprint(run, config, anatomy, Partition(spans, spans)), k).eval() for k in range(3)]
     state: dict[str, torch.Tensor] = {}
     for block in blocks:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from llm_local.config import from_flat
 from llm_local.cut import plan_partition
 from llm_local.model.anatomy import probe
-from llm_local.partition import Costs, Partition, Span, estimate_costs, held, make_partition
+from llm_local.partition import Costs, Heads, Partition, Span, cut_by_hand, estimate_costs, held, make_partition
 
 LAYER_ONLY = Costs(layer=1.0, head=0.0)
 
@@ -47,7 +47,7 @@ def every_partition(num_layers: int, num_stages: int, layers_per_block: int | No
 def test_blocks_and_stages_cover_the_model_in_order(num_layers, layers_per_block, local_heads):
     num_blocks = -(-num_layers // (layers_per_block or 1))
     for num_stages in range(1, num_blocks + 1):
-        partition = make_partition(num_layers, num_stages, Costs(1, 2.5), layers_per_block, local_heads=local_heads)
+        partition = make_partition(num_layers, num_stages, Costs(1, 2.5), layers_per_block, heads=Heads(local_heads))
         assert partition.num_layers == num_layers
         assert partition.num_stages == num_stages
         assert [i for block in partition.blocks for i in range(block.start, block.stop)] == list(range(num_layers))
@@ -67,7 +67,7 @@ def test_no_cut_has_a_cheaper_costliest_stage(head, layers_per_block, local_head
     costs = Costs(layer=2, head=head)
     for num_layers in range(1, 9):
         for num_stages in range(1, -(-num_layers // (layers_per_block or 1)) + 1):
-            chosen = make_partition(num_layers, num_stages, costs, layers_per_block, local_heads=local_heads)
+            chosen = make_partition(num_layers, num_stages, costs, layers_per_block, heads=Heads(local_heads))
             best = min(
                 max(stage_costs(partition, costs, local_heads))
                 for partition in every_partition(num_layers, num_stages, layers_per_block)
@@ -109,9 +109,9 @@ def test_local_heads_move_no_cut(layers_per_block):
 
 def test_one_head_at_the_end_is_paid_by_the_last_stage_alone():
     costs = Costs(layer=1, head=2)
-    assert sizes(make_partition(6, 2, costs, local_heads=False)) == [4, 2]
-    assert sizes(make_partition(6, 2, costs, local_heads=True)) == [3, 3]
-    assert sizes(make_partition(6, 2, costs, layers_per_block=1, local_heads=False)) == [4, 2]
+    assert sizes(make_partition(6, 2, costs, heads=Heads(False))) == [4, 2]
+    assert sizes(make_partition(6, 2, costs, heads=Heads(True))) == [3, 3]
+    assert sizes(make_partition(6, 2, costs, layers_per_block=1, heads=Heads(False))) == [4, 2]
 
 
 def test_what_runs_before_the_layers_is_paid_by_the_first_stage():
@@ -120,15 +120,15 @@ def test_what_runs_before_the_layers_is_paid_by_the_first_stage():
 
 
 def test_stages_by_hand():
-    assert sizes(make_partition(6, 2, LAYER_ONLY, stage_layers=[1, 5])) == [1, 5]
-    partition = make_partition(7, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[4, 3])
+    assert sizes(cut_by_hand(6, 2, [1, 5])) == [1, 5]
+    partition = cut_by_hand(7, 2, [4, 3], layers_per_block=2)
     assert partition.stages == (Span(0, 2), Span(2, 4))
     assert sizes(partition) == [4, 3]
 
 
 def test_describe_shows_a_range_for_each_block():
     assert make_partition(8, 2, LAYER_ONLY).describe() == "stage 0: layers 0-3 | stage 1: layers 4-7"
-    by_two = make_partition(5, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[2, 3])
+    by_two = cut_by_hand(5, 2, [2, 3], layers_per_block=2)
     assert by_two.describe() == "stage 0: layers 0-1 | stage 1: layers 2-3, 4"
 
 
@@ -162,9 +162,9 @@ def test_stages_of_overlapping_blocks():
     assert partition.stages == (Span(0, 2), Span(2, 4)), "layers 0-2, 3-4 and 5-6, 7"
     assert partition.describe() == "stage 0: layers 0-2, 3-4 | stage 1: layers 5-6, 7"
     assert make_partition(4, 3, costs, 2, 1).describe() == "stage 0: layers 0-1 | stage 1: layers 2 | stage 2: layers 3"
-    by_hand = make_partition(8, 2, costs, 3, 2, stage_layers=[3, 5])
+    by_hand = cut_by_hand(8, 2, [3, 5], 3, 2)
     assert by_hand.stages == (Span(0, 1), Span(1, 4))
-    deep = make_partition(8, 2, costs, 3, 2, head_layers=(0, 0, 2))
+    deep = make_partition(8, 2, costs, 3, 2, heads=Heads(layers=(0, 0, 2)))
     assert sizes(deep) == [5, 3], "costs 5 and 4: above layer 6 there is room for one private layer"
 
 
@@ -188,16 +188,17 @@ def test_the_last_number_of_a_schedule_holds_for_the_rest(schedule, wanted):
 
 def test_a_stage_pays_for_the_heads_of_all_its_blocks():
     """The first head's private layers weigh as much as all layers, the output matrices more."""
-    by_block = [sizes(make_partition(6, 2, Costs(1, h), 1, head_layers=(4, 0))) for h in (0, 5)]
+    by_block = [sizes(make_partition(6, 2, Costs(1, h), 1, heads=Heads(layers=(4, 0)))) for h in (0, 5)]
     assert by_block == [[1, 5], [3, 3]], "costs 5 and 5, then 7 + 15 and 3 + 15"
-    assert sizes(make_partition(6, 2, Costs(1, 5), head_layers=(2, 0))) == [2, 4], "one block, one matrix a stage"
+    one_a_stage = make_partition(6, 2, Costs(1, 5), heads=Heads(layers=(2, 0)))
+    assert sizes(one_a_stage) == [2, 4], "one block, one matrix a stage"
 
 
 def test_heads_that_see_few_tokens_leave_room_for_layers():
     """A quarter of the positions: the last stage has the only whole head."""
     costs = Costs(1, 4)
-    assert sizes(make_partition(7, 2, costs, token_fraction=0.25)) == [5, 2], "costs 6 and 6"
-    assert sizes(make_partition(7, 2, costs, 1, token_fraction=0.25)) == [4, 3], "costs 8 and 9"
+    assert sizes(make_partition(7, 2, costs, heads=Heads(token_fraction=0.25))) == [5, 2], "costs 6 and 6"
+    assert sizes(make_partition(7, 2, costs, 1, heads=Heads(token_fraction=0.25))) == [4, 3], "costs 8 and 9"
 
 
 def test_more_stages_than_layers():
@@ -212,12 +213,12 @@ def test_more_stages_than_blocks():
 
 def test_stage_layers_that_are_not_the_model():
     with pytest.raises(ValueError, match="stage_layers=4,3 adds up to 7 layers, the model has 8"):
-        make_partition(8, 2, LAYER_ONLY, stage_layers=[4, 3])
+        cut_by_hand(8, 2, [4, 3])
 
 
 def test_stage_layers_that_cut_a_block():
     with pytest.raises(ValueError, match="stage_layers=3,5 cuts before layer 3, inside a block; cut where"):
-        make_partition(8, 2, LAYER_ONLY, layers_per_block=2, stage_layers=[3, 5])
+        cut_by_hand(8, 2, [3, 5], layers_per_block=2)
 
 
 def test_of_a_mixture_of_experts_the_parameters_count_that_a_token_passes():

@@ -120,14 +120,14 @@ def test_no_cut_has_a_cheaper_costliest_stage_where_speeds_differ(speeds, layers
                 for (a, b), speed in zip(pairwise([0, *cuts, num_layers]), speeds, strict=True)
             )
 
-        found = make_partition(num_layers, len(speeds), costs, layers_per_block, stage_speeds=speeds)
+        found = make_partition(num_layers, len(speeds), replace(costs, stage_speeds=speeds), layers_per_block)
         cuts = [found.layers_of(k).start for k in range(1, len(speeds))]
         least = min(worst(each) for each in combinations(range(unit, num_layers, unit), len(speeds) - 1))
         assert worst(cuts) == pytest.approx(least)
 
 
 def test_slower_stages_get_fewer_layers():
-    cut = make_partition(14, 3, Costs(1.0, 0.0), stage_speeds=(4, 2, 1))
+    cut = make_partition(14, 3, Costs(1.0, 0.0, stage_speeds=(4, 2, 1)))
     assert [len(cut.layers_of(k)) for k in range(3)] == [8, 4, 2]
 
 

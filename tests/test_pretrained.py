@@ -24,7 +24,7 @@ from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
 from llm_local.model.model_config import load_model_config
 from llm_local.model.pretrained import load_slice, tensor_files
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 
 IDS = torch.arange(16)[None]
@@ -81,7 +81,7 @@ def in_two_stages(folder: Path, **flags: Any) -> list[Block]:
     problems, _ = weight_problems(run, config)
     assert problems == []
     halves = Partition((Span(0, 2), Span(2, 4)), (Span(0, 1), Span(1, 2)))
-    return [build_block(run, config, probe(config, run.model), halves, index).eval() for index in range(2)]
+    return [build_block(Blueprint(run, config, probe(config, run.model), halves), index).eval() for index in range(2)]
 
 
 @torch.no_grad()
@@ -140,7 +140,8 @@ def test_files_that_have_both_of_what_the_config_ties(are_equal: bool, num_block
     blocks = in_two_stages(tmp_path)
     if num_blocks == 1:
         run = from_flat({"model_name_or_path": str(tmp_path)})
-        blocks = [build_block(run, config, probe(config, run.model), Partition((Span(0, 4),), (Span(0, 1),)), 0).eval()]
+        whole = Partition((Span(0, 4),), (Span(0, 1),))
+        blocks = [build_block(Blueprint(run, config, probe(config, run.model), whole), 0).eval()]
     reference = assert_equal_to_transformers(tmp_path, blocks)
     output: Any = blocks[0].head.model.get_output_embeddings()
     assert torch.equal(output.weight, tensors["lm_head.weight"])

@@ -13,7 +13,7 @@ from llm_local.checks.profile import layer_kinds, measure_costs
 from llm_local.checks.tiny import tiny_config
 from llm_local.config import Config, from_flat
 from llm_local.model.anatomy import probe
-from llm_local.partition import Costs, Span, make_partition
+from llm_local.partition import Costs, Heads, Span, make_partition
 
 
 def parts(model_config: Any, **flags: Any) -> tuple[Config, Any, Any]:
@@ -69,7 +69,8 @@ def test_a_costly_layer_has_a_stage_to_itself():
 def test_private_layers_cost_what_they_are_copies_of():
     """Of the first block, ending before the costly layer, they are as costly as that."""
     costs = Costs(2.0, 0.0, (1.0, 1.0, 10.0, 1.0))
-    assert make_partition(4, 2, costs, layers_per_block=1, head_layers=(1, 0, 0, 0)).stages == (Span(0, 2), Span(2, 4))
+    cut = make_partition(4, 2, costs, layers_per_block=1, heads=Heads(layers=(1, 0, 0, 0)))
+    assert cut.stages == (Span(0, 2), Span(2, 4))
 
 
 @pytest.mark.processes

@@ -14,8 +14,8 @@ from llm_local.commands.report import NAME, main
 from llm_local.report import library
 from llm_local.report.charts import charts_of, token_axes
 from llm_local.report.curves import evenly, extremes, smoothed, tokens_until
-from llm_local.report.facts import add_sample
 from llm_local.report.library import NoCharts, uplot
+from llm_local.report.notes import add_sample
 from llm_local.report.page import write_report
 from llm_local.report.read import RunReader, read_runs, short_names
 from llm_local.report.tables import Table, alarms, best_exit, headline, parts_of, tables_of

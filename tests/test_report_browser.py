@@ -13,7 +13,7 @@ from browser import MISSING, chromium, console, resize
 from reports import falling, make_run
 
 from llm_local.bench.figures import page_of
-from llm_local.report.facts import add_sample
+from llm_local.report.notes import add_sample
 from llm_local.report.page import write_report
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from llm_local.checks.preflight import preflight
 from llm_local.checks.trial import router_problems
 from llm_local.config import ConfigError, from_flat, parse
+from llm_local.methods.schedule import Forward
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64}
@@ -37,7 +38,7 @@ def make_blocks(kind: str, cuts: tuple[int, ...], **settings: Any) -> list[Block
     spans = tuple(Span(a, b) for a, b in pairwise(cuts))
     partition = Partition(spans, tuple(Span(k, k + 1) for k in range(len(spans))))
     anatomy = probe(config, run.model)
-    return [build_block(run, config, anatomy, partition, k) for k in range(len(spans))]
+    return [build_block(Blueprint(run, config, anatomy, partition), k) for k in range(len(spans))]
 
 
 def micro_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,10 +108,10 @@ def test_private_layers_have_one_of_their_own_and_of_the_positions_that_they_see
     assert some > body + 0.3
     assert both != some
     gates = [layer.mlp.gate.weight for layer in first.head.model.model.layers[1:3]]
-    loss = first.train()(ids, None, detach_head=True)[0]
+    loss = first.train()(ids, None, meaning=Forward(detach_head=True))[0]
     body_gate = first.body.model.model.layers[0].mlp.gate.weight
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, [*gates, body_gate]))
-    waiting = first(ids, None, detach_head=True, body_waits=True)[0]
+    waiting = first(ids, None, meaning=Forward(detach_head=True, body_waits=True))[0]
     found = torch.autograd.grad(waiting, [*gates, body_gate], allow_unused=True)
     assert found[-1] is None, "a body that waits for its head has no gradient"
     assert all(g.abs().sum() > 0 for g in found[:-1])

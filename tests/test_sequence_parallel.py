@@ -20,7 +20,7 @@ from llm_local.config import ConfigError, from_flat, parse
 from llm_local.links.packet import TRAIN, Packet
 from llm_local.model.anatomy import probe
 from llm_local.model.sequence_parallel import completed, exchange_heads, own_part, position_problems
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.partition import Costs, make_partition
 from llm_local.place import Place
 from llm_local.problems import value_problems
@@ -277,7 +277,7 @@ def graph_bytes(length: int, ranks: ThreadRanks | None = None) -> int:
     sizes = {"num_key_value_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": length}
     config, run = AutoConfig.for_model(**TINY | sizes), from_flat({"config_name": "x.json"})
     partition = make_partition(2, 1, Costs(1.0, 1.0), 2)
-    (block,) = build_blocks(run, config, probe(config, run.model), partition, 0, sequence=ranks)
+    (block,) = build_blocks(Blueprint(run, config, probe(config, run.model), partition), 0, sequence=ranks)
     packet = Packet(TRAIN, 1, 0, input_ids=torch.arange(length).view(1, -1) % 4096)
     if ranks is not None:
         packet, _ = completed(own_part(packet, ranks), ranks, torch.device("cpu"))

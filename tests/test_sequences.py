@@ -6,7 +6,7 @@ import torch
 from datasets import IterableDataset
 
 from llm_local.data.sequences import PackedTokens, StoredSequences
-from llm_local.data.streams import StreamedSequences
+from llm_local.data.streams import RowPacking, StreamedSequences, TokensOf
 
 
 def test_a_row_lies_across_pieces():
@@ -52,6 +52,6 @@ def test_another_seed_is_another_order():
 
 def test_an_empty_stream_is_an_error_too():
     rows = IterableDataset.from_generator(lambda: iter(()))
-    sequences = StreamedSequences(rows, lambda texts: texts, 4, seed=None, source="nothing")
+    sequences = StreamedSequences(rows, TokensOf(lambda texts: texts), RowPacking(4), seed=None, source="nothing")
     with pytest.raises(ValueError, match="nothing: the whole stream"):
         sequences.batch(0, 1)

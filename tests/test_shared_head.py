@@ -18,8 +18,8 @@ from llm_local.model import loss as loss_module
 from llm_local.model.anatomy import SliceError, probe
 from llm_local.model.block import Block
 from llm_local.model.heads.shared import install, installed, make_read_only, matrix_name
-from llm_local.model.stage import build_blocks
-from llm_local.partition import Costs, make_partition
+from llm_local.model.stage import Blueprint, build_blocks
+from llm_local.partition import Costs, Heads, make_partition
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ds"
 SHARED = {"head": "shared", "head_refresh_steps": 2}
@@ -39,8 +39,8 @@ def built(kind: str = "llama", **flags: Any) -> list[Block]:
     model_config = AutoConfig.for_model(kind, **{k: v for k, v in TINY.items() if k != "model_type"} | KINDS[kind])
     anatomy = probe(model_config, config.model)
     layers = config.method.block_layers(config.local)
-    partition = make_partition(4, 1, Costs(1.0, 1.0), layers, head_layers=config.head_layers_schedule)
-    return build_blocks(config, model_config, anatomy, partition, stage=0)
+    partition = make_partition(4, 1, Costs(1.0, 1.0), layers, heads=Heads(layers=config.head_layers_schedule))
+    return build_blocks(Blueprint(config, model_config, anatomy, partition), stage=0)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_the_matrix_has_the_gradient_of_the_last_loss_alone(ids: torch.Tensor):
 def test_a_matrix_that_is_read_costs_two_thirds():
     """Heads that cost as much as 6 layers: the last stage trains its own and has a layer less."""
     assert [len(make_partition(8, 2, Costs(1.0, 6.0)).layers_of(k)) for k in range(2)] == [4, 4]
-    shared = make_partition(8, 2, Costs(1.0, 6.0), shared_head=True)
+    shared = make_partition(8, 2, Costs(1.0, 6.0), heads=Heads(share_matrix=True))
     assert [len(shared.layers_of(k)) for k in range(2)] == [5, 3], "costs 9 and 9"
 
 

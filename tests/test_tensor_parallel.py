@@ -18,7 +18,7 @@ from llm_local.checks.tiny import tiny_config
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.model.tensor_cut import TensorCut
 from llm_local.model.tensor_parallel import part_of, plan_problems
 from llm_local.partition import Costs, make_partition
@@ -69,7 +69,7 @@ def blocks_of(kind: str, ranks: Any = None) -> list[Block]:
     config = AutoConfig.for_model(**values)
     run = from_flat({"config_name": "x.json", "layers_per_block": 1, "head_layers": 1, "head": "decoder"})
     anatomy, partition = probe(config, run.model), make_partition(2, 1, Costs(1.0, 1.0), 1)
-    blocks = build_blocks(run, config, anatomy, partition, 0, ranks=ranks)
+    blocks = build_blocks(Blueprint(run, config, anatomy, partition), 0, ranks=ranks)
     generator = torch.Generator().manual_seed(0)
     if ranks is None:  # no bias is 0, no norm is 1
         with torch.no_grad():

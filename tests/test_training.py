@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_local.checks.preflight import preflight
 from llm_local.config import ConfigError, from_flat, parse
 from llm_local.device import missing_for_compile
-from llm_local.metrics import Record
+from llm_local.records import Record
 
 pytestmark = pytest.mark.processes
 

@@ -26,9 +26,10 @@ from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.export.model_folder import draft_of, predecessor_of, put_in_place
 from llm_local.files import Unwritten, unwritten, write_whole, writing
 from llm_local.launch import Launch
-from llm_local.metrics import MetricsFile, Record
+from llm_local.metrics import MetricsFile
 from llm_local.owner import claim_folder
 from llm_local.rank import check
+from llm_local.records import Record
 
 Full = Callable[..., Path]
 FULL = r"could not be written \(No space left on device\); "

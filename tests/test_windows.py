@@ -15,9 +15,9 @@ from llm_local.config import from_flat
 from llm_local.head_plan import HeadPlan
 from llm_local.model.anatomy import probe
 from llm_local.model.block import Block
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.model.windows import cut, draw_window
-from llm_local.partition import Costs, make_partition
+from llm_local.partition import Costs, Heads, make_partition
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"vocab_size": 64}
@@ -36,8 +36,8 @@ ROWS, POSITIONS = 3, 24
 def block(kind: str, index: int = 1, head_layers: int = 2) -> Block:
     config = AutoConfig.for_model(kind, **KINDS[kind])
     run = from_flat({"config_name": "x.json", "head": "decoder", "head_layers": head_layers, "layers_per_block": 1})
-    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, head_layers=[head_layers])
-    return build_block(run, config, probe(config, run.model), partition, index).eval()
+    partition = make_partition(4, 1, Costs(1.0, 1.0), 1, heads=Heads(layers=[head_layers]))
+    return build_block(Blueprint(run, config, probe(config, run.model), partition), index).eval()
 
 
 def micro_batch() -> tuple[torch.Tensor, torch.Tensor]:

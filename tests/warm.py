@@ -23,7 +23,7 @@ from llm_local.checks.preflight import preflight
 from llm_local.config import parse
 from llm_local.export.model_card import installed_versions
 from llm_local.export.model_folder import original_names
-from llm_local.model.stage import build_blocks
+from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.report.page import template
 from llm_local.setup import Setup
 
@@ -41,7 +41,7 @@ def rehearse(folder: Path) -> None:
     """A start, and a forward pass of a stage."""
     trainer = Trainer(folder, folder / "cache")
     setup = Setup.from_json(preflight(parse(trainer.flags("run", num_stages=2)), 2).to_json())
-    blocks = build_blocks(setup.config, setup.model_config(), setup.anatomy, setup.partition, stage=0)
+    blocks = build_blocks(Blueprint(setup.config, setup.model_config(), setup.anatomy, setup.partition), stage=0)
     with torch.no_grad():
         blocks[0](torch.arange(64).reshape(2, 32), None)
     installed_versions()

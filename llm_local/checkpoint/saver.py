@@ -66,7 +66,7 @@ class Saver:
         self._seconds = 0.0
         self._world = world
         self._store = world.store.clone()
-        self._layout = layout
+        self.layout = layout
         self._flags, self._deepspeed = config.flat(), load_json(config)
         self._folder = config.output_dir / FOLDER
         self._limit = config.train.save_total_limit
@@ -121,7 +121,7 @@ class Saver:
             files |= {folder / name: json.dumps(value) for name, value in notes.items() if value}
             if outer:
                 shares.append((folder / OUTER_FILE, outer))
-        manifest = Manifest(step, rows, self._layout, self._flags, _versions(), self._deepspeed)
+        manifest = Manifest(step, rows, self.layout, self._flags, _versions(), self._deepspeed)
         manifest = replace(manifest, apart=self._world.is_apart)
         if self._job is not None:
             manifest = replace(manifest, stages=[place.stage], run=self._job.run)

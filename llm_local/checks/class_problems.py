@@ -47,9 +47,9 @@ def skipped_positions(config: Config, model_config: PretrainedConfig, positions:
 
 
 def _unset(config: Config, model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
-    options = {"trust_remote_code": config.model.trust_remote_code}
+    trusted, whole = config.model.trust_remote_code, Span(0, anatomy.num_layers)
     try:
-        check_set(new_slice(model.config, anatomy, Span(0, anatomy.num_layers), seed=0, **options))
+        check_set(new_slice(model.config, anatomy, whole, seed=0, trust_remote_code=trusted))
     except SliceError as error:
         return [str(error)]
     return []

@@ -35,7 +35,7 @@ from llm_local.model.anatomy import SliceError, probe, text_config
 from llm_local.model.block import Block
 from llm_local.model.observation import name_of
 from llm_local.model.slices import new_slice, try_slices
-from llm_local.model.stage import build_block
+from llm_local.model.stage import Blueprint, build_block
 from llm_local.partition import Partition, Span
 from llm_local.registry import TASKS
 from llm_local.tasks.task import IGNORED, Task
@@ -133,7 +133,8 @@ class _Trial:
         run = Config()
         self.run = replace(run, model=ModelArguments(task=task), train=replace(run.train, seed=_SEED))
         self.task: Task = self.run.task
-        self.blocks = [build_block(self.run, config, self.anatomy, self.partition, k) for k in range(NUM_STAGES)]
+        plan = Blueprint(self.run, config, self.anatomy, self.partition)
+        self.blocks = [build_block(plan, k) for k in range(NUM_STAGES)]
         self.whole: PreTrainedModel = self.task.make(config)
         generator = torch.Generator().manual_seed(1)
         if self.anatomy.row_shape:

@@ -53,14 +53,34 @@ def changed_since(sources: Sequence[SourceData], state: Mapping[str, Any], check
     )
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """rows: of a micro-batch. micro_batches: of a step, eval_batches: of an evaluation, of each replica."""
+
+    rows: int
+    micro_batches: int
+    eval_batches: int
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """What becomes of a row. task: what the model is trained for, by name. ask: what that makes of a row, by seed and
+    the row's number in the whole run; an evaluation asks the same in every run. documents: how packed documents are
+    kept apart, if they are; the first token of each is not scored then. row_tokens: that a model makes of a row which
+    is an image."""
+
+    task: str = "causal-lm"
+    ask: Ask | None = None
+    seed: int = 0
+    documents: DocumentMask | None = None
+    row_tokens: int = 0
+
+
 class Feed:
     """load(kind, step, index) for an engine of stage 0.
 
     A step's global batch does not depend on the layout; replica r of R takes its rows r, r + R, r + 2R, ...
     start: the steps that are done and the rows that they used up, which may have been of other batches than these.
-    documents: how packed documents are kept apart, if they are; the first token of each is not scored then. task: what
-    the model is trained for, by name. ask: what it makes of a row, by seed and the row's number in the whole run; an
-    evaluation asks the same in every run. row_tokens: that a model makes of a row which is an image.
 
     tokens: what the steps up to the last one that was read had of all replicas, without padding, if it was begun with
     those that were done before.
@@ -71,28 +91,19 @@ class Feed:
         train: Sequences,
         validation: Sequence[Sequences],
         place: Place,
-        rows: int,
-        micro_batches: int,
-        eval_batches: int,
+        batch: BatchSize,
         start: tuple[int, int] = (0, 0),
-        documents: DocumentMask | None = None,
-        task: str = "causal-lm",
-        ask: Ask | None = None,
-        seed: int = 0,
-        row_tokens: int = 0,
+        use: RowUse | None = None,
     ):
         self._train = train
         self._validation = validation
         self._number = 0
-        self._micro_batches = {TRAIN: micro_batches, EVAL: eval_batches}
+        self._micro_batches = {TRAIN: batch.micro_batches, EVAL: batch.eval_batches}
         self._start = start
         self._place = place
-        self._rows = rows
-        self._documents = documents
-        self._task: Task = TASKS[task]
-        self._ask = ask
-        self._seed = seed
-        self._row_tokens = row_tokens
+        self._rows = batch.rows
+        self._use = use or RowUse()
+        self._task: Task = TASKS[self._use.task]
         self._held: dict[int, _Share] = {}  # by kind
         self._counted = start[0]
         self.tokens = self._step_tokens = 0
@@ -106,12 +117,12 @@ class Feed:
             share = self._share(kind, step)
             these = slice(index * self._rows, (index + 1) * self._rows)
             parts = self._parts(share.rows[these], share.seeds[these])
-            return Packet(kind, step, index, weight=share.weights[index], row_tokens=self._row_tokens, **parts)
+            return Packet(kind, step, index, weight=share.weights[index], row_tokens=self._use.row_tokens, **parts)
         share = next(iter(self._held.values()), None) or self._share(TRAIN, self._start[0] + 1)
         rows = share.rows
         if self._task.reads_images:
             parts = self._parts(rows[:1], share.seeds[:1])
-            return Packet(kind, step, index, weight=1.0, row_tokens=self._row_tokens, **parts)
+            return Packet(kind, step, index, weight=1.0, row_tokens=self._use.row_tokens, **parts)
         tokens = CHECK_TOKENS - CHECK_TOKENS % self._place.sequence_ranks
         ids = inputs_of(rows[:1, :tokens].contiguous())["input_ids"]  # logits of padding are logits, too
         return Packet(kind, step, index, input_ids=ids)
@@ -149,21 +160,21 @@ class Feed:
             batch, seeds = source.batch(step - 1 - done, count, first), self._seeds(kind, step - 1 - done, count, first)
             mine = slice(self._place.replica, None, replicas)
             weights = self._weights(batch, seeds)[mine].view(-1, self._rows).mean(dim=1).tolist()
-            tokens = int((batch >= 0).sum()) * (self._row_tokens or 1)
+            tokens = int((batch >= 0).sum()) * (self._use.row_tokens or 1)
             self._held[kind] = _Share(key, batch[mine].contiguous(), seeds[mine], weights, tokens)
         return self._held[kind]
 
     def _seeds(self, kind: int, index: int, count: int, first: int) -> list[int]:
         """Of the rows first + index*count and so on."""
-        if self._ask is None:
+        if self._use.ask is None:
             return []
-        whose = f"train:{self._seed}" if kind == TRAIN else "eval"
+        whose = f"train:{self._use.seed}" if kind == TRAIN else "eval"
         start = first + index * count
         return [seed_of(f"mask:{whose}:{number}") for number in range(start, start + count)]
 
     def _parts(self, rows: torch.Tensor, seeds: list[int]) -> Parts:
         parts = inputs_of(rows)
-        return parts if self._ask is None else self._ask(parts, seeds)
+        return parts if self._use.ask is None else self._use.ask(parts, seeds)
 
     def _weights(self, batch: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """A step's rows (B, T) → (B,) float64: the scored positions of each, over their mean; of an image one."""
@@ -171,8 +182,8 @@ class Feed:
             return torch.ones(len(batch), dtype=torch.float64)
         parts = self._parts(batch, seeds)
         labels = parts.get("labels")
-        if self._documents is not None:
-            labels = self._documents.labels(parts["input_ids"], labels)
+        if self._use.documents is not None:
+            labels = self._use.documents.labels(parts["input_ids"], labels)
         if labels is None:
             return torch.ones(len(batch), dtype=torch.float64)
         scored = self._task.count_scored(labels).double()

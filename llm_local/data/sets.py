@@ -55,7 +55,7 @@ from llm_local.data.sequences import FittedTokens, MixedSequences, PackedTokens,
 from llm_local.data.source_problems import data_problems as text_problems
 from llm_local.data.source_problems import files_of
 from llm_local.data.sources import Documents, load_training, load_validation
-from llm_local.data.streams import StreamedSequences
+from llm_local.data.streams import RowPacking, StreamedSequences, TokensOf
 from llm_local.data.token_folder import REPAIR, require_tokenizer
 from llm_local.data.tokenizer import load_tokenizer
 
@@ -326,17 +326,13 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, config: Co
         tokens, _, kept = encode_running(texts, kept, tokenizer)
         return tokens, kept
 
-    return StreamedSequences(
-        documents.rows,
-        lambda texts: encode(texts, tokenizer, eos)[0],
-        config.data.seq_length,
-        seed=None if running else config.train.seed,
-        source=documents.source,
-        column=documents.column,
+    tokens = TokensOf(
+        encode=lambda texts: encode(texts, tokenizer, eos)[0],
+        running=encode_blocks if running else None,
         first=first,
         last=last,
-        packing=_packing(running, config),
-        padding=mark_of(eos),
-        running=encode_blocks if running else None,
         count=count,
     )
+    packing = RowPacking(config.data.seq_length, _packing(running, config), mark_of(eos))
+    seed = None if running else config.train.seed
+    return StreamedSequences(documents.rows, tokens, packing, seed, documents.source, documents.column)

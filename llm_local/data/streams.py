@@ -40,16 +40,36 @@ class Mark:
     spelled: int = 0
 
 
+@dataclass(frozen=True)
+class TokensOf:
+    """How texts become tokens. encode: texts into token lists, EOS included; running: the same for the next blocks of a
+    running text (None: it has ended) and what was kept. first, last: begin and end an epoch's text. count: spelled
+    special tokens of token lists."""
+
+    encode: Callable[[list[Any]], Iterable[list[int]]]
+    running: Callable[[list[Any] | None, list[str]], tuple[Iterable[list[int]], list[str]]] | None = None
+    first: Sequence[int] = ()
+    last: Sequence[int] = ()
+    count: Callable[[list[list[int]]], int] = lambda documents: 0
+
+
+@dataclass(frozen=True)
+class RowPacking:
+    """How documents become rows of seq_length tokens. padding: marks padding, where the kind of packing pads."""
+
+    seq_length: int
+    kind: str = CONCAT
+    padding: int = -1
+
+
 class StreamedSequences:
     """Sequences packed while a stream is read; its documents are shuffled by (seed, epoch, window) if there is a seed.
 
     The list is the same at each start, but a stream can only be read forwards: a later batch is reached by reading and
     tokenising all that lies before it or before the state that was restored, an earlier one by starting again. With a
     seed, files and shards come in another order in each epoch, too, where documents were not held out from the first.
-    The tail of an epoch is dropped. `encode` turns texts into token lists, EOS included; `running` does so for the next
-    blocks of a running text (None: it has ended) and what was kept. `first` and `last` begin and end an epoch's text. A
-    packing that pads marks padding by `padding`. spelled: the sum of what `count` gave of the token lists so
-    far, and in the runs before.
+    The tail of an epoch is dropped. spelled: the sum of what tokens.count gave of the token lists so far, and in the
+    runs before.
     """
 
     num_sequences = None
@@ -57,31 +77,23 @@ class StreamedSequences:
     def __init__(
         self,
         rows: IterableDataset,
-        encode: Callable[[list[Any]], Iterable[list[int]]],
-        seq_length: int,
+        tokens: TokensOf,
+        packing: RowPacking,
         seed: int | None,
         source: str,
         column: str = "text",
-        first: Sequence[int] = (),
-        last: Sequence[int] = (),
-        packing: str = CONCAT,
-        padding: int = -1,
-        running: Callable[[list[Any] | None, list[str]], tuple[Iterable[list[int]], list[str]]] | None = None,
-        count: Callable[[list[list[int]]], int] = lambda documents: 0,
     ):
         # A buffer of one document draws the order of the shards and nothing else: `datasets` forgets what waits in a
         # larger one when it resumes
         self._rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self._first_state = copy.deepcopy(self._rows.state_dict())
-        self._encode = running or (lambda texts, kept: (encode(texts or []), kept))
+        self._encode = tokens.running or (lambda texts, kept: (tokens.encode(texts or []), kept))
+        self._count = tokens.count
         self._column = column
-        self._seq_length = seq_length
+        self._seq_length, self._packing, self._padding = packing.seq_length, packing.kind, packing.padding
         self._seed = seed
         self._source = source
-        self._first, self._last = list(first), list(last)
-        self._packing = packing
-        self._padding = padding
-        self._count = count
+        self._first, self._last = list(tokens.first), list(tokens.last)
         self._start(Mark(waiting=self._first))
 
     def _start(self, mark: Mark) -> None:

@@ -20,34 +20,58 @@ A local stage never waits for a later one, so it starts the next step at once an
 frozen have no backward passes.
 
 An instruction says all that it means; the engine asks nothing of the schedule that it is from. Beside buffer and block
-a ForwardPass may have
-
-    keep_graph      a gradient of the block's output is still to come: input and output are kept with their graph
-    learns          soft targets are still to come: what the output matrix read is kept
-    teaches         soft targets are made for the block before
-    detach_head     the loss trains the head alone
-    body_waits      and not even a router loss trains the body
-    no_graph        nothing of the block is trained
-
-and a BackwardPass, which is from the block's own loss unless it is
-
-    from_above      from the gradient of the block's output that the next one has had
-    beside_loss     from both, in one pass
-    learns          the own loss has the divergence from the soft targets of the next block
-    again           another pass over the same graph follows
-    passes_down     through the whole block, and the gradient of what came in is for the block before
+a ForwardPass has what a Forward is made of, and a BackwardPass that of a Backward.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.schedule import PipeInstruction
 
 GRADIENT, SOFT_TARGETS = "gradient", "soft targets"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass of a block means beside its loss and its output.
+
+    keep_graph: a gradient of the output is still to come: input and output are kept with their graph. learns: soft
+    targets are still to come, teaches: they are made for the block before; for both, what the output matrix read is
+    kept. detach_head: the loss trains the head alone. body_waits: and not even a router loss trains the body. no_graph:
+    nothing of the block is trained.
+    """
+
+    keep_graph: bool = False
+    learns: bool = False
+    teaches: bool = False
+    detach_head: bool = False
+    body_waits: bool = False
+    no_graph: bool = False
+
+    @property
+    def keeps_normed(self) -> bool:
+        return self.learns or self.teaches
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass is, which is from the block's own loss unless it is
+
+    from_above: from the gradient of the block's output that the next one has had. beside_loss: from both, in one pass.
+    learns: the own loss has the divergence from the soft targets of the next block. again: another pass over the same
+    graph follows. passes_down: through the whole block, and the gradient of what came in is for the block before.
+    """
+
+    from_above: bool = False
+    beside_loss: bool = False
+    learns: bool = False
+    again: bool = False
+    passes_down: bool = False
 
 
 class Schedule(ABC):

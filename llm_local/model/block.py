@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llm_local.adapters.hf_internals import rows_as_they_stand
+from llm_local.methods.schedule import Forward
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.heads.head import Head
 from llm_local.model.lora import original_name
@@ -19,6 +20,7 @@ from llm_local.model.slices import Slice
 from llm_local.model.windows import cut, cut_inputs
 from llm_local.partition import Span
 
+_PLAIN = Forward()
 EXITS = "exits."  # in a checkpoint, the heads that are not the model's own
 
 
@@ -115,10 +117,8 @@ class Block(nn.Module):
         hidden: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_logits: bool = False,
-        detach_head: bool = False,
         window: torch.Tensor | None = None,
-        keep_normed: bool = False,
-        body_waits: bool = False,
+        meaning: Forward = _PLAIN,
         **inputs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """input_ids (B, T), hidden (B, T, D) from the block before or None at the start of the model; inputs are the
@@ -126,9 +126,8 @@ class Block(nn.Module):
 
         Returns the local loss (float32 scalar), or the head's logits (B, T, V) if wanted; the hidden states (B, T, D)
         for the block behind, which carry no graph; and the same with their graph, for a method that sends gradients
-        back. Logits are those of a plain model, to which a row is one document. With detach_head the loss trains the
-        head alone, but for the body's router loss, and with body_waits not even that; with a window (B, L) it is that
-        of those positions. With keep_normed what the output matrix read is there to be taken.
+        back. Logits are those of a plain model, to which a row is one document. With a window (B, L) the loss is that
+        of those positions; what it trains, and whether what the output matrix read is to be taken, says the meaning.
         """
         if self.documents is not None:
             assert input_ids is not None, "documents are of text"
@@ -138,7 +137,7 @@ class Block(nn.Module):
         leaving = features.detach()
         if not self.has_head:
             return features.new_zeros((), dtype=torch.float32), leaving, features
-        read = leaving if detach_head else features
+        read = leaving if meaning.detach_head else features
         if self.feature_scale is not None:
             assert hidden is not None
             # detached: overlapping blocks would send a gradient down through it
@@ -150,7 +149,7 @@ class Block(nn.Module):
             read, read_by_head = cut(read, window), cut_inputs(self.head, window, read_by_head)
         # the positions of a window follow each other
         with nullcontext() if window is None or "position_ids" in inputs else rows_as_they_stand():
-            if keep_normed:
+            if meaning.keeps_normed:
                 self.kept = self.normed(read, input_ids, **inputs)
                 loss = self._loss(self.kept, **read_by_head)
             else:
@@ -158,7 +157,7 @@ class Block(nn.Module):
         if self._routers and self.training:
             masks = [d.get("attention_mask") for d in (inputs, read_by_head)]
             of_body, of_head = (r.take_loss(mask) for r, mask in zip(self._routers, masks, strict=True))
-            loss = loss + of_head + (0.0 if body_waits else of_body)
+            loss = loss + of_head + (0.0 if meaning.body_waits else of_body)
         return loss, leaving, features
 
     @property

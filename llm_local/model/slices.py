@@ -112,21 +112,27 @@ def model_without_weights(config: PretrainedConfig, task: str, **model_args: Any
         return TASKS[task].make(config, dtype=torch.float32, attn_implementation=None, **model_args)
 
 
+@dataclass(frozen=True)
+class HeadDraw:
+    """By which the new weights of a block's head are drawn, and by nothing else. below: number of layers below it;
+    output_below: of those below the head that the output matrix is to equal, where that is another one."""
+
+    below: int
+    output_below: int | None = None
+
+
 def new_slice(
     config: PretrainedConfig,
     anatomy: Anatomy,
     span: Span,
     seed: int,
     has_head: bool = True,
-    head_of: int | None = None,
-    output_of: int | None = None,
+    drawn: HeadDraw | None = None,
     **model_args: Any,
 ) -> Slice:
     """A slice with new weights, each layer and module under a seed of its own, so that any cut gives the same model.
 
-    head_of: layers below a slice that is a block's head; its weights depend on that number and on nothing else.
-    output_of: layers below the head that the output matrix is to equal, where that is another one.
-    What the model class leaves unset is NaN (check_set).
+    drawn: of a slice that is a block's head. What the model class leaves unset is NaN (check_set).
     """
     model = model_without_weights(config, anatomy.task, **model_args)
     border = prune(model, anatomy, span, has_head)
@@ -134,10 +140,10 @@ def new_slice(
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for name, module, owner in _groups(model, anatomy):
             # layers of a head are not those of the next block that have the same name
-            is_head = name in anatomy.after or (head_of is not None and name.startswith(f"{anatomy.layers}."))
-            number = span.stop if head_of is None else head_of
-            if output_of is not None and module is model.get_output_embeddings():
-                number = output_of
+            is_head = name in anatomy.after or (drawn is not None and name.startswith(f"{anatomy.layers}."))
+            number = span.stop if drawn is None else drawn.below
+            if drawn and drawn.output_below is not None and module is model.get_output_embeddings():
+                number = drawn.output_below
             suffix = f"@{number}" if is_head else ""
             digest = hashlib.sha256(f"{seed}:{name}{suffix}".encode()).digest()
             torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -20,10 +21,21 @@ from llm_local.model.lowrank import make_low_rank
 from llm_local.model.pretrained import load_slice
 from llm_local.model.router_loss import want_none, wants_router_loss
 from llm_local.model.sequence_parallel import exchange_heads
-from llm_local.model.slices import Slice, check_set, new_slice
+from llm_local.model.slices import HeadDraw, Slice, check_set, new_slice
 from llm_local.model.tensor_parallel import divide
 from llm_local.partition import Partition, Span
 from llm_local.world import ReplicaRanks, TensorRanks
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What the blocks of a run are built by. documents: how packed documents are kept apart, if they are."""
+
+    config: Config
+    model_config: PretrainedConfig
+    anatomy: Anatomy
+    partition: Partition
+    documents: DocumentMask | None = None
 
 
 def build_slice(
@@ -32,10 +44,9 @@ def build_slice(
     anatomy: Anatomy,
     span: Span,
     has_head: bool,
-    head_of: int | None = None,
-    output_of: int | None = None,
+    drawn: HeadDraw | None = None,
 ) -> Slice:
-    """New or pretrained weights for some layers, and of no others; head_of and output_of as in new_slice.
+    """New or pretrained weights for some layers, and of no others; drawn: as in new_slice.
 
     Raises ConfigError or SliceError where the weights cannot be had or the head cannot be run by itself.
     """
@@ -44,12 +55,12 @@ def build_slice(
         part = load_slice(weights_path(config), model_config, anatomy, span, has_head, **model_args)
         if anatomy.fresh and has_head:
             seed, end = config.train.seed, Span(span.stop, span.stop)
-            new = new_slice(model_config, anatomy, end, seed, head_of=head_of, **model_args).model
+            new = new_slice(model_config, anatomy, end, seed, drawn=drawn, **model_args).model
             for name in anatomy.fresh:
                 part.model.get_parameter(name).data = new.get_parameter(name).data
     else:
         seed = config.train.seed
-        part = new_slice(model_config, anatomy, span, seed, has_head, head_of, output_of, **model_args)
+        part = new_slice(model_config, anatomy, span, seed, has_head, drawn, **model_args)
     want_none(part.model.config)  # a Block asks for router logits, and only in training
     if has_head:
         fit_head(part)
@@ -71,60 +82,45 @@ def build_slice(
     return part
 
 
-def build_block(
-    config: Config,
-    model_config: PretrainedConfig,
-    anatomy: Anatomy,
-    partition: Partition,
-    index: int,
-    documents: DocumentMask | None = None,
-) -> Block:
+def build_block(plan: Blueprint, index: int) -> Block:
     """Block `index` of the model."""
+    config, anatomy, partition = plan.config, plan.anatomy, plan.partition
+    model = (config, plan.model_config, anatomy)
     span = partition.blocks[index]
     private = partition.private_layers(index, config.head_layers_schedule)
-    body = build_slice(config, model_config, anatomy, span, has_head=False)
+    body = build_slice(*model, span, has_head=False)
     if not config.method.has_local_losses and index + 1 < len(partition.blocks):
         add_adapters(config, body)
-        return Trunk(body, documents)
+        return Trunk(body, plan.documents)
     kind = head_of(config) if index + 1 < len(partition.blocks) else Head()
-    output_of = kind.output_of(anatomy)
-    head = build_slice(config, model_config, anatomy, private, has_head=True, head_of=span.stop, output_of=output_of)
+    head = build_slice(*model, private, has_head=True, drawn=HeadDraw(span.stop, kind.output_of(anatomy)))
     if partition.overlap and index + 1 < len(partition.blocks) and partition.overlap < len(span):
         body.add_seam(span.stop - partition.overlap)
     if config.local.head_rank is not None:
         make_low_rank(head, config.local.head_rank, config.train.seed, is_new=not config.model.model_name_or_path)
     if anatomy.tied and not config.model.model_name_or_path:
-        begin_as_embedding(head, body, model_config, config.train.seed, config.model.trust_remote_code)
+        begin_as_embedding(head, body, plan.model_config, config.train.seed, config.model.trust_remote_code)
     kind.connect(config, head, body)
     add_adapters(config, body)
     if config.local.lora_rank is not None and head.is_models_own:
         head.model.requires_grad_(False)
     mixes = config.local.head_features and 0 < index < len(partition.blocks) - 1
-    block = Block(body, head, kind, mixes, documents, wants_router_loss(model_config))
+    block = Block(body, head, kind, mixes, plan.documents, wants_router_loss(plan.model_config))
     if partition.stage_of(index) in config.frozen_stages:
         block.requires_grad_(False)
     return block
 
 
 def build_blocks(
-    config: Config,
-    model_config: PretrainedConfig,
-    anatomy: Anatomy,
-    partition: Partition,
-    stage: int,
-    documents: DocumentMask | None = None,
-    ranks: TensorRanks | None = None,
-    sequence: ReplicaRanks | None = None,
+    plan: Blueprint, stage: int, ranks: TensorRanks | None = None, sequence: ReplicaRanks | None = None
 ) -> list[Block]:
-    """The blocks of one stage, in order; documents: how packed documents are kept apart, if they are. ranks, sequence:
-    between which each block, or each row, is divided, if it is. Raises SliceError where the class leaves weights of a
-    new model unset."""
-    numbers = partition.stages[stage]
-    shared = (config, model_config, anatomy, partition)
-    blocks = [build_block(*shared, index, documents) for index in range(numbers.start, numbers.stop)]
+    """The blocks of one stage, in order. ranks, sequence: between which each block, or each row, is divided, if it is.
+    Raises SliceError where the class leaves weights of a new model unset."""
+    numbers = plan.partition.stages[stage]
+    blocks = [build_block(plan, index) for index in range(numbers.start, numbers.stop)]
     for block in blocks:
         parts = [block.body, block.head] if block.has_head else [block.body]
-        if not config.model.model_name_or_path:
+        if not plan.config.model.model_name_or_path:
             for part in parts:
                 check_set(part)
         if ranks is not None:
