@@ -7,8 +7,9 @@ from llm_local.checkpoint.line import checkpoint_of
 from llm_local.checkpoint.loader import install_saved, load_engines
 from llm_local.checkpoint.manifest import read_data_state
 from llm_local.data.feed import trained_tokens
-from llm_local.metrics import best_step, read_records
+from llm_local.metrics import best_step
 from llm_local.rank import Rank
+from llm_local.records import read_records
 
 
 def load_best(run: Rank, last: int) -> int:

@@ -23,8 +23,8 @@ from transformers.trainer_callback import ExportableState
 from llm_local.checkpoint.line import checkpoint_of
 from llm_local.checkpoint.manifest import TRAINER_FILE, read_note
 from llm_local.finish import slices_of
-from llm_local.metrics import Record
 from llm_local.rank import Rank
+from llm_local.records import Record
 from llm_local.reporting import trackers
 from llm_local.training_arguments import LocalTrainingArguments
 

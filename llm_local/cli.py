@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
+from llm_local.imports import quick_imports
 from llm_local.program import COMMAND
 
 # modules of llm_local.commands, with a dash for each underscore
@@ -54,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         meant = f"did you mean {near[0]}?" if near else f"see {COMMAND} --help"
         print(f"{COMMAND}: unknown subcommand {name!r}; {meant}", file=sys.stderr)
         return 2
-    return import_module(f"llm_local.commands.{name.replace('-', '_')}").main(rest)
+    with quick_imports():
+        command = import_module(f"llm_local.commands.{name.replace('-', '_')}")
+    return command.main(rest)
 
 
 def _help() -> str:

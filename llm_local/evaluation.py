@@ -14,12 +14,10 @@ import torch
 from llm_local.data.sets import ValidationSet
 from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
-from llm_local.metrics import Record
 from llm_local.partition import Partition
+from llm_local.records import DEPTH_TOLERANCE, Record
 from llm_local.tasks.task import Task
 from llm_local.world import World
-
-DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
 
 
 @dataclass(frozen=True)

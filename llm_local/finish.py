@@ -41,7 +41,7 @@ from llm_local.model.levels import layers_override
 from llm_local.model.slices import Slice
 from llm_local.place import Place
 from llm_local.rank import Rank, Start
-from llm_local.report.facts import add_sample
+from llm_local.report.notes import add_sample
 from llm_local.setup import Setup
 from llm_local.world import World
 

@@ -44,7 +44,7 @@ from llm_local.links.packet import EVAL, TRAIN
 from llm_local.place import Place
 from llm_local.progress import known_losses
 from llm_local.rank import Rank
-from llm_local.report.facts import note_end
+from llm_local.report.notes import note_end
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
 from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced

@@ -19,7 +19,7 @@ from llm_local.bench.curves import train
 from llm_local.config import Config
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.files import ends_with_a_line
-from llm_local.metrics import read_records
+from llm_local.records import read_records
 from llm_local.report.page import report_problem
 
 ROWS, TOKENS = 4, 128

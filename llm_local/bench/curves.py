@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_local.bench.cases import ROOT, BenchmarkError, environment, torchrun
 from llm_local.checkpoint.line import committed
-from llm_local.metrics import read_records
+from llm_local.records import read_records
 
 Curve = Sequence[tuple[int, float]]
 

@@ -92,7 +92,7 @@ class Found:
 
 def read_metrics(folder: Path) -> list[list[dict[str, Any]]]:
     """The records of each stage, also of a run that has not ended."""
-    from llm_local.metrics import read_records  # what that imports may have to be installed by the first step
+    from llm_local.records import read_records  # what that imports may have to be installed by the first step
 
     return [read_records(path) for path in sorted((folder / "metrics").glob("stage-*.jsonl"))]
 

@@ -19,7 +19,7 @@ from llm_local.bench.calibration import stage_seconds
 from llm_local.bench.cases import BenchmarkError, Case, run_case
 from llm_local.bench.gpu_runs import ROOT, Job, Paths, last_words, read_metrics, side_by_side, start
 from llm_local.bench.mfu import LARGE, TINY, flops_a_step
-from llm_local.bench.worker import TURNS
+from llm_local.bench.task import TURNS
 from llm_local.device import describe_device, finish_queued_work
 from llm_local.plan.times import Pipe, StageSeconds, predict
 from llm_local.study.points import read_study

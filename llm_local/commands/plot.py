@@ -14,8 +14,8 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.metrics import read_records
 from llm_local.program import program
+from llm_local.records import read_records
 from llm_local.report.curves import smoothed
 
 NAME = program(__file__)

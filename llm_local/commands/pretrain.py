@@ -5,10 +5,10 @@ torchrun --nproc_per_node 2 -m llm_local.cli pretrain CONFIG.yaml [--name value 
 
 from __future__ import annotations
 
-import gc
 import os
 
 from llm_local.ancestors import end_with_launcher
+from llm_local.imports import quick_imports
 
 
 def main(arguments: list[str]) -> int:
@@ -18,9 +18,6 @@ def main(arguments: list[str]) -> int:
     from llm_local.device import take_the_cpu_if_alone
 
     take_the_cpu_if_alone()
-    gc.disable()  # else imports look for garbage in those before them, for a fifth of a rank's start
-    from llm_local import train
-
-    gc.freeze()  # nor do collections of the run look there
-    gc.enable()
+    with quick_imports():
+        from llm_local import train
     return train.main(arguments)

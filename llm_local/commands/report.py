@@ -14,16 +14,15 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
-from llm_local.checkpoint.line import committed
-from llm_local.checkpoint.manifest import BrokenCheckpoint, read_manifest
 from llm_local.config import ConfigError
 from llm_local.files import Unwritten, ends_with_a_line
 from llm_local.program import program
-from llm_local.report.facts import read_samples, sample_record, write_samples
 from llm_local.report.library import NoCharts
+from llm_local.report.notes import read_samples, sample_record, write_samples
 from llm_local.report.page import REPORT, write_report
 from llm_local.screen import quiet_libraries
 
@@ -32,9 +31,9 @@ NAME = program(__file__)
 
 def sample_checkpoints(run: Path, prompt: str) -> None:
     """Adds what the models of the run's checkpoints write to its samples. Raises ValueError where there is none, or
-    none that writes; ConfigError, BrokenCheckpoint and Unwritten."""
-    from llm_local.export.sample import sample  # these import the models of transformers
-    from llm_local.offline_export import export_checkpoint
+    none that writes, or one is damaged; ConfigError and Unwritten."""
+    from llm_local.checkpoint.line import committed  # these import the models of transformers
+    from llm_local.checkpoint.manifest import BrokenCheckpoint
 
     quiet_libraries()
     checkpoints = committed(run)
@@ -42,17 +41,28 @@ def sample_checkpoints(run: Path, prompt: str) -> None:
         raise ValueError(f"{run} has no complete checkpoint to write with; leave out --sample_prompt")
     samples = {each["step"]: each for each in read_samples(run)}
     for checkpoint in checkpoints:
-        manifest = read_manifest(checkpoint)
-        config = manifest.config()
-        if not config.task.generates:
-            raise ValueError(f"{run} was trained with task={config.task.name}, whose models write no text")
-        print(f"{NAME}: {checkpoint} writes", file=sys.stderr, flush=True)
-        with TemporaryDirectory(prefix="llm_local-sample-") as folder:
-            export_checkpoint(checkpoint, Path(folder, "model"), None, "fp32")
-            trusted = config.model.trust_remote_code
-            text = sample(Path(folder, "model"), prompt, config.train.seed, trusted)
-        samples[manifest.step] = sample_record(manifest.step, prompt, text)
+        try:
+            sample = _sample(run, checkpoint, prompt)
+        except BrokenCheckpoint as error:
+            raise ValueError(error) from error
+        samples[sample["step"]] = sample
     write_samples(run, samples.values())
+
+
+def _sample(run: Path, checkpoint: Path, prompt: str) -> dict[str, Any]:
+    from llm_local.checkpoint.manifest import read_manifest
+    from llm_local.export.sample import sample
+    from llm_local.offline_export import export_checkpoint
+
+    manifest = read_manifest(checkpoint)
+    config = manifest.config()
+    if not config.task.generates:
+        raise ValueError(f"{run} was trained with task={config.task.name}, whose models write no text")
+    print(f"{NAME}: {checkpoint} writes", file=sys.stderr, flush=True)
+    with TemporaryDirectory(prefix="llm_local-sample-") as folder:
+        export_checkpoint(checkpoint, Path(folder, "model"), None, "fp32")
+        text = sample(Path(folder, "model"), prompt, config.train.seed, config.model.trust_remote_code)
+    return sample_record(manifest.step, prompt, text)
 
 
 @ends_with_a_line(Unwritten, NoCharts)
@@ -73,7 +83,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"{NAME}: {'; '.join(error.problems)}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, BrokenCheckpoint) as error:
+    except (ValueError, OSError) as error:
         print(f"{NAME}: {error}", file=sys.stderr)
         return 2
     for fault in faults:

@@ -17,7 +17,6 @@ from llm_local.program import program
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import measured, read_trace, stage_times, table
 from llm_local.timeline.picture import Panel, draw_timeline
-from llm_local.timeline.replay import simulated
 
 NAME = program(__file__)
 
@@ -30,6 +29,8 @@ def show(run: Path, steps: str | None, output: Path) -> None:
     if output.suffix not in FORMATS:
         raise ValueError(f"--output {output}: end the name in one of {', '.join(FORMATS)}")
     trace = read_trace(run)
+    from llm_local.timeline.replay import simulated  # only now, as it imports DeepSpeed
+
     counted = trace.select(steps) if steps else trace.steps[1:] or trace.steps  # the first step fills the pipe
     bars = len(measured(trace, counted[-1:])[0].bars)
     drawn = counted if steps else counted[-min(DRAWN_STEPS, max(1, DRAWN_BARS // bars)) :]

@@ -11,8 +11,8 @@ import yaml
 
 from llm_local.job_status import read_status
 from llm_local.jobs.positions import STATUS
-from llm_local.metrics import FOLDER
-from llm_local.report.facts import FORMAT, facts_path, read_samples
+from llm_local.records import FOLDER
+from llm_local.report.notes import FORMAT, facts_path, read_samples
 
 Record = dict[str, Any]
 _NEEDED = {"step": int, "split": str, "stage": int, "loss": (int, float)}

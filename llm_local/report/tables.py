@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from llm_local.config import Config
-from llm_local.evaluation import DEPTH_TOLERANCE
+from llm_local.records import DEPTH_TOLERANCE
 from llm_local.report.charts import EVAL, TRAIN, of_split
 from llm_local.report.curves import finite, smoothed
 from llm_local.report.read import Record, RunData

@@ -35,8 +35,8 @@ from llm_local.data.sets import prepare, tokenizer_of
 from llm_local.data.tokenizer import builtin_tokenizer_dir
 from llm_local.files import write_json, write_whole
 from llm_local.flags import MACHINE, START, deciding
-from llm_local.metrics import read_records
 from llm_local.model.model_config import load_model_config
+from llm_local.records import read_records
 from llm_local.study.comparison import Result, summarise
 from llm_local.study.points import Point, Study
 
