@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_local.config import Config as Config
     from llm_local.config import ConfigError as ConfigError
-    from llm_local.engine import NonFiniteLoss as NonFiniteLoss
-    from llm_local.engine import StepResult as StepResult
     from llm_local.methods.method import Method as Method
     from llm_local.methods.method import register_method as register_method
     from llm_local.methods.schedule import Schedule as Schedule
     from llm_local.model.heads.head import Head as Head
     from llm_local.model.heads.head import register_head as register_head
+    from llm_local.peer import LostPeer as LostPeer
+    from llm_local.results import NonFiniteLoss as NonFiniteLoss
+    from llm_local.results import StepResult as StepResult
     from llm_local.run import Run as Run
     from llm_local.start import prepare as prepare
     from llm_local.tasks.task import Task as Task
     from llm_local.tasks.task import register_task as register_task
     from llm_local.trainer import LocalTrainer as LocalTrainer
     from llm_local.training_arguments import LocalTrainingArguments as LocalTrainingArguments
-    from llm_local.watchdog import LostPeer as LostPeer
 
 _HOMES = {
     "Config": "config",
@@ -39,12 +39,12 @@ _HOMES = {
     "Head": "model.heads.head",
     "LocalTrainer": "trainer",
     "LocalTrainingArguments": "training_arguments",
-    "LostPeer": "watchdog",
+    "LostPeer": "peer",
     "Method": "methods.method",
-    "NonFiniteLoss": "engine",
+    "NonFiniteLoss": "results",
     "Run": "run",
     "Schedule": "methods.schedule",
-    "StepResult": "engine",
+    "StepResult": "results",
     "Task": "tasks.task",
     "prepare": "start",
     "register_head": "model.heads.head",

@@ -14,11 +14,11 @@ from llm_local.block_engine import BlockEngine, make_block_engine
 from llm_local.data.feed import Feed
 from llm_local.delayed_engine import DelayedEngine
 from llm_local.ds_config import monitor_folder, resolve
-from llm_local.engine import EvalResult, LocalEngine, StepResult, TrainingPlan
+from llm_local.engine import LocalEngine, TrainingPlan
 from llm_local.files import writing
 from llm_local.head_plan import HeadPlan
 from llm_local.job import Job
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.model.anatomy import text_config
 from llm_local.model.block import Block
 from llm_local.model.distillation import Distillation
@@ -26,6 +26,7 @@ from llm_local.model.heads.head import head_of
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Blueprint, build_blocks
 from llm_local.replicas import of_stage
+from llm_local.results import EvalResult, StepResult
 from llm_local.setup import Setup
 from llm_local.trace import Tracer
 from llm_local.world import World

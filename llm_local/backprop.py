@@ -21,7 +21,6 @@ from llm_local.adapters.deepspeed_internals import instructions_of, link_as_laid
 from llm_local.block_engine import engine_arguments, restore_buffers
 from llm_local.data.packing import CONCAT, inputs_of, marked
 from llm_local.device import seed_everything
-from llm_local.engine import EvalResult, NonFiniteLoss, StepResult
 from llm_local.head_plan import seed_of
 from llm_local.links.packet import CHECK, EVAL, TRAIN, Packet
 from llm_local.model.block import named_once
@@ -30,6 +29,7 @@ from llm_local.model.loss import head_logits, head_loss
 from llm_local.model.slices import Slice
 from llm_local.model.stage import Blueprint, build_slice
 from llm_local.partition import Span
+from llm_local.results import EvalResult, NonFiniteLoss, StepResult
 from llm_local.trace import Tracer
 
 

@@ -70,8 +70,7 @@ class BlockEngine(HookedEngine):
 
     def _norm(self) -> torch.Tensor:
         """Of the gradients, each part of a parameter counted once, float64."""
-        module: Any = self.module
-        trained = [p for p in module.parameters() if p.grad is not None]
+        trained = [p for p in block_of(self).parameters() if p.grad is not None]
         if self.ranks is None:
             return _norm_of(trained)
         parts = [p for p in trained if part_of(p) is not None]
@@ -80,9 +79,8 @@ class BlockEngine(HookedEngine):
 
     def clip_fp32_gradients(self) -> None:
         """By the norm that is known already."""
-        module: Any = self.module
         norm: Any = self.get_global_grad_norm()
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.gradient_clipping(), norm)
+        torch.nn.utils.clip_grads_with_norm_(block_of(self).parameters(), self.gradient_clipping(), norm)
 
 
 def _norm_of(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -114,6 +112,12 @@ class FrozenEngine(EngineWithoutOptimizer):
 
     def get_global_grad_norm(self) -> float:
         return 0.0
+
+
+def block_of(engine: DeepSpeedEngine) -> Block:
+    """What the engine trains."""
+    module: Any = engine.module
+    return module
 
 
 def count_step(engine: DeepSpeedEngine) -> None:

@@ -21,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from llm_local.flag_values import number, options, truth, typed_value, unknown_name, without_values
 from llm_local.flags import FLAGS, SAVE_STEPS, SECTIONS, DataArguments, LocalArguments, ModelArguments, TrainArguments
 from llm_local.methods.method import Method
 from llm_local.program import program
@@ -30,10 +31,10 @@ from llm_local.trainer_flags import NOT_TAKEN, is_passed_over
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a run's configuration, one line a problem."""
+    """Everything that is wrong with a run's configuration, one line a problem, each once."""
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.problems = list(dict.fromkeys(problems))
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
         super().__init__(f"the configuration has {count}:\n" + "\n".join(f"  - {line}" for line in self.problems))
 
@@ -54,12 +55,6 @@ def some_of(names: Iterable[str]) -> str:
 def from_here(path: Path | str) -> str:
     """What a message about a path that does not exist adds to it: where a relative one was looked for."""
     return "" if Path(path).is_absolute() else f" (relative to {Path.cwd()})"
-
-
-def _unknown(kind: str, name: Any) -> str:
-    plain = str(name).lstrip("-").partition("=")[0]
-    instead = NOT_TAKEN[plain].instead if plain in NOT_TAKEN else f"see {program('pretrain.py')} --help"
-    return f"unknown {kind} {name!r}; {instead}"
 
 
 @dataclass(frozen=True)
@@ -252,37 +247,19 @@ def _parser() -> Parser:
                 "help": flag.help + ("" if each.default is None else f" (default: {each.default})")
             }
             if bool in kinds:
-                known |= {"type": _truth, "nargs": "?", "const": True, "metavar": "{true,false}"}
+                known |= {"type": truth, "nargs": "?", "const": True, "metavar": "{true,false}"}
             else:
                 known |= {
                     "type": number if {int, float} <= {*kinds} else kinds[0],
                     "metavar": f"{{{','.join(flag.choices)}}}" if flag.choices else None,
                 }
-            group.add_argument(*_options(each.name), **known)
+            group.add_argument(*options(each.name), **known)
     group = parser.add_argument_group("Of transformers' Trainer and run_clm.py, and not taken (docs/flags.md)")
     for name, refusal in NOT_TAKEN.items():
-        group.add_argument(*_options(name), nargs="*", metavar="", help=refusal.instead.replace("%", "%%"))
+        group.add_argument(*options(name), nargs="*", metavar="", help=refusal.instead.replace("%", "%%"))
     # The deepspeed launcher puts --local_rank=N before everything else; the environment says the same.
     parser.add_argument("--local_rank", type=int, help="Set by the deepspeed launcher; not used.")
     return parser
-
-
-def _options(name: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
-
-
-def number(value: Any) -> float:
-    """A whole number as such; argparse's messages bear this name. Raises ValueError and TypeError."""
-    found = float(value)
-    return int(found) if found.is_integer() else found
-
-
-def _truth(text: str) -> bool:
-    known = {"true": True, "t": True, "yes": True, "y": True, "1": True}
-    known |= {"false": False, "f": False, "no": False, "n": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"true or false expected, got {text}")
-    return known[text.lower()]
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -294,7 +271,7 @@ def parse(arguments: Sequence[str]) -> Config:
     others = {name: " ".join(given.pop(name)) or "true" for name in list(given) if name in NOT_TAKEN}
     refused = [f"--{name}" for name, value in others.items() if not is_passed_over(name, value)]
     if refused or unknown:
-        raise ConfigError([_unknown("argument", text) for text in (*refused, *_without_values(unknown))])
+        raise ConfigError([unknown_name("argument", text) for text in (*refused, *without_values(unknown))])
     return from_flat(_merged(values, given))
 
 
@@ -305,13 +282,6 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return values | given
 
 
-def _without_values(unknown: Sequence[str]) -> list[str]:
-    """The unknown arguments less the values that follow unknown flags: a flag and its value are one problem."""
-    flags = [text.startswith("--") for text in unknown]
-    before = [False, *(flag and "=" not in text for flag, text in zip(flags, unknown, strict=True))]
-    return [text for text, flag, after in zip(unknown, flags, before, strict=False) if flag or not after]
-
-
 def from_flat(values: dict[str, Any]) -> Config:
     """The inverse of Config.flat. Raises ConfigError for unknown names."""
     if values.get("num_train_epochs") is not None:
@@ -319,7 +289,7 @@ def from_flat(values: dict[str, Any]) -> Config:
     names = [{f.name for f in dataclasses.fields(section)} for section in SECTIONS]
     unknown = sorted(set(values).difference(*names))
     if unknown:
-        raise ConfigError([_unknown("setting", name) for name in unknown])
+        raise ConfigError([unknown_name("setting", name) for name in unknown])
     return Config(*(s(**{k: v for k, v in values.items() if k in n}) for s, n in zip(SECTIONS, names, strict=True)))
 
 
@@ -343,38 +313,11 @@ def _typed_flags(values: dict[str, Any], place: str) -> dict[str, Any]:
         if name not in types and is_passed_over(name, str(value)):
             continue
         if name not in types:
-            problems.append(f"{place}{_unknown('setting', name)}")
+            problems.append(f"{place}{unknown_name('setting', name)}")
             continue
-        typed[name], problem = _typed(value, types[name])
+        typed[name], problem = typed_value(value, types[name])
         if problem:
             problems.append(f"{place}{name}: {value!r} is not {problem}")
     if problems:
         raise ConfigError(problems)
     return typed
-
-
-def _typed(value: Any, hint: Any) -> tuple[Any, str]:
-    """A YAML value as the field's type, and what it should have been if it is not ('' when it is)."""
-    kinds = get_args(hint) or (hint,)
-    if value is None:
-        return None, "" if type(None) in kinds else "a value"
-    if str in kinds:
-        return _text(value)
-    if bool in kinds:
-        return value, "" if isinstance(value, bool) else "true or false"
-    wanted = number if {int, float} <= {*kinds} else int if int in kinds else float
-    try:  # YAML reads 5e-4 as text
-        found = None if isinstance(value, bool) else wanted(value)
-    except (TypeError, ValueError, OverflowError):  # int(inf) overflows
-        found = None
-    is_it = found is not None and float(found) == float(value)
-    return found, "" if is_it else "a whole number" if wanted is int else "a number"
-
-
-def _text(value: Any) -> tuple[Any, str]:
-    """YAML's natural forms of a text flag: stage_layers: 4 or [4, 4], resume_from_checkpoint: true."""
-    if isinstance(value, dict):
-        return None, "a single value"
-    if isinstance(value, bool):
-        return str(value).lower(), ""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value), ""

@@ -14,10 +14,7 @@ from llm_local.problems import parse_stage_layers
 
 
 def plan_partition(
-    config: Config,
-    anatomy: Anatomy,
-    costs: Costs | None = None,
-    stage_speeds: tuple[float, ...] = (),
+    config: Config, anatomy: Anatomy, costs: Costs | None = None, stage_speeds: tuple[float, ...] = ()
 ) -> Partition:
     """The cut that the flags ask for; costs: by default counted. stage_speeds: as Costs has them. Raises ValueError
     where it leaves a stage without a layer."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from llm_local.block_engine import BlockEngine
+from llm_local.block_engine import BlockEngine, block_of
 from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.shards import DELAYED, Stretch
 from llm_local.model.block import Block
@@ -32,7 +32,7 @@ class DelayedEngine(BlockEngine):
         self._step = step
         for copy in self.copies:
             copy.to(self.device).train()
-            for theirs, own in zip(copy.parameters(), self._block.parameters(), strict=True):
+            for theirs, own in zip(copy.parameters(), block_of(self).parameters(), strict=True):
                 theirs.data = own.detach().clone()
         if catalog is None:
             return
@@ -55,7 +55,7 @@ class DelayedEngine(BlockEngine):
                 if tensor.requires_grad:
                     yield f"{name}{DELAYED}{later}", tensor.detach()
 
-    def of_step(self, step: int) -> Any:
+    def of_step(self, step: int) -> Block:
         return self.copies[step % 2]
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
@@ -64,7 +64,7 @@ class DelayedEngine(BlockEngine):
 
     def step(self, lr_kwargs: Any = None) -> None:
         self._step += 1
-        copy, module = self.of_step(self._step), self._block
+        copy, module = self.of_step(self._step), block_of(self)
         pairs = [(own, p.grad) for own, p in zip(module.parameters(), copy.parameters(), strict=True)]
         # a sum whose gradients these are takes them through all that DeepSpeed does with those of a loss
         products = [(own * grad).sum() for own, grad in pairs if grad is not None]
@@ -74,15 +74,10 @@ class DelayedEngine(BlockEngine):
         super().step(lr_kwargs)
         self._refresh(copy, before)
 
-    @property
-    def _block(self) -> Block:
-        module: Any = self.module
-        return module
-
     @torch.no_grad()
     def _refresh(self, copy: Block, before: Sequence[torch.Tensor] = ()) -> None:
         """With today's weights, and what they have moved from those before."""
-        for theirs, own in zip(copy.parameters(), self._block.parameters(), strict=True):
+        for theirs, own in zip(copy.parameters(), block_of(self).parameters(), strict=True):
             theirs.data.copy_(own)
         for theirs, old in zip(copy.parameters(), before, strict=False):
             theirs.data.add_(theirs - old)

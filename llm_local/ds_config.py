@@ -14,8 +14,8 @@ import torch
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llm_local.config import Config, ConfigError, from_here
+from llm_local.files import Json
 
-Json = dict[str, Any]
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 # DeepSpeed's monitors, and which of their settings tells the stages apart
 MONITORS = {"tensorboard": "job_name", "csv_monitor": "job_name", "wandb": "", "comet": ""}

@@ -13,7 +13,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from llm_local.config import Config, ConfigError
-from llm_local.ds_config import SEQUENCE_PARALLEL, Json, load_json, resolve, zero_stage
+from llm_local.ds_config import SEQUENCE_PARALLEL, load_json, resolve, zero_stage
+from llm_local.files import Json
 
 # what acts through parts of DeepSpeed that no run uses, or moves weights to where no checkpoint finds them
 UNUSED = {

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as instructions
 
-from llm_local.block_engine import BlockEngine, FrozenEngine, count_step
+from llm_local.block_engine import BlockEngine, FrozenEngine, block_of
 from llm_local.device import seed_everything
 from llm_local.head_plan import HeadPlan
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.links.packet import CHECK, EVAL, GRADIENT, TRAIN, Packet
 from llm_local.methods.schedule import Backward, EvalSchedule, Forward, Schedule
 from llm_local.model.block import Block
@@ -28,37 +27,9 @@ from llm_local.model.sequence_parallel import completed, own_part
 from llm_local.model.slices import Slice
 from llm_local.model.standins import Seam
 from llm_local.model.windows import draw_window
+from llm_local.results import EvalResult, NonFiniteLoss, StepResult
 from llm_local.trace import Tracer
 from llm_local.world import World
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss that is NaN or infinite: the run stops before it spoils a checkpoint."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """losses: (blocks,) float32, of this replica; where the whole model has one loss that one, 0 on the stages in front
-    of its head. Their mean over the replicas is one over all scored positions of the step, as a micro-batch counts by
-    its Packet's weight. lr: the rate that the step used. grad_norms: one a block, before clipping; None where DeepSpeed
-    computes none. tokens: of this replica, without padding. is_skipped: nothing was trained, as nothing came. What is
-    on the device is waited for when somebody looks at it."""
-
-    losses: torch.Tensor
-    lr: float
-    grad_norms: tuple[float | torch.Tensor | None, ...]
-    tokens: int | torch.Tensor
-    is_skipped: bool = False
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """losses: (blocks,) float32, as in StepResult. tokens: of this replica, without padding. measures: (blocks, M),
-    what the task measures beside the loss, means over rows."""
-
-    losses: torch.Tensor
-    tokens: int
-    measures: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 0))
 
 
 @dataclass
@@ -150,8 +121,7 @@ class LocalEngine:
 
     @property
     def blocks(self) -> list[Block]:
-        modules: list[Any] = [engine.module for engine in self.engines]
-        return modules
+        return [block_of(engine) for engine in self.engines]
 
     @property
     def bodies(self) -> list[Slice]:
@@ -343,14 +313,6 @@ class LocalEngine:
     def _exec_step(self) -> None:
         for engine in self.engines:
             engine.step()
-
-
-def skip_step(engines: Sequence[DeepSpeedEngine]) -> StepResult:
-    """A step of which nothing has come: the learning rate's schedule goes on, and nothing else."""
-    lr = float(engines[-1].get_lr()[0])
-    for engine in engines:
-        count_step(engine)
-    return StepResult(torch.full((len(engines),), math.nan), lr, (None,) * len(engines), 0, is_skipped=True)
 
 
 def _gradient_of(engine: Any, leaf: torch.Tensor) -> torch.Tensor:

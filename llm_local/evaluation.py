@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from llm_local.data.sets import ValidationSet
-from llm_local.engine import EvalResult
 from llm_local.export.model_card import perplexity
 from llm_local.partition import Partition
 from llm_local.records import DEPTH_TOLERANCE, Record
+from llm_local.results import EvalResult
 from llm_local.tasks.task import Task
 from llm_local.world import World
 

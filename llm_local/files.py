@@ -13,16 +13,19 @@ from contextlib import contextmanager
 from functools import wraps
 from inspect import getfile
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeAlias
 
 from safetensors import SafetensorError
 
 from llm_local.program import program
 
+Json: TypeAlias = dict[str, Any]  # an object of JSON: a record, a state, a manifest, a config
 _P = ParamSpec("_P")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 _REPAIR = "make room there or change its permissions, and start again"
+
+Json: TypeAlias = dict[str, Any]  # an object of JSON: a record, a state, a manifest, a config
 
 
 class Unwritten(RuntimeError):

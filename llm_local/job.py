@@ -24,20 +24,21 @@ import torch
 from llm_local.checkpoint.line import committed
 from llm_local.checkpoint.manifest import BrokenCheckpoint
 from llm_local.config import ConfigError
-from llm_local.files import write_json, write_whole
+from llm_local.files import Json, write_json, write_whole
 from llm_local.job_problems import not_listening
 from llm_local.job_start import GB, hello_of, packet_bytes, positions_at
 from llm_local.job_status import Rate
-from llm_local.jobs.channel import LINGER_SECONDS, Channel, Limits
+from llm_local.jobs.channel import LINGER_SECONDS, Channel
 from llm_local.jobs.ends import LogReceiver, LogSender
 from llm_local.jobs.fullness import Fullness
 from llm_local.jobs.hello import Terms
 from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import PacketLog, durable_in
 from llm_local.jobs.positions import DONE, LOG, LOG_BACK, SKIPPED, STATUS, Positions
+from llm_local.jobs.side import Limits
 from llm_local.jobs.ways import Address, Dial, Door, Way
 from llm_local.links.dealt import SenderToAll, receiver_of, sender_of
-from llm_local.links.ends import REFRESH_IN_FLIGHT, Links
+from llm_local.links.links import REFRESH_IN_FLIGHT, Links
 from llm_local.links.packet import EVAL, TRAIN
 from llm_local.model.anatomy import text_config
 from llm_local.model.heads.head import head_of
@@ -269,7 +270,7 @@ class Job:
         for channel in self._channels:
             channel.close()
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> Json:
         logs = [*self._logs.values(), *self._logs_back.values()]
         return {
             "stage": self._world.place.stage,
@@ -287,16 +288,16 @@ class Job:
             "time": time.time(),
         }
 
-    def _beat(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"stages": self._known()}
+    def _beat(self) -> Json:
+        told: Json = {"stages": self._known()}
         with suppress(BrokenCheckpoint):  # it is being removed
             if (rescue := self.rescue()) is not None:
                 told[RESCUE] = positions_at(rescue, self._world.place.stage).received
         return told
 
-    def _known(self) -> dict[str, Any]:
+    def _known(self) -> Json:
         """What is known of all stages, by their number: the neighbours tell of those beyond."""
-        found: dict[str, Any] = {}
+        found: Json = {}
         place, stage = self._world.place, self._world.place.stage
         for channels, beyond in ((self._before, range(stage)), (self._behind, range(stage + 1, place.num_stages))):
             for channel in channels.values():

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from llm_local.checkpoint.manifest import layout_of, read_note
 from llm_local.config import Config, ConfigError
 from llm_local.evaluation import EvalSet
 from llm_local.export.model_card import installed_versions
-from llm_local.files import write_json
+from llm_local.files import Json, write_json
 from llm_local.flags import AMOUNT, FLAGS, LAYOUT, TRAINING, deciding
 from llm_local.jobs.frames import Frame, Garbled
 from llm_local.jobs.hello import NEW, SAVED, Hello, Refusal, Terms
@@ -37,9 +36,9 @@ from llm_local.jobs.positions import DONE, IDENTITY, LOG, LOG_BACK, NOTE, Positi
 from llm_local.jobs.ways import ANSWER_SECONDS, Address, Door
 from llm_local.links.message import HEADER_BYTES, body_size
 from llm_local.links.wire import expected
+from llm_local.peer import LostPeer
 from llm_local.place import Place
 from llm_local.setup import Setup
-from llm_local.watchdog import LostPeer
 
 GB = 10**9
 # of the machine that a stage runs on: they change rounding at most
@@ -62,12 +61,12 @@ class Facts:
     eval_sets: tuple[EvalSet, ...]
 
     @staticmethod
-    def of(values: dict[str, Any]) -> Facts:
+    def of(values: Json) -> Facts:
         sets = (EvalSet(**each | {"measures": tuple(each["measures"])}) for each in values["eval_sets"])
         return Facts(values["run"], tuple(sets))
 
 
-def fingerprint(setup: Setup, replicas: Sequence[int]) -> dict[str, Any]:
+def fingerprint(setup: Setup, replicas: Sequence[int]) -> Json:
     """What two jobs of a run have alike."""
     config = setup.config
     flags = config.flat()
@@ -150,7 +149,7 @@ def is_done(config: Config) -> bool:
         return False
 
 
-def identity_of(config: Config) -> dict[str, Any]:
+def identity_of(config: Config) -> Json:
     """What an earlier life of the job has written down; empty in the first one."""
     try:
         return json.loads((config.output_dir / IDENTITY).read_text())
@@ -210,7 +209,7 @@ def _ask_for_facts(setup: Setup, place: Place) -> Facts:
     )
 
 
-def _asked(connection: ssl.SSLSocket, first: Frame, terms: Terms) -> dict[str, Any] | None:
+def _asked(connection: ssl.SSLSocket, first: Frame, terms: Terms) -> Json | None:
     """The facts that the other end has. Raises ConfigError for one that does not belong here, OSError and Garbled."""
     connection.settimeout(ANSWER_SECONDS)
     other, mine = Hello.of(first), terms.mine

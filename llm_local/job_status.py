@@ -6,17 +6,17 @@ import json
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
+from llm_local.files import Json
 from llm_local.jobs.positions import STATUS
 
 RATE_SECONDS = 30.0
 
 
-def read_status(output_dir: Path) -> list[dict[str, Any]]:
+def read_status(output_dir: Path) -> list[Json]:
     """What each stage was last known to do, in order: by itself, or as its neighbours have told the jobs of this
     machine."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Json] = {}
     for path in sorted(output_dir.glob(f"stage-*/{STATUS}")):
         try:
             told = json.loads(path.read_text())

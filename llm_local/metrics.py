@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llm_local.checkpoint.line import committed
-from llm_local.files import write_whole, writing
+from llm_local.files import Json, write_whole, writing
 from llm_local.records import FOLDER, Record, read_records
 
 
@@ -66,7 +66,7 @@ def keep_until(output_dir: Path, step: int) -> None:
         _write_all(path, [record for record in read_records(path) if 0 < step >= record["step"]])
 
 
-def _write_all(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def _write_all(path: Path, records: Sequence[Json]) -> None:
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BaseImageProcessor
@@ -44,6 +43,7 @@ from llm_local.export.stages import (
     has_exits,
     write_stage,
 )
+from llm_local.files import Json
 from llm_local.flags import ModelArguments
 from llm_local.jobs.positions import NOTE
 from llm_local.model.anatomy import Anatomy, probe
@@ -184,7 +184,7 @@ def _check_of(checks: Sequence[Check | None], stage: int) -> tuple[torch.Tensor,
     return None if row is None else (row, own.logits)
 
 
-def _evaluated(part: Path, stage: int, step: int) -> dict[str, Any]:
+def _evaluated(part: Path, stage: int, step: int) -> Json:
     """What the exit scored on the first validation set after that step; nothing if it was not evaluated then."""
     records = read_records(part / METRICS / f"stage-{stage:02d}.jsonl")
     return next((each for each in reversed(records) if (each["split"], each["step"]) == ("eval", step)), {})

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,11 +30,11 @@ from llm_local.data.sets import Data, ProcessingClass, key_of, load_processing_c
 from llm_local.delayed_engine import begin_delayed
 from llm_local.device import is_queued, local_device
 from llm_local.evaluation import eval_sets
-from llm_local.files import writing
+from llm_local.files import Json, writing
 from llm_local.job import Job
 from llm_local.job_start import identified, log_need, sound_start, write_identity
 from llm_local.launch import Launch
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.metrics import MetricsFile, best_step
 from llm_local.model.refresh import Refresher, make_refresher
 from llm_local.outer_optimizer import OuterOptimizer, make_outer, open_checkpoint
@@ -89,7 +89,7 @@ class Rank:
         """Sequences of the training data that are used up after the step."""
         return self.first_row + (step - self.first_step) * self.layout.sequences_per_step
 
-    def data_state(self, step: int) -> dict[str, Any] | None:
+    def data_state(self, step: int) -> Json | None:
         """What a checkpoint of the step has of the training data."""
         return {**self.feed.state(step), SOURCES: [asdict(source) for source in self.sources]} if self.feed else None
 
@@ -166,11 +166,7 @@ def _log_messages(setup: Setup, launch: Launch) -> tuple[str, ...]:
 
 
 def build(
-    config: Config,
-    launch: Launch,
-    watchdog: Watchdog,
-    start: Start | None,
-    meeting: Rendezvous | None = None,
+    config: Config, launch: Launch, watchdog: Watchdog, start: Start | None, meeting: Rendezvous | None = None
 ) -> Rank:
     """Meets the other ranks and makes this one's stage. Every rank must call; rank 0 brings the start."""
     startup = float(config.train.ddp_timeout)

@@ -11,13 +11,13 @@ import torch
 from llm_local.checkpoint.saver import Saver
 from llm_local.config import Config
 from llm_local.device import finish_queued_work, peak_memory_bytes
-from llm_local.engine import StepResult
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.metrics import MetricsFile, total_norm
 from llm_local.model.refresh import Refresher
 from llm_local.outer_optimizer import OuterOptimizer
 from llm_local.progress import Progress, known_losses
 from llm_local.records import Record
+from llm_local.results import StepResult
 from llm_local.world import World
 
 

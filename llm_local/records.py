@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from llm_local.files import Json
 
 FOLDER = "metrics"
 DEPTH_TOLERANCE = 0.01  # nats that a deeper exit may be behind a shallower one
@@ -49,7 +50,7 @@ class Record:
     top_5_accuracy: float | None = None
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[Json]:
     """The records of one stage; a last line that a killed run left half written is not one."""
     if not path.exists():
         return []

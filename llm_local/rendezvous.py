@@ -21,7 +21,8 @@ from llm_local.ancestors import launcher_pids
 from llm_local.config import ConfigError
 from llm_local.launch import Launch
 from llm_local.owner import Owner
-from llm_local.watchdog import LostPeer, StoreLine
+from llm_local.peer import LostPeer
+from llm_local.watchdog import StoreLine
 
 SETUP = "setup"
 SIGN_SECONDS = 1.0

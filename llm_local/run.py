@@ -19,7 +19,6 @@ Each rank does the same. No stage waits for a later one, but by the packets in f
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -35,19 +34,16 @@ from llm_local.checkpoint.manifest import DATA_FILE, TRAINER_FILE
 from llm_local.checkpoint.saver import SHARED
 from llm_local.config import Config, is_due
 from llm_local.delayed_engine import delayed_state
-from llm_local.engine import StepResult, skip_step
-from llm_local.evaluation import EvalSet, measures_key, over_replicas
 from llm_local.files import Unwritten
 from llm_local.finish import finish, finish_part
 from llm_local.jobs.positions import Positions
-from llm_local.links.packet import EVAL, TRAIN
 from llm_local.place import Place
-from llm_local.progress import known_losses
 from llm_local.rank import Rank
+from llm_local.rank_step import measure, train_step
 from llm_local.report.notes import note_end
+from llm_local.results import StepResult
 from llm_local.run_trace import end_trace
 from llm_local.stopping import CALLBACK
-from llm_local.trace import OUTER_STEP, REFRESH_WAIT, traced
 from llm_local.watchdog import leave
 
 
@@ -138,7 +134,7 @@ class Run:
         self._callbacks.step_begins()
         rank.recorder.begin()
         with rank.traced("train", step):
-            result = _train_step(rank, step)
+            result = train_step(rank, step)
         self._step = step
         if rank.job is not None:
             rank.job.step = step
@@ -278,7 +274,7 @@ class Run:
         outer = self._rank.outer
         with outer.averaged() if outer else nullcontext():
             for number, each in enumerate(self._rank.setup.eval_sets):
-                _measure(self._rank, self._step, number, each)
+                measure(self._rank, self._step, number, each)
         self._evaluated = self._step
         if self._callbacks.wait_for_evaluations:
             self._callbacks.evaluated(self._losses_of_all())
@@ -317,39 +313,3 @@ class Run:
         )
         rank.world.say_goodbye()
         leave(stop.status)
-
-
-def _train_step(rank: Rank, step: int) -> StepResult:
-    if rank.refresher is not None:
-        with traced(rank.tracer, REFRESH_WAIT):
-            rank.refresher.before(step)
-    comes = rank.job is None or rank.job.begin(TRAIN, step)
-    result = rank.engine.train_batch(step) if comes else skip_step(rank.engine.engines)
-    if rank.outer is not None:
-        with traced(rank.tracer, OUTER_STEP):
-            rank.outer.after(step)
-    if rank.refresher is not None:
-        rank.refresher.after(step)
-    return result
-
-
-def _measure(rank: Rank, step: int, number: int, each: EvalSet) -> None:
-    """This stage's exit on a validation set, that of this number in the feed; nobody waits for a later stage."""
-    place = rank.world.place
-    batches = place.share(rank.config.train.eval_batches)
-    rows = batches * rank.config.train.per_device_train_batch_size * place.num_replicas
-    if rank.feed is not None:
-        rank.feed.validate_on(number)
-    if rank.job is not None and not rank.job.begin(EVAL, step):
-        if rank.metrics is not None:
-            rank.progress.publish(each.split, step, [math.nan])  # for callbacks, who wait
-        return
-    with rank.traced(each.split, step):
-        found = over_replicas(rank.world, rank.engine.eval_batch(step, batches))
-    if rank.metrics is not None:
-        if found.measures:
-            rank.world.publish(measures_key(each.split, step, place.stage), " ".join(map(str, found.measures)))
-        losses = known_losses(rank.config, rank.world, each.split, step, found.losses)
-        rank.progress.publish(each.split, step, losses)
-        padding = 1 - found.tokens / (rows * rank.config.data.seq_length)
-        rank.metrics.write(each.record(step, place.stage, losses, found.tokens, padding, found.measures))

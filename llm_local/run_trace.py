@@ -8,7 +8,7 @@ from functools import partial
 from llm_local.assembly import Engine
 from llm_local.config import Config
 from llm_local.device import finish_queued_work
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import read_trace
 from llm_local.trace import TraceHeader, Tracer, read_clock

@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from llm_local.files import unwritten
 
@@ -27,3 +28,13 @@ def _of_thread(happened: threading.ExceptHookArgs) -> None:
     """A full disk is said by the thread that waits for this one: a monitor of DeepSpeed's writes in one of its own."""
     if unwritten(happened.exc_value, Path(), reads=True) is None:
         threading.__excepthook__(happened)
+
+
+def pyplot_without_screen() -> Any:
+    """matplotlib's pyplot, for pictures that are files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -8,13 +8,7 @@ from llm_local.config import Config, ConfigError
 from llm_local.ds_config import SEQUENCE_PARALLEL, load_json
 
 # what has not been shown to train as it does on whole rows
-_UNTRIED = (
-    "distillation_weight",
-    "lora_rank",
-    "replica_sync_steps",
-    "fp16",
-    "torch_compile",
-)
+_UNTRIED = ("distillation_weight", "lora_rank", "replica_sync_steps", "fp16", "torch_compile")
 
 
 def sequence_problems(config: Config) -> list[str]:

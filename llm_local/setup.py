@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from llm_local.config import Config, from_flat
 from llm_local.evaluation import EvalSet
+from llm_local.files import Json
 from llm_local.memory.stage import Memory
 from llm_local.model.anatomy import Anatomy, attention_kernel
 from llm_local.model.document_mask import DocumentMask
@@ -40,9 +41,9 @@ class Setup:
     """
 
     config: Config
-    given: dict[str, Any]
-    model: dict[str, Any]
-    generation: dict[str, Any]
+    given: Json
+    model: Json
+    generation: Json
     anatomy: Anatomy
     partition: Partition
     checkpoint: str | None = None
@@ -105,7 +106,7 @@ def _adapter() -> TypeAdapter[Setup]:
     return TypeAdapter(Setup)
 
 
-def model_values(config: Config, model_config: PretrainedConfig) -> dict[str, Any]:
+def model_values(config: Config, model_config: PretrainedConfig) -> Json:
     """A model's config as JSON knows it, with the attention kernel of the run, which transformers leaves out."""
     values = json.loads(json.dumps(model_config.to_dict()))
     return values | {_KERNEL: attention_kernel(config.model, model_config)}

@@ -19,13 +19,14 @@ from llm_local.checkpoint.shards import MisplacedWeights
 from llm_local.config import Config, ConfigError, parse
 from llm_local.data.image_files import UnreadableImage
 from llm_local.data.text_files import UnreadableText
-from llm_local.engine import NonFiniteLoss
 from llm_local.export.model_folder import WrongExport
 from llm_local.files import Unwritten
 from llm_local.job_start import is_done
+from llm_local.peer import LostPeer
 from llm_local.rendezvous import RunRefused
+from llm_local.results import NonFiniteLoss
 from llm_local.start import begin, first_watchdog, has_begun
-from llm_local.watchdog import LAST_WORDS_SECONDS, LostPeer, Watchdog
+from llm_local.watchdog import LAST_WORDS_SECONDS, Watchdog
 
 REFUSED = 2
 # their message says all there is to say

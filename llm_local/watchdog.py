@@ -15,7 +15,6 @@ store, whose calls never return once its process is stopped: another thread make
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -24,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
@@ -32,6 +31,7 @@ import psutil
 
 from llm_local.ancestors import gone, is_running, launcher_pids, watch_over
 from llm_local.owner import machine
+from llm_local.peer import LostPeer, Peer
 from llm_local.stopping import CALLBACK, REQUEST, SIGNALS, Stop
 
 POLL_SECONDS = 1.0
@@ -41,39 +41,6 @@ LAST_WORDS_SECONDS = 1.5  # rank 0 may serve the store: one more poll of the oth
 SIGTERM_SECONDS = 2.0  # launchers kill what does not end soon
 SAME_SIGNAL_SECONDS = 3.0  # a scheduler that signals all processes, and a launcher that passes its own on
 OBITUARY = "obituary"
-
-
-class LostPeer(RuntimeError):
-    """A peer is gone, hangs, or never came."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who a rank is, as it says itself in the store."""
-
-    rank: int
-    stage: int
-    replica: int
-    host: str
-    pid: int
-    links: str
-
-    @staticmethod
-    def me(rank: int, stage: int, replica: int, num_stages: int) -> Peer:
-        links = [f"{k}→{k + 1}" for k in (stage - 1, stage) if 0 <= k < num_stages - 1]
-        text = f"link {' and '.join(links)}" if links else "no link"
-        return Peer(rank, stage, replica, machine(), os.getpid(), text)
-
-    def __str__(self) -> str:
-        return f"stage {self.stage}, replica {self.replica} (rank {self.rank}, pid {self.pid}, {self.links})"
-
-
-def encode(peer: Peer) -> str:
-    return json.dumps(asdict(peer))
-
-
-def decode(text: str | bytes) -> Peer:
-    return Peer(**json.loads(text))
 
 
 def leave(code: int) -> NoReturn:

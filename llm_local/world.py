@@ -19,9 +19,10 @@ import torch.distributed as dist
 from llm_local.aside import DeviceClock
 from llm_local.device import DeviceName, collective_backend, local_device, prepare_cpu, set_deepspeed_device
 from llm_local.launch import Launch
+from llm_local.peer import Peer, decode, encode
 from llm_local.place import Place
 from llm_local.rendezvous import fetch
-from llm_local.watchdog import Peer, Watchdog, decode, encode
+from llm_local.watchdog import Watchdog
 
 _ELEMENTS_AT_A_TIME = 1 << 24
 

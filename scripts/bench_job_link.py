@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - gloo as such
 
 from llm_local.bench.cases import Spread, arguments_of, table, write
-from llm_local.jobs.channel import LINGER_SECONDS, Channel, Limits
+from llm_local.jobs.channel import LINGER_SECONDS, Channel
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
+from llm_local.jobs.side import Limits
 from llm_local.jobs.ways import Address, Dial, Door, Way
 
 BYTES = 1 << 30  # of a transfer

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from ranks import free_port
 
-from llm_local.jobs.channel import Channel, Limits
+from llm_local.jobs.channel import Channel
 from llm_local.jobs.frames import Frame
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
+from llm_local.jobs.side import Limits
 from llm_local.jobs.ways import Address, Dial, Door, first_frame
 
 SIZE = 5000

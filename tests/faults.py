@@ -14,7 +14,7 @@ import psutil
 
 from tests.jobs import Relay, Stage, freeze
 
-SILENCE_SECONDS = 10.0  # of llm_local.jobs.channel: who says nothing for longer is taken for gone
+SILENCE_SECONDS = 10.0  # of llm_local.jobs.side: who says nothing for longer is taken for gone
 
 
 @dataclass

@@ -20,7 +20,7 @@ from llm_local.jobs.key import tls
 from llm_local.jobs.packet_log import DamagedLog, PacketLog
 from llm_local.jobs.segment import record_bytes
 from llm_local.jobs.ways import Address, Dial, Door
-from llm_local.watchdog import LostPeer
+from llm_local.peer import LostPeer
 
 __all__ = ["ends"]  # a fixture
 QUICK = {"silence_seconds": 2.0}

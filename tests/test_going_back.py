@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from ranks import free_port
 
-from llm_local.jobs.channel import Channel, Limits
+from llm_local.jobs.channel import Channel
 from llm_local.jobs.hello import Hello, Terms
 from llm_local.jobs.key import make_key, tls
 from llm_local.jobs.packet_log import PacketLog
+from llm_local.jobs.side import Limits
 from llm_local.jobs.ways import Address, Dial, Door
-from llm_local.watchdog import LostPeer
+from llm_local.peer import LostPeer
 
 MINE = Hello(0, 0, "here", 1, {"seed": 7}, run="5eed", wants=0)
 

@@ -21,11 +21,12 @@ from llm_local.job_start import fingerprint, hello_of, identified, log_need, log
 from llm_local.jobs.hello import Refusal
 from llm_local.jobs.key import make_key
 from llm_local.owner import claim_folder
+from llm_local.peer import LostPeer
 from llm_local.place import Place
 from llm_local.problems import static_problems
 from llm_local.setup import Setup
 from llm_local.train import REFUSED, main
-from llm_local.watchdog import LostPeer, Watchdog
+from llm_local.watchdog import Watchdog
 from llm_local.world import World
 
 MIDDLE = {"num_stages": 3, "stage": 1, "send_to": "localhost:7002", "save_steps": 10}

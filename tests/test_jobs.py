@@ -35,7 +35,7 @@ from llm_local.jobs.key import key_problems, make_key
 from llm_local.jobs.ways import Address
 from llm_local.links.packet import CHECK, END, EVAL, KINDS, REFRESH, TRAIN, Packet
 from llm_local.links.wire import CODES
-from llm_local.watchdog import LostPeer
+from llm_local.peer import LostPeer
 
 MOST = 1000
 

@@ -15,11 +15,11 @@ adapters: torch_internals hf_internals deepspeed_internals
 program ancestors imports files records screen in_flight registry flags partition costs
 methods: schedule soft_targets final_steps method backprop delayed chunked greedy overlapping
 tasks: task causal_lm masked_lm image_classification
-trainer_flags config replicas head_plan
+trainer_flags flag_values config replicas head_plan
 simulator: peer_schedules channel clock simulate failures
-owner device room aside launch trace stopping watchdog rendezvous place world
-links: packet wire message link transports dealt together ends
-jobs: segment packet_log fullness positions key frames hello ways channel ends
+owner device room aside launch trace stopping peer watchdog rendezvous place world
+links: packet wire message link transports dealt together ends links
+jobs: segment packet_log fullness positions key frames hello ways side conversation channel ends
 model: gguf_header gguf_cache levels observation remote_code overrides token_ids model_config anatomy standins
 model: slices pretrained classes tensor_cut tensor_parallel loss router_loss sequence_parallel document_mask
 model: distillation
@@ -29,7 +29,7 @@ head_problems job_problems problems cut
 data: corpus text_files parts text_parts encoding token_folder mixture packing sentencepieces tokenizer special_tokens
 data: source_problems sources digits image_files image_processor image_sources images objects sequences
 data: tokenizer_training streams prepared run_data image_sets sets feed
-ds_config ds_problems tensor_problems sequence_problems reporting block_engine engine backprop
+ds_config ds_problems tensor_problems sequence_problems reporting block_engine results engine backprop
 checkpoint: manifest shards catalog line saver loader
 export: masters model_folder adapter stages parts model_card sample reading
 memory: activations sizes engine parts stage
@@ -39,7 +39,7 @@ checks: devices epochs profile tiny trial tensor_trial sequence_trial exit_check
 checks: weight_problems engine_trial memory_check output_folder preflight
 job_status job_start job
 report: curves library notes facts read charts tables now timeline page
-examine delayed_engine assembly outer_optimizer run_trace recorder rank best finish
+examine delayed_engine assembly outer_optimizer run_trace recorder rank rank_step best finish
 training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report

@@ -17,9 +17,10 @@ from llm_local.launch import Launch
 from llm_local.links.ends import LinkError, Receiver, Sender
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.links.transports import Nccl
+from llm_local.peer import LostPeer
 from llm_local.place import Place
 from llm_local.rendezvous import open_store
-from llm_local.watchdog import LostPeer, Watchdog
+from llm_local.watchdog import Watchdog
 from llm_local.world import World, connect
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)

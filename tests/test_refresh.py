@@ -11,7 +11,8 @@ import torch
 from ranks import run_ranks
 from test_links import meet
 
-from llm_local.links.ends import LinkError, Links
+from llm_local.links.ends import LinkError
+from llm_local.links.links import Links
 from llm_local.model.refresh import INSTALLED, Refresher, Timetable
 
 

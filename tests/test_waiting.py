@@ -16,9 +16,9 @@ from torch.distributed import TCPStore
 from llm_local import rendezvous
 from llm_local.config import ConfigError
 from llm_local.launch import Launch
+from llm_local.peer import LostPeer
 from llm_local.rendezvous import SETUP, Rendezvous, RunRefused, fetch_setup
 from llm_local.train import REFUSED
-from llm_local.watchdog import LostPeer
 
 
 @pytest.fixture

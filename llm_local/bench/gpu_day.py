@@ -239,8 +239,7 @@ def main(arguments: list[str]) -> int:
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="gpu_day.py",
-        description=f"Steps, in this order: {', '.join(NAMES)}. What is done is not done again.",
+        prog="gpu_day.py", description=f"Steps, in this order: {', '.join(NAMES)}. What is done is not done again."
     )
     parser.add_argument("--output", type=Path, help="folder of day.jsonl and day.txt")
     parser.add_argument("--work", type=Path, help="folder of all that is large (default: OUTPUT/work)")

@@ -22,8 +22,9 @@ from llm_local.bench.saved_bytes import saved_bytes
 from llm_local.bench.task import Task, wait_for_turn
 from llm_local.config import Config, from_flat
 from llm_local.device import finish_queued_work, peak_memory_bytes
+from llm_local.files import Json
 from llm_local.launch import Launch
-from llm_local.links.ends import Links
+from llm_local.links.links import Links
 from llm_local.links.packet import Packet
 from llm_local.rank import Rank, build, check
 from llm_local.run import Run
@@ -61,13 +62,10 @@ def system_of(task: Task) -> System:
     def step(number: int) -> float:
         return float(run.engine.train_batch(number).losses[-1])
 
-    def waited() -> float:
-        return sum(link.wait_seconds for link in run.links.all())
-
-    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run), waited)
+    return System(step, lambda name: run.world.everybody(name, SECONDS, name), lambda: leave(run), lambda: _waited(run))
 
 
-def rate(task: Task) -> dict[str, Any]:
+def rate(task: Task) -> Json:
     """Seconds of each step, with nothing between one and the next: the last stage's tell the throughput."""
     system = system_of(task)
     for number in range(1, task.warmup + 1):
@@ -83,7 +81,7 @@ def rate(task: Task) -> dict[str, Any]:
     return {"seconds": seconds, "waited": waited, "losses": losses}
 
 
-def whole(task: Task) -> dict[str, Any]:
+def whole(task: Task) -> Json:
     """Mean seconds of a step as a run trains it, with the matrices of a shared head and the meetings of replicas, whose
     whole periods `steps` should be; and the bytes of a step that leave this rank's host."""
     rank = begin(task)
@@ -105,7 +103,7 @@ def _bytes_left_host() -> int:
     return sum(int(counts.split()[8]) for name, counts in lines if name.strip() != "lo")
 
 
-def beside_plain(task: Task) -> dict[str, Any]:
+def beside_plain(task: Task) -> Json:
     """Seconds of each step of a run, and of a plain loop's, in turns."""
     rank = begin(task)
     run, loop = Run(rank), PlainLoop(rank.config, rank.setup.model_config())
@@ -148,7 +146,7 @@ class _Keeping:
         return packet
 
 
-def efficiency(task: Task) -> dict[str, Any]:
+def efficiency(task: Task) -> Json:
     """Rounds of steps in the pipe, and of steps of each stage by itself, fed from memory, while the others also run."""
     run = begin(task)
     engine: Any = run.engine
@@ -156,7 +154,7 @@ def efficiency(task: Task) -> dict[str, Any]:
     links, numbers = run.links, count(1)
     keeping = None if links.receiver is None else _Keeping(links.receiver)
     piped: Any = Links(receiver=keeping, sender=links.sender)  # pyright: ignore[reportArgumentType]
-    result: dict[str, Any] = {"piped": [], "fed": [], "waiting": []}
+    result: Json = {"piped": [], "fed": [], "waiting": []}
     for turn in range(task.rounds + 1):
         engine.links = piped
         for _ in range(2):  # fills the pipe
@@ -190,7 +188,7 @@ def _timed(engine: Any, number: int) -> float:
     return time.perf_counter() - start
 
 
-def memory(task: Task) -> dict[str, Any]:
+def memory(task: Task) -> Json:
     """The most bytes that graphs held for their backward passes in a step."""
     with saved_bytes() as saved:
         system = system_of(task)
@@ -200,7 +198,7 @@ def memory(task: Task) -> dict[str, Any]:
     return {"peak_saved_bytes": saved.peak}
 
 
-def peak(task: Task) -> dict[str, Any]:
+def peak(task: Task) -> Json:
     """The most bytes that this rank's tensors took at a time, from before its stage is made to the end of the steps,
     with a checkpoint of the first where the flags ask for them; the most resident memory, less what there was before;
     and what the start expects."""
@@ -236,7 +234,7 @@ def _resident_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def traffic(task: Task) -> dict[str, Any]:
+def traffic(task: Task) -> Json:
     """Bytes that leave this rank in a step: of a link all, of DeepSpeed's pipeline hidden states and gradients alone,
     as its own models load token ids on every stage that reads them."""
     from deepspeed.runtime.pipe import p2p
@@ -280,7 +278,7 @@ class _Stopwatch:
         return timed
 
 
-def passes(task: Task) -> dict[str, Any]:
+def passes(task: Task) -> Json:
     """Median seconds of each kind of instruction; of sends and receives that is how long the stage waited. Where ranks
     share a core, core_seconds leave out those in which another one had it."""
     run = begin(task)
@@ -303,7 +301,7 @@ def _medians(by_name: dict[str, list[float]]) -> dict[str, float]:
     return {name: median(seconds) for name, seconds in by_name.items()}
 
 
-def stage(task: Task) -> dict[str, Any]:
+def stage(task: Task) -> Json:
     """A rank by itself: seconds of a step, where none waits for the device but the last, then a profile of one, then
     seconds of passes."""
     run, numbers = begin(task), count(1)
@@ -324,7 +322,7 @@ def stage(task: Task) -> dict[str, Any]:
     return {**found, "passes": _medians(watch.seconds), "profile": profile}
 
 
-def _profile(run: Rank, number: int) -> dict[str, Any]:
+def _profile(run: Rank, number: int) -> Json:
     """Where a step's time goes: milliseconds and calls of the costliest kernels, on a CPU of operators, and of all."""
     on_cpu = run.world.device.type == "cpu"
     with torch.profiler.profile() as profiler:
@@ -340,7 +338,7 @@ def _is_on(event: Any, on_cpu: bool) -> bool:
     return (event.device_type == torch.autograd.DeviceType.CPU) == on_cpu
 
 
-MEASURES: dict[str, Callable[[Task], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[Task], Json]] = {
     "rate": rate,
     "whole": whole,
     "beside_plain": beside_plain,

@@ -16,16 +16,7 @@ from llm_local.adapters.deepspeed_internals import base_optimizer, forget_second
 from llm_local.checkpoint.catalog import Catalog
 from llm_local.checkpoint.manifest import BrokenCheckpoint, Layout, layout_changes
 from llm_local.checkpoint.saver import SHARED, loss_scales
-from llm_local.checkpoint.shards import (
-    SCALAR,
-    STATE,
-    Shard,
-    Stretch,
-    saved_module,
-    shards,
-    states_of,
-    whole,
-)
+from llm_local.checkpoint.shards import SCALAR, STATE, Shard, Stretch, saved_module, shards, states_of, whole
 from llm_local.config import Config, some_of
 from llm_local.model.block import EXITS, Block
 from llm_local.model.heads.shared import install, installed, matrix_name
@@ -152,7 +143,7 @@ def fill(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
 def fill_block(catalog: Catalog, block: Block) -> None:
     """As fill, for all that a block has; its head is untied where the checkpoint has an output matrix for it."""
     if set(block.tied_names()) & set(catalog.weights):
-        output: Any = block.head.model.get_output_embeddings()
+        output = block.head.output_matrix
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
     fill(catalog, block.saved_tensors())
     install_saved(catalog, block)

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
 from llm_local.adapters.hf_internals import NAME_OR_PATH
 from llm_local.config import Config, ConfigError, from_flat
 from llm_local.ds_config import load_json, zero_stage
+from llm_local.files import Json
 from llm_local.flags import MACHINE, START, WATCH, deciding
 from llm_local.model.token_ids import TOKEN_IDS
 from llm_local.partition import Partition
@@ -46,7 +46,7 @@ class Layout:
     sequences_per_step: int
     seq_length: int
     seed: int
-    model: dict[str, Any]
+    model: Json
 
     @property
     def stage_replicas(self) -> tuple[int, ...]:
@@ -96,9 +96,9 @@ class Manifest:
     step: int
     rows: int
     layout: Layout
-    flags: dict[str, Any]
+    flags: Json
     versions: dict[str, str]
-    deepspeed: dict[str, Any] | None = None
+    deepspeed: Json | None = None
     stages: list[int] | None = None
     run: str | None = None
     apart: bool = False
@@ -129,12 +129,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ConfigError([f"{path} cannot be read ({error}); name another checkpoint"]) from error
 
 
-def read_data_state(checkpoint: Path) -> dict[str, Any]:
+def read_data_state(checkpoint: Path) -> Json:
     """Where the training data stood, beyond the number of rows; empty if that says it all. Raises BrokenCheckpoint."""
     return read_note(checkpoint, DATA_FILE)
 
 
-def read_note(checkpoint: Path, name: str, stage: int = 0) -> dict[str, Any]:
+def read_note(checkpoint: Path, name: str, stage: int = 0) -> Json:
     """A JSON file of a stage, beside its tensors; empty if there is none. Raises BrokenCheckpoint."""
     path = checkpoint / f"stage-{stage:02d}" / name
     if not path.exists():
@@ -170,7 +170,7 @@ def model_differences(one: Layout, other: Layout) -> tuple[str, str] | None:
     return first, second
 
 
-def layout_changes(saved: Manifest, layout: Layout, flags: dict[str, Any]) -> list[str]:
+def layout_changes(saved: Manifest, layout: Layout, flags: Json) -> list[str]:
     """What differs from the run that wrote a checkpoint, and is followed: 'num_stages 2 → 4'."""
     theirs, ours = saved.flags | asdict(saved.layout), flags | asdict(layout)
     names = [name for name in ours if name not in _OF_NO_WEIGHT]

@@ -145,9 +145,4 @@ class MemoryCheck:
 
 
 # nearest first: what changes nothing but time, then what needs other replicas
-_CHANGES = (
-    MemoryCheck._fewer_rows,
-    MemoryCheck._checkpointing,
-    MemoryCheck._higher_zero,
-    MemoryCheck._more_stages,
-)
+_CHANGES = (MemoryCheck._fewer_rows, MemoryCheck._checkpointing, MemoryCheck._higher_zero, MemoryCheck._more_stages)

@@ -45,8 +45,7 @@ def measure_costs(config: Config, model_config: PretrainedConfig, anatomy: Anato
 def layer_kinds(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:
     """Of each layer what it is made of; layers of one kind cost the same."""
     model = model_without_weights(model_config, anatomy.task, trust_remote_code=config.model.trust_remote_code)
-    layers: Any = model.get_submodule(anatomy.layers)
-    return [_kind(layer) for layer in layers]
+    return [_kind(layer) for layer in anatomy.layers_in(model)]
 
 
 def _kind(layer: nn.Module) -> str:

@@ -108,11 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         "ngram_vocab_size_base": 64,
     },
-    "reformer": {
-        "axial_pos_embds": False,
-        "local_attn_chunk_length": 4,
-        "lsh_attn_chunk_length": 4,
-    },
+    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "roc_bert": {
         "pronunciation_vocab_size": 16,

@@ -5,13 +5,12 @@ They name each other as configs/..., so runs are started beside a folder of that
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.program import program
+from llm_local.program import command_parser, program
 
 NAME = program(__file__)
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -19,9 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("configs"), help="to be made (configs)")
     folder: Path = parser.parse_args(arguments).folder
     if folder.exists():

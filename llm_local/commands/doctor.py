@@ -35,7 +35,7 @@ from llm_local.device import (
 from llm_local.launch import PORT
 from llm_local.links.transports import transport
 from llm_local.place import Place
-from llm_local.program import program
+from llm_local.program import command_parser, program
 
 NAME = program(__file__)
 _PACKAGES = ("transformers", "deepspeed", "datasets", "accelerate")
@@ -59,9 +59,7 @@ class Report:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("--ranks", type=_number, default=2, help="of a run on this machine (2)")
     parser.add_argument("--num_stages", type=_number, help="of that run (as many as ranks)")
     parser.add_argument("--port", type=_number, default=PORT, help=f"of the rendezvous, as in --master_port ({PORT})")

@@ -22,8 +22,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from llm_local.export.reading import DTYPES, find_device, find_exit, load, model_class, read_tokenizer
-from llm_local.program import COMMAND, program
+from llm_local.export.reading import add_arguments, find_device, find_exit, load, loading, model_class, read_tokenizer
+from llm_local.program import COMMAND, command_parser, program
 
 NAME = program(__file__)
 
@@ -50,9 +50,7 @@ class Written:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("--export", type=Path, required=True, help="folder of the model: OUTPUT/export of a run")
     parser.add_argument("--prompt", action="append", required=True, help="text to go on from; may be given again")
     parser.add_argument("--assistant", help="draft model: an exit's name under EXPORT/exits, or a folder")
@@ -64,9 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens (50); 0: among all")
     parser.add_argument("--seed", type=int, help="of sampling (42)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the accelerator if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="auto: the export's own (fp32)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the export brings along")
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -166,11 +162,6 @@ def write(
             some, good = count_drafts(ids.shape[1], [read[0].tolist() for read in passes], texts[-1])
             proposed, accepted = proposed + some, accepted + good
     return Written(texts, seconds, proposed, accepted)
-
-
-def loading(given: argparse.Namespace) -> dict[str, Any]:
-    """What from_pretrained is told."""
-    return {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
 
 
 def load_assistant(given: argparse.Namespace, model: Any) -> Any:

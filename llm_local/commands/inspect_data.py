@@ -27,6 +27,7 @@ from llm_local.data.text_files import UnreadableText
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.problems import text_flag_problems
 from llm_local.program import program
+from llm_local.screen import pyplot_without_screen
 
 NAME = program(__file__)
 
@@ -75,10 +76,7 @@ def quantiles(lengths: np.ndarray) -> str:
 
 def draw(data: Data, seq_length: int, output: Path) -> None:
     """Histogram of the documents' lengths in tokens, a colour a source, with the length of a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pyplot_without_screen()
 
     figure, panel = pyplot.subplots(figsize=(8, 4.5))
     known = {source.name: lengths for source in data.sources if len(lengths := document_lengths(source))}
@@ -134,10 +132,7 @@ def show(config: Config, given: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(
-        prog=NAME,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rows", type=int, default=3, help="rows that are shown (default 3)")
     parser.add_argument("--characters", type=int, default=400, help="of a document that are shown (default 400)")

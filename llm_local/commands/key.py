@@ -5,22 +5,19 @@ Copy the file to the other machines as you would a private key of ssh. Who has i
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from llm_local.config import refused
 from llm_local.files import Unwritten, ends_with_a_line
 from llm_local.jobs.key import make_key
-from llm_local.program import program
+from llm_local.program import command_parser, program
 
 NAME = program(__file__)
 
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("file", type=Path, help="to be made; --run_key_file names it")
     path: Path = parser.parse_args(arguments).file
     try:

@@ -5,23 +5,19 @@ llm-local plot runs/quickstart [runs/other ...] [--output loss.png]
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
-
-from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.program import program
+from llm_local.files import Json, Unwritten, ends_with_a_line, writing
+from llm_local.program import command_parser, program
 from llm_local.records import read_records
 from llm_local.report.curves import smoothed
+from llm_local.screen import pyplot_without_screen
 
 NAME = program(__file__)
 
 
-def load(run: Path) -> dict[str, list[dict[str, Any]]]:
+def load(run: Path) -> dict[str, list[Json]]:
     """Records of each stage by its file name. Raises ValueError if the folder holds no metrics."""
     stages = {path.stem: read_records(path) for path in sorted((run / "metrics").glob("stage-*.jsonl"))}
     if not any(stages.values()):
@@ -31,10 +27,7 @@ def load(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 def draw(runs: list[Path], output: Path) -> None:
     """Training loss (thin: as recorded, thick: smoothed) and validation loss (dots), one panel a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pyplot_without_screen()
 
     figure, panels = pyplot.subplots(1, len(runs), sharey=True, squeeze=False, figsize=(1 + 6 * len(runs), 4.5))
     for run, panel in zip(runs, panels[0], strict=True):
@@ -59,9 +52,7 @@ def draw(runs: list[Path], output: Path) -> None:
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--output", type=Path, help="picture to write; default: metrics/loss.png of the first run")
     given = parser.parse_args(arguments)

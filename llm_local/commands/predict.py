@@ -17,25 +17,21 @@ from typing import Any
 
 import transformers
 
-from llm_local.export.reading import DTYPES, find_device, find_exit, load, model_class, read_tokenizer
-from llm_local.program import COMMAND, program
+from llm_local.export.reading import add_arguments, find_device, find_exit, load, loading, model_class, read_tokenizer
+from llm_local.program import COMMAND, command_parser, program
 from llm_local.tasks.task import Task
 
 NAME = program(__file__)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("inputs", nargs="*", help="sentences with [MASK], or files of images; default: lines of stdin")
     parser.add_argument("--export", type=Path, required=True, help="folder of the model: OUTPUT/export of a run")
     parser.add_argument("--exit", help="ask this one instead: its name under EXPORT/exits, stage-00")
     parser.add_argument("--top_k", type=int, default=5, help="so many answers, the likeliest first (5)")
     parser.add_argument("--json", action="store_true", help="an object a line")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the accelerator if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="auto: the export's own (fp32)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the export brings along")
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -89,8 +85,7 @@ def predict(given: argparse.Namespace, lines: Iterable[str]) -> int:
     folder = given.export if given.exit is None else find_exit(given.export, "--exit", given.exit)
     device = find_device(given.device)
     beside = read_processing(folder, task, given.trust_remote_code)
-    options = {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
-    model = load(folder, task.loader, device, **options)
+    model = load(folder, task.loader, device, **loading(given))
     make: Any = transformers.pipeline
     ask: Any = make(task.pipeline_tag, model=model, device=device, **beside)
     (processing,) = beside.values()

@@ -14,7 +14,6 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,16 +26,16 @@ from llm_local.data.sets import prepare
 from llm_local.data.tokenizer import load_tokenizer
 from llm_local.device import local_device
 from llm_local.examine import TrainedRun, compare_gradients, linear_losses, load_run
-from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.program import program
-from llm_local.screen import quiet_libraries
+from llm_local.files import Json, Unwritten, ends_with_a_line, writing
+from llm_local.program import command_parser, program
+from llm_local.screen import pyplot_without_screen, quiet_libraries
 
 NAME = program(__file__)
 
 COLUMNS = ("block", "stage", "layers", "loss", "linear_loss", "cosine", "local_norm", "true_norm")
 
 
-def examine(given: argparse.Namespace) -> dict[str, Any]:
+def examine(given: argparse.Namespace) -> Json:
     """What probe.json holds. Raises ValueError for a run that cannot be looked into."""
     for name, least in (("rows", 1), ("readout_steps", 1)):
         if getattr(given, name) < least:
@@ -64,7 +63,7 @@ def say(text: str) -> None:
     print(f"{NAME}: {text}", file=sys.stderr, flush=True)
 
 
-def block_places(run: TrainedRun) -> list[dict[str, Any]]:
+def block_places(run: TrainedRun) -> list[Json]:
     """Number, stage and layers of each block."""
     cut = run.partition
     stages = [stage for stage, span in enumerate(cut.stages) for _ in range(len(span))]
@@ -73,7 +72,7 @@ def block_places(run: TrainedRun) -> list[dict[str, Any]]:
     return [{"block": number, "stage": stage, "layers": text} for number, (stage, text) in both]
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Json) -> str:
     """A line a block; losses in nats a token."""
     rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in (b[c] for c in COLUMNS)] for b in found["blocks"]]
     lines = [[name.replace("_", " ") for name in COLUMNS], *rows]
@@ -81,12 +80,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw(found: dict[str, Any], picture: Path) -> None:
+def draw(found: Json, picture: Path) -> None:
     """Three panels over the blocks: losses, cosines, norms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pyplot_without_screen()
 
     blocks = found["blocks"]
     names = [f"{block['block']}\n({block['layers']})" for block in blocks]
@@ -113,9 +109,7 @@ def draw(found: dict[str, Any], picture: Path) -> None:
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("run", type=Path, help="output folder of a run with a checkpoint")
     parser.add_argument("--checkpoint", help="its name under RUN/checkpoints, or its folder; default: the newest")
     parser.add_argument("--rows", type=int, default=16, help="rows of validation text (16)")

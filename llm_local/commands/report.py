@@ -9,18 +9,16 @@ which takes as long as an export of each.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.config import ConfigError
-from llm_local.files import Unwritten, ends_with_a_line
-from llm_local.program import program
+from llm_local.files import Json, Unwritten, ends_with_a_line
+from llm_local.program import command_parser, program
 from llm_local.report.library import NoCharts
 from llm_local.report.notes import read_samples, sample_record, write_samples
 from llm_local.report.page import REPORT, write_report
@@ -49,7 +47,7 @@ def sample_checkpoints(run: Path, prompt: str) -> None:
     write_samples(run, samples.values())
 
 
-def _sample(run: Path, checkpoint: Path, prompt: str) -> dict[str, Any]:
+def _sample(run: Path, checkpoint: Path, prompt: str) -> Json:
     from llm_local.checkpoint.manifest import read_manifest
     from llm_local.export.sample import sample
     from llm_local.offline_export import export_checkpoint
@@ -67,9 +65,7 @@ def _sample(run: Path, checkpoint: Path, prompt: str) -> dict[str, Any]:
 
 @ends_with_a_line(Unwritten, NoCharts)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--output", type=Path, help=f"page to write; default: {REPORT} of the first run")
     parser.add_argument("--sample_prompt", help="text that each kept checkpoint goes on from, for the page")

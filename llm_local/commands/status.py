@@ -5,7 +5,6 @@ RUN is a configuration file, or the output folder of the run. Of other machines'
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -14,16 +13,14 @@ from typing import Any
 
 from llm_local.config import Config, ConfigError, refused
 from llm_local.job_status import read_status
-from llm_local.program import program
+from llm_local.program import command_parser, program
 
 NAME = program(__file__)
 COLUMNS = ("stage", "state", "life", "step", "behind", "tokens/s", "log", "seen", "host", "last error")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("run", type=Path, help="configuration file, or output folder")
     parser.add_argument("--json", action="store_true", help="the same as JSON, a list of stages")
     given = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ too, if OUTPUT/results.json is taken there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.program import program
+from llm_local.program import command_parser, program
+from llm_local.screen import pyplot_without_screen
 
 if TYPE_CHECKING:
     from llm_local.study.points import Study
@@ -46,10 +46,7 @@ def draw(comparison: dict[str, Any], output: Path) -> None:
 
     A dot is a setting at its end; a front bears the name of that which has its last place.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pyplot_without_screen()
     from matplotlib.ticker import NullFormatter
 
     from llm_local.study.comparison import front, mean_curve
@@ -153,9 +150,7 @@ def run(path: Path, output: Path, jobs: int) -> int:
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
     parser.add_argument("--output_dir", type=Path, help="folder of the study; default: runs/studies/NAME")

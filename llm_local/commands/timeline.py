@@ -5,7 +5,6 @@ llm-local timeline runs/quickstart [--steps 5-8] [--output timeline.svg]
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
 
 from llm_local.files import Unwritten, ends_with_a_line, writing
-from llm_local.program import program
+from llm_local.program import command_parser, program
 from llm_local.timeline.chrome_trace import write_chrome_trace
 from llm_local.timeline.measured import measured, read_trace, stage_times, table
 from llm_local.timeline.picture import Panel, draw_timeline
@@ -53,9 +52,7 @@ def _text(steps: list[int]) -> str:
 
 @ends_with_a_line(Unwritten)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("run", type=Path, help="output folder of a run with --trace true")
     parser.add_argument("--steps", help=f"as 5-8; default: count all but the first, draw the last 1 to {DRAWN_STEPS}")
     parser.add_argument("--output", type=Path, help="picture to write, .png, .svg or .pdf; default: trace/timeline.png")

@@ -6,19 +6,15 @@ of a launch, of all jobs of a run, or of one job. From another machine: ssh -L 8
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here runs on a GPU
-
 from llm_local.files import ends_with_a_line
-from llm_local.program import program
+from llm_local.program import command_parser, program
 from llm_local.report.library import NoCharts
 from llm_local.report.page import content, render
 from llm_local.report.read import RunData, RunReader, short_names
@@ -97,9 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @ends_with_a_line(NoCharts)
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(NAME, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--port", type=int, default=PORT, help=f"of the page; 0: any that is free ({PORT})")
     given = parser.parse_args(arguments)

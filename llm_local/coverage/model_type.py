@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -158,9 +157,7 @@ class _Trial:
         whole = new_slice(self.config, self.anatomy, Span(0, self.anatomy.num_layers), _SEED)
         wanted = _tensors(whole.model)
         if self.anatomy.tied:  # a slice is not; what a tied matrix is at first is its embedding
-            embedding: Any = whole.model.get_input_embeddings()
-            output: Any = whole.model.get_output_embeddings()
-            wanted[f"{name_of(whole.model, output)}.weight"] = embedding.weight
+            wanted[f"{name_of(whole.model, whole.output_matrix)}.weight"] = whole.embedding.weight
         found: dict[str, torch.Tensor] = dict(_parts(self.blocks))
         for name in sorted(wanted.keys() | found.keys()):
             _same(f"new weights {name}", found.get(name), wanted.get(name))

@@ -25,11 +25,7 @@ PRELOAD = ["torch._dynamo", "deepspeed", "llm_local.coverage.run"]
 
 
 def examine_all(
-    types: Sequence[str],
-    jobs: int,
-    task: str = "causal-lm",
-    seconds: float = SECONDS,
-    memory: int = MEMORY_BYTES,
+    types: Sequence[str], jobs: int, task: str = "causal-lm", seconds: float = SECONDS, memory: int = MEMORY_BYTES
 ) -> list[Finding]:
     """A finding for each type, in their order; so many side by side."""
     context = multiprocessing.get_context("forkserver")

@@ -12,6 +12,7 @@ import torch
 from llm_local.data.packing import PackedSource, inputs_of
 from llm_local.data.sequences import Sequences
 from llm_local.data.sets import SourceData
+from llm_local.files import Json
 from llm_local.head_plan import seed_of
 from llm_local.links.packet import EVAL, TRAIN, Packet
 from llm_local.model.document_mask import DocumentMask
@@ -107,7 +108,7 @@ class Feed:
         self._held: dict[int, _Share] = {}  # by kind
         self._counted = start[0]
         self.tokens = self._step_tokens = 0
-        self._before: tuple[dict[str, Any], int] = {}, 0  # state and tokens of the step before that
+        self._before: tuple[Json, int] = {}, 0  # state and tokens of the step before that
 
     def __call__(self, kind: int, step: int, index: int) -> Packet:
         """Micro-batch `index` of training step 1, 2, ... or of an evaluation; or a short row to check an export."""
@@ -140,11 +141,11 @@ class Feed:
         """Of all replicas, without padding; step: the last one that was begun, or that before."""
         return self._before[1] if step < self._counted else self._step_tokens
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> Json:
         """Where the training data stands after the step, as in step_tokens, beyond the number of rows."""
         return self._before[0] if step < self._counted else {**self._train.state(), TOKENS: self.tokens}
 
-    def restore(self, state: dict[str, Any]) -> bool:
+    def restore(self, state: Json) -> bool:
         """Takes up what state() gave; False where it is of other data."""
         self.tokens = state.get(TOKENS, 0)
         return self._train.restore({name: value for name, value in state.items() if name not in NOT_OF_THE_DATA})

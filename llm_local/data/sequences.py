@@ -8,12 +8,13 @@ of that number without reading what lies before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from llm_local.data.packing import Pieces
+from llm_local.files import Json
 
 
 class Sequences(Protocol):
@@ -31,11 +32,11 @@ class Sequences(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """Where the last batch ended, to be kept as JSON; empty for a list that can be read anywhere."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> bool:
+    def restore(self, state: Json) -> bool:
         """Takes up a state; False where it is not one of this list, which then reads up to where it is asked for."""
         ...
 
@@ -134,10 +135,10 @@ class StoredSequences:
         numbers = [self._number(position) for position in range(start, start + rows)]
         return torch.from_numpy(np.stack([self._tokens.row(number) for number in numbers]))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {}
 
-    def restore(self, state: dict[str, Any]) -> bool:
+    def restore(self, state: Json) -> bool:
         return True
 
     def _number(self, position: int) -> int:
@@ -180,10 +181,10 @@ class MixedSequences:
                 found += zip(places.tolist(), part.batch(0, len(places), done), strict=True)
         return torch.stack([row for _, row in sorted(found, key=lambda pair: pair[0])])
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {"parts": [part.state() for part in self._parts]}
 
-    def restore(self, state: dict[str, Any]) -> bool:
+    def restore(self, state: Json) -> bool:
         states = state.get("parts", [])
         pairs = zip(self._parts, states, strict=False)
         return len(states) == len(self._parts) and all([part.restore(saved) for part, saved in pairs])

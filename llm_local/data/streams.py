@@ -14,6 +14,7 @@ from datasets import IterableDataset
 
 from llm_local.data.packing import CONCAT, rows_of
 from llm_local.data.text_files import UnreadableText, missing_column
+from llm_local.files import Json
 
 WINDOW = 10_000  # documents that are read, and drawn from in random order, before the next are
 WINDOW_CHARACTERS = 1 << 28  # or fewer, if they are long
@@ -34,7 +35,7 @@ class Mark:
     epoch: int = 0
     window: int = 0
     documents: int = 0
-    source: dict[str, Any] | None = None
+    source: Json | None = None
     waiting: list[int] = field(default_factory=list)
     kept: list[str] = field(default_factory=lambda: ["", ""])
     spelled: int = 0
@@ -112,10 +113,10 @@ class StreamedSequences:
             self._next()
         return torch.from_numpy(np.stack([self._next() for _ in range(rows)]))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {"identity": self._identity(), "position": self._position, **asdict(self._mark)}
 
-    def restore(self, state: dict[str, Any]) -> bool:
+    def restore(self, state: Json) -> bool:
         if state.get("identity") != self._identity():
             return False
         position = state["position"]
@@ -165,7 +166,7 @@ class StreamedSequences:
         self.spelled += self._count(found)
         return found, kept
 
-    def _windows(self, epoch: int, number: int, source: dict[str, Any] | None) -> Iterator[tuple[list[Any], Any]]:
+    def _windows(self, epoch: int, number: int, source: Json | None) -> Iterator[tuple[list[Any], Any]]:
         """The texts of one window after the other, shuffled, with the dataset's state before it."""
         self._rows.set_epoch(epoch)
         self._rows.load_state_dict(source or {**copy.deepcopy(self._first_state), "epoch": epoch})

@@ -23,10 +23,11 @@ from huggingface_hub.utils import validate_repo_id
 from llm_local.config import Config
 from llm_local.data.packing import PackedSource
 from llm_local.data.source_problems import uses_builtin
-from llm_local.ds_config import Json, zero_stage
+from llm_local.ds_config import zero_stage
 from llm_local.export.adapter import FOLDER as ADAPTER
 from llm_local.export.model_folder import CARD, write_text
 from llm_local.export.stages import exit_folder
+from llm_local.files import Json
 from llm_local.flags import MACHINE, START, deciding
 from llm_local.partition import Partition
 from llm_local.replicas import replicas_text, sequences_per_step

@@ -6,6 +6,7 @@ What works needs transformers alone, so that it is quick.
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, Namespace
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ from llm_local.registry import TASKS
 from llm_local.tasks.task import Task
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """How every command reads an export."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the accelerator if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="auto: the export's own (fp32)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that the export brings along")
+
+
+def loading(given: Namespace) -> dict[str, Any]:
+    """What from_pretrained is told by these."""
+    return {"dtype": DTYPES[given.dtype], "trust_remote_code": given.trust_remote_code}
 
 
 def model_class(folder: Path) -> tuple[str, Task | None]:

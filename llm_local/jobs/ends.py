@@ -11,7 +11,7 @@ from llm_local.jobs.channel import SKIPPED as SKIPPED_MARK
 from llm_local.jobs.channel import Channel
 from llm_local.links.message import HEADER_BYTES, PacketHeader, body_size, pack, unpack
 from llm_local.links.packet import END, SKIPPED, Packet
-from llm_local.watchdog import LostPeer
+from llm_local.peer import LostPeer
 
 _BODY = 128  # where it begins: behind the header, and as aligned as tensors are
 

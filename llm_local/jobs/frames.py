@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llm_local.files import Json
+
 HELLO, REFUSAL, PACKET, TAKEN, DURABLE, BEAT, FINISHED, FAREWELL, GONE = range(1, 10)
 _WITH_TEXT = (HELLO, REFUSAL, BEAT)
 TEXT_BYTES = 1 << 20
@@ -39,7 +41,7 @@ class Frame:
     body: Any = b""  # a packet's is the buffer that `room` gave
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Json:
         """Of a frame with text. Raises Garbled."""
         try:
             found = json.loads(bytes(self.body))
@@ -54,7 +56,7 @@ def header(kind: int, number: int = 0, length: int = 0) -> bytes:
     return _HEADER.pack(_MAGIC, kind, number, length)
 
 
-def with_text(kind: int, content: dict[str, Any]) -> bytes:
+def with_text(kind: int, content: Json) -> bytes:
     text = json.dumps(content).encode()
     return header(kind, 0, len(text)) + text
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from llm_local.files import Json
 from llm_local.jobs.frames import HELLO, REFUSAL, Frame, Garbled, with_text
 
 NEW, SAVED, TRAINING = range(3)
@@ -27,9 +28,9 @@ class Hello:
     replica: int
     place: str
     life: int
-    fingerprint: dict[str, Any]
+    fingerprint: Json
     run: str | None = None
-    facts: dict[str, Any] | None = None
+    facts: Json | None = None
     standing: int = NEW
     wants: int | None = None
     taken: int = 0

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llm_local.ds_config import BUCKET, Json, zero_stage
+from llm_local.ds_config import BUCKET, zero_stage
+from llm_local.files import Json
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER, _MOMENTS = 4, 8  # bytes of a parameter: its float32 weight, and Adam's two

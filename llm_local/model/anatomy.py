@@ -101,6 +101,12 @@ class Anatomy:
         """The model below the output matrix. Not base_model_prefix: that of Llama 4 names no module of it."""
         return self.layers.partition(".")[0]
 
+    def layers_in(self, model: nn.Module) -> nn.ModuleList:
+        """Those that are cut."""
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
     def outside(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states as the model has them → (B, T, D)."""
         return hidden.flatten(2).transpose(1, 2).contiguous() if self.grid else hidden

@@ -11,7 +11,6 @@ guess, 20 nats where a uniform guess has 10.8. With logits a quarter as large it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -31,9 +30,7 @@ def begin_as_embedding(head: Slice, body: Slice, config: PretrainedConfig, seed:
     """Copies the new embedding, drawn again where the body has none, into the head's output matrix."""
     if not body.is_first:
         body = new_slice(config, body.anatomy, Span(0, 0), seed, has_head=False, trust_remote_code=trusted)
-    output: Any = head.model.get_output_embeddings()
-    embedding: Any = body.model.get_input_embeddings()
-    output.weight.copy_(embedding.weight)
+    head.output_matrix.weight.copy_(body.embedding.weight)
 
 
 @torch.no_grad()
@@ -61,7 +58,7 @@ def _try(
 ) -> bool:
     """Changes one module's parameters if the head's output is then what is wanted."""
     parameters = list(head.model.get_submodule(name).parameters(recurse=False))
-    if head.model.get_submodule(name) is head.model.get_output_embeddings() or not parameters:
+    if head.model.get_submodule(name) is head.output_matrix or not parameters:
         return False
     originals = [parameter.clone() for parameter in parameters]
     for parameter in parameters:

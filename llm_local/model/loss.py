@@ -27,7 +27,6 @@ from llm_local.model.slices import Slice
 from llm_local.model.tensor_parallel import OutputMatrix, gathered, part_of, shared, summed
 from llm_local.tasks.task import IGNORED
 
-LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _CHUNK_LOGITS = 1 << 22
 _GPU_CHUNK_LOGITS = 1 << 27
 

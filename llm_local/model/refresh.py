@@ -27,8 +27,8 @@ import torch
 from llm_local.adapters.deepspeed_internals import is_partitioned
 from llm_local.config import Config
 from llm_local.device import DTYPES
-from llm_local.links.ends import Links
 from llm_local.links.link import ReceivingEnd, SendingEnd
+from llm_local.links.links import Links
 from llm_local.links.packet import END, REFRESH, Packet
 from llm_local.model.block import Block
 from llm_local.model.heads.head import head_of
@@ -98,7 +98,7 @@ class Refresher:
         self.wait_seconds = 0.0
         self.sent_bytes = 0
         self._readers = [block.head for block in blocks if block.kind.shares_matrix]
-        self._source = None if links.refresh_receiver else blocks[-1].head.model.get_output_embeddings()
+        self._source = None if links.refresh_receiver else blocks[-1].head.output_matrix
         self._receiver = links.refresh_receiver
         self._sender = links.refresh_sender
         self._dtype = DTYPES[precision]

@@ -45,14 +45,8 @@ class _Exchange(torch.autograd.Function):
         return ctx.ranks.exchange(gradients[0]), None
 
 
-def _whole_rows(values: torch.Tensor, ranks: ReplicaRanks) -> torch.Tensor:
-    """(B, H, T/S, D) of all heads → (B, H/S, T, D) of the rank's own."""
-    parts = _Exchange.apply(values.unflatten(1, (ranks.size, -1)).movedim(1, 0), ranks)
-    return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _own_positions(values: torch.Tensor, ranks: ReplicaRanks) -> torch.Tensor:
-    """(B, T, H/S, D) of the rank's own heads → (B, T/S, H, D) of all."""
+def _exchanged(values: torch.Tensor, ranks: ReplicaRanks) -> torch.Tensor:
+    """(B, H, T/S, D) of all heads → (B, H/S, T, D) of the rank's own; or back, (B, T, H/S, D) → (B, T/S, H, D)."""
     parts = _Exchange.apply(values.unflatten(1, (ranks.size, -1)).movedim(1, 0), ranks)
     return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
@@ -68,11 +62,11 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention of (B, H, T/S, D) queries, keys and values, (B, T/S, H, D). Raises ValueError for a mask
     that is not of whole rows."""
-    query, key, value = (_whole_rows(each, ranks) for each in (query, key, value))
+    query, key, value = (_exchanged(each, ranks) for each in (query, key, value))
     if attention_mask is not None and attention_mask.shape[-2:] != (query.shape[2], key.shape[2]):
         raise ValueError("its class makes masks of its own")
     found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _own_positions(found, ranks), None
+    return _exchanged(found, ranks), None
 
 
 def _mask(ranks: ReplicaRanks, *, q_length: int, kv_length: int, attention_mask: Any, **options: Any) -> Any:

@@ -85,6 +85,17 @@ class Slice:
         border.entering, border.leaving, border.running = None, None, False
         return leaving, normed
 
+    @property
+    def output_matrix(self) -> nn.Linear:
+        """What makes logits, if the model has such a module."""
+        found: Any = self.model.get_output_embeddings()
+        return found
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        found: Any = self.model.get_input_embeddings()
+        return found
+
     def add_seam(self, layer: int) -> None:
         """Has the graph in two pieces, below `layer` and from there on."""
         border, where = self.border, self.anatomy.argument

@@ -76,8 +76,7 @@ def build_slice(
             if isinstance(module, GradientCheckpointingLayer) and anatomy.layers.startswith(f"{name}."):
                 module.gradient_checkpointing = False  # a level of the model, whose borders run once
     if config.train.torch_compile:
-        layers: Any = part.model.get_submodule(anatomy.layers)
-        for layer in layers[span.start : span.stop]:
+        for layer in anatomy.layers_in(part.model)[span.start : span.stop]:
             layer.compile()  # one by one, they are compiled once for all
     return part
 

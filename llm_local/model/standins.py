@@ -20,8 +20,7 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, span: Span, has_head: bool) 
     """Puts stand-ins where other slices' modules were, in place."""
     border = Border()
     uncalled = _uncalled(model, anatomy)
-    layers = model.get_submodule(anatomy.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = anatomy.layers_in(model)
     for index in range(anatomy.num_layers):
         if not span.start <= index < span.stop:
             layers[index] = AbsentLayer(layers[index], border, anatomy, enters=index == span.start - 1)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llm_local.files import Json
 from llm_local.report.curves import Values, evenly, extremes, finite, short, smoothed, tokens_until
-from llm_local.report.read import Record, RunData
+from llm_local.report.read import RunData
 
 RAW, LINE, POINTS = "raw", "line", "points"
 NUM_COLOURS, NUM_DASHES = 7, 4
@@ -43,26 +44,26 @@ def _share(part: Any, whole: Any) -> float | None:
     return None if part is None or not whole else part / whole
 
 
-def _scaled(name: str, factor: float = 1.0) -> Callable[[Record], float | None]:
-    def value(record: Record) -> float | None:
+def _scaled(name: str, factor: float = 1.0) -> Callable[[Json], float | None]:
+    def value(record: Json) -> float | None:
         found = finite(record.get(name))
         return None if found is None else found * factor
 
     return value
 
 
-def _backward_bytes(record: Record) -> float | None:
+def _backward_bytes(record: Json) -> float | None:
     parts = [record.get(name) for name in ("sent_gradient_bytes", "sent_refresh_bytes")]
     return None if None in parts else sum(parts) / 1e6  # type: ignore[arg-type]
 
 
-def _percent_waited(record: Record) -> float | None:
+def _percent_waited(record: Json) -> float | None:
     share = _share(record.get("wait_seconds"), record.get("step_seconds"))
     return None if share is None else 100 * share
 
 
 # what has a chart of its own if it is ever more than 0: id, title, unit, and how it is found in a record
-MEASURES: tuple[tuple[str, str, str, Callable[[Record], float | None]], ...] = (
+MEASURES: tuple[tuple[str, str, str, Callable[[Json], float | None]], ...] = (
     ("rate", "Throughput", "tokens a second", lambda r: _share(r.get("tokens"), r.get("step_seconds"))),
     ("wait", "Waiting on links", "% of the step", _percent_waited),
     ("sent", "Sent to the next stage", "MB a step", _scaled("sent_bytes", 1e-6)),
@@ -83,7 +84,7 @@ def charts_of(runs: Sequence[RunData]) -> list[Chart]:
     return [chart for chart in found if chart.curves]
 
 
-def to_json(charts: Sequence[Chart]) -> list[dict[str, Any]]:
+def to_json(charts: Sequence[Chart]) -> list[Json]:
     return [asdict(chart) for chart in charts]
 
 
@@ -99,7 +100,7 @@ def token_axes(runs: Sequence[RunData]) -> list[dict[str, list[float]]]:
     return axes
 
 
-def of_split(records: Sequence[Record], split: str) -> list[Record]:
+def of_split(records: Sequence[Json], split: str) -> list[Json]:
     """Those of training, or of a validation set, each step once: the record that was written last."""
     return list({record["step"]: record for record in records if record["split"] == split}.values())
 
@@ -158,9 +159,7 @@ def _blocks(runs: Sequence[RunData]) -> Chart:
     return Chart("blocks", "Loss of every block", "nats", "Smoothed.", curves if has_several else [])
 
 
-def _measure(
-    runs: Sequence[RunData], name: str, title: str, unit: str, value: Callable[[Record], float | None]
-) -> Chart:
+def _measure(runs: Sequence[RunData], name: str, title: str, unit: str, value: Callable[[Json], float | None]) -> Chart:
     curves, peak = [], 0.0
     for place in _places(runs):
         train = of_split(place.records, TRAIN)
@@ -179,17 +178,17 @@ class _Place:
 
     run: int
     stage: int
-    records: list[Record]
+    records: list[Json]
     label: str
     colour: int
     dash: int
 
-    def curve(self, suffix: str, kind: str, records: Sequence[Record], values: Values, chosen: Sequence[int]) -> Curve:
+    def curve(self, suffix: str, kind: str, records: Sequence[Json], values: Values, chosen: Sequence[int]) -> Curve:
         x, y = [records[n]["step"] for n in chosen], [short(values[n]) for n in chosen]
         colour, dash = self.colour % NUM_COLOURS, self.dash % NUM_DASHES
         return Curve(self.label + suffix, kind, self.run, self.stage, colour, dash, x, y)
 
-    def points(self, suffix: str, records: Sequence[Record]) -> Curve:
+    def points(self, suffix: str, records: Sequence[Json]) -> Curve:
         values = [finite(record["loss"]) for record in records]
         return self.curve(suffix, POINTS, records, values, extremes(values))
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from llm_local.costs import count_flops
 from llm_local.cut import run_setting, run_shape
 from llm_local.data.packing import PackedSource
 from llm_local.export.model_card import installed_versions
-from llm_local.files import write_json
+from llm_local.files import Json, write_json
 from llm_local.report.notes import FORMAT, facts_path
 from llm_local.setup import Setup
 
@@ -23,7 +22,7 @@ def write_facts(setup: Setup, replicas: Sequence[int], sources: Sequence[PackedS
     write_json(path, facts_of(setup, replicas, sources, time.time()))
 
 
-def facts_of(setup: Setup, replicas: Sequence[int], sources: Sequence[PackedSource], started: float) -> dict[str, Any]:
+def facts_of(setup: Setup, replicas: Sequence[int], sources: Sequence[PackedSource], started: float) -> Json:
     """The cut of the model, its data and the versions, ready for JSON. started: seconds since 1970."""
     config, partition, anatomy = setup.config, setup.partition, setup.anatomy
     flops = count_flops(run_shape(config, anatomy), run_setting(config, partition, anatomy.layer_matrices)).blocks

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from llm_local.files import write_json, write_whole
+from llm_local.files import Json, write_json, write_whole
 from llm_local.records import FOLDER, read_records
 
 FILE, SAMPLES = "run.json", "samples.jsonl"
@@ -30,17 +29,17 @@ def add_sample(output_dir: Path, step: int, prompt: str, text: str) -> None:
     write_samples(output_dir, [*kept, sample_record(step, prompt, text)])
 
 
-def sample_record(step: int, prompt: str, text: str) -> dict[str, Any]:
+def sample_record(step: int, prompt: str, text: str) -> Json:
     """text: with the prompt that it goes on from."""
     return {"step": step, "prompt": prompt, "text": text.removeprefix(prompt)}
 
 
-def read_samples(output_dir: Path) -> list[dict[str, Any]]:
+def read_samples(output_dir: Path) -> list[Json]:
     """In the order of their steps."""
     return read_records(output_dir / FOLDER / SAMPLES)
 
 
-def write_samples(output_dir: Path, samples: Iterable[dict[str, Any]]) -> None:
+def write_samples(output_dir: Path, samples: Iterable[Json]) -> None:
     """Raises Unwritten."""
     text = "".join(json.dumps(each) + "\n" for each in sorted(samples, key=lambda each: each["step"]))
     write_whole(output_dir / FOLDER / SAMPLES, text)

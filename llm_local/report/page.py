@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from llm_local.files import write_whole, writing
+from llm_local.files import Json, write_whole, writing
 from llm_local.report.charts import charts_of, to_json, token_axes
 from llm_local.report.library import UPLOT, uplot
 from llm_local.report.now import now_of
@@ -66,7 +65,7 @@ def framed(title: str, main: Markup, data: Markup = NO_CHARTS, seconds: float = 
     )
 
 
-def content(runs: Sequence[RunData], is_live: bool = False) -> dict[str, Any]:
+def content(runs: Sequence[RunData], is_live: bool = False) -> Json:
     """What changes as a run goes on: the page's sections, and the data of its charts, as text that is safe there.
 
     is_live: with what the runs do now, and without their traces, which take long to read.

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
+from llm_local.files import Json
 from llm_local.job_status import read_status
 from llm_local.jobs.positions import STATUS
 from llm_local.records import FOLDER
 from llm_local.report.notes import FORMAT, facts_path, read_samples
 
-Record = dict[str, Any]
 _NEEDED = {"step": int, "split": str, "stage": int, "loss": (int, float)}
 
 
@@ -29,11 +29,11 @@ class RunData:
 
     folder: Path
     name: str
-    flags: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    stages: dict[int, list[Record]] = field(default_factory=dict)
-    status: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Record] = field(default_factory=list)
+    flags: Json = field(default_factory=dict)
+    facts: Json = field(default_factory=dict)
+    stages: dict[int, list[Json]] = field(default_factory=dict)
+    status: list[Json] = field(default_factory=list)
+    samples: list[Json] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     written: dict[int, float] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ def _parts(folder: Path) -> list[Path]:
     return jobs if jobs and not (folder / FOLDER).is_dir() else [folder]
 
 
-def _records(path: Path, number: int, lines: list[bytes], faults: list[str]) -> list[Record]:
+def _records(path: Path, number: int, lines: list[bytes], faults: list[str]) -> list[Json]:
     """Those of the lines behind the one of this number."""
     try:  # in one piece: many times as fast, and names of fields are one string each
         records = json.loads(b"[" + b",".join(lines) + b"]")
@@ -126,7 +126,7 @@ def _check(path: Path, number: int, record: Any) -> None:
         )
 
 
-def _flags(part: Path, faults: list[str]) -> dict[str, Any]:
+def _flags(part: Path, faults: list[str]) -> Json:
     path = part / "run.yaml"
     if not path.exists():
         return {}
@@ -140,7 +140,7 @@ def _flags(part: Path, faults: list[str]) -> dict[str, Any]:
     return flags
 
 
-def _facts(part: Path, faults: list[str]) -> dict[str, Any]:
+def _facts(part: Path, faults: list[str]) -> Json:
     path = facts_path(part)
     if not path.exists():
         return {}

@@ -9,10 +9,11 @@ from statistics import median
 from typing import Any
 
 from llm_local.config import Config
+from llm_local.files import Json
 from llm_local.records import DEPTH_TOLERANCE
 from llm_local.report.charts import EVAL, TRAIN, of_split
 from llm_local.report.curves import finite, smoothed
-from llm_local.report.read import Record, RunData
+from llm_local.report.read import RunData
 
 NONE = "–"
 
@@ -77,7 +78,7 @@ def best_exit(run: RunData) -> tuple[int, float, bool] | None:
     return best, losses[best], best == whole
 
 
-def _last(run: RunData, split: str) -> dict[int, Record]:
+def _last(run: RunData, split: str) -> dict[int, Json]:
     found = {stage: of_split(records, split) for stage, records in run.stages.items()}
     return {stage: records[-1] for stage, records in found.items() if records}
 

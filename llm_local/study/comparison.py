@@ -13,6 +13,7 @@ from typing import Any
 
 from llm_local.config import Config
 from llm_local.costs import count_flops, flops_so_far
+from llm_local.files import Json
 from llm_local.study.points import Point, Study
 
 HEADER = (
@@ -86,7 +87,7 @@ def baseline(study: Study) -> Point | None:
     return next(whole, None)
 
 
-def compare(study: Study, results: Results) -> dict[str, Any]:
+def compare(study: Study, results: Results) -> Json:
     """Everything about the points, ready for JSON; those without a finished run have no losses."""
     reference = baseline(study)
     return {
@@ -97,7 +98,7 @@ def compare(study: Study, results: Results) -> dict[str, Any]:
     }
 
 
-def _compare_point(study: Study, point: Point, reference: Point | None, results: Results) -> dict[str, Any]:
+def _compare_point(study: Study, point: Point, reference: Point | None, results: Results) -> Json:
     mine = {seed: results[point.name, seed] for seed in study.seeds if (point.name, seed) in results}
     flops = count_flops(point.shape, point.setting)
     whole = count_flops(study.base.shape, study.base.setting).backprop

@@ -145,11 +145,7 @@ def expand_grid(grid: Any, num_layers: int) -> tuple[list[tuple[str, Flags]], li
         for blocks in grid["blocks"] if METHODS[method].is_cut_by_hand else [None]:
             for head in grid["head"]:
                 layers = grid.get("head_layers", 1) if HEADS[head].takes_private_layers else 0
-                flags = {
-                    "method": method,
-                    "head": head,
-                    "head_layers": layers,
-                }
+                flags = {"method": method, "head": head, "head_layers": layers}
                 flags |= METHODS[method].block_flags(num_layers // blocks) if blocks else {}
                 named.append(("-".join(str(part) for part in (method, blocks, head) if part is not None), flags))
     return named, []

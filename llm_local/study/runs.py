@@ -33,7 +33,7 @@ from llm_local.checkpoint.line import committed
 from llm_local.config import Config, ConfigError
 from llm_local.data.sets import prepare, tokenizer_of
 from llm_local.data.tokenizer import builtin_tokenizer_dir
-from llm_local.files import write_json, write_whole
+from llm_local.files import Json, write_json, write_whole
 from llm_local.flags import MACHINE, START, deciding
 from llm_local.model.model_config import load_model_config
 from llm_local.records import read_records
@@ -62,7 +62,7 @@ class StudyRun:
     seed: int
     folder: Path
     config: Config
-    flags: dict[str, Any]  # what makes two runs the same, wherever they are
+    flags: Json  # what makes two runs the same, wherever they are
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ def runs_of(study: Study, output: Path) -> list[StudyRun]:
     return runs
 
 
-def _identity(config: Config, builtin_vocab_size: int | None) -> dict[str, Any]:
+def _identity(config: Config, builtin_vocab_size: int | None) -> Json:
     """Flags, tokenizer and model of a run, without the places where they lie."""
     model = json.dumps(load_model_config(config.model).to_diff_dict(), sort_keys=True, default=str)
     places = (*deciding(START, MACHINE), "tokenizer_name")
@@ -134,7 +134,7 @@ def take_results(runs: Sequence[StudyRun], path: Path) -> None:
             write_whole(run.folder / "result.json", json.dumps(asdict(result)))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     return json.loads(path.read_text())
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_local.files import writing
+from llm_local.files import Json, writing
 from llm_local.timeline.measured import RankTrace, RunTrace, kind_of
 from llm_local.trace import COMPUTE, LANES, Event
 
@@ -32,7 +32,7 @@ def write_chrome_trace(trace: RunTrace) -> Path:
     return path
 
 
-def _records(trace: RunTrace, start: float) -> Iterator[dict[str, Any]]:
+def _records(trace: RunTrace, start: float) -> Iterator[Json]:
     for rank in trace.ranks:
         yield from _names(rank)
         for event in rank.events:
@@ -41,7 +41,7 @@ def _records(trace: RunTrace, start: float) -> Iterator[dict[str, Any]]:
         yield from _arrows([rank for rank in trace.ranks if rank.header.replica == replica], start)
 
 
-def _names(rank: RankTrace) -> Iterator[dict[str, Any]]:
+def _names(rank: RankTrace) -> Iterator[Json]:
     stage, replica = rank.header.stage, rank.header.replica
     if replica == 0:
         yield process_name(stage)
@@ -57,13 +57,13 @@ def _thread(rank: RankTrace, lane: str) -> int:
     return rank.header.replica * len(LANES) + LANES.index(lane)
 
 
-def process_name(stage: int) -> dict[str, Any]:
+def process_name(stage: int) -> Json:
     return {"ph": "M", "pid": stage, "name": "process_name", "args": {"name": f"stage {stage}"}}
 
 
 def bar(
     title: str, category: str, place: tuple[int, int], start: float, seconds: float, about: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Json:
     """What happens at a place, stage and thread, from `start` on. about: shown beside it, but for what is None."""
     stage, thread = place
     place_and_time = {"pid": stage, "tid": thread, "ts": _microseconds(start), "dur": _microseconds(seconds)}
@@ -75,7 +75,7 @@ def _microseconds(seconds: float) -> float:
     return round(seconds * 1e6, 1)
 
 
-def _bar_of(rank: RankTrace, event: Event, start: float) -> dict[str, Any]:
+def _bar_of(rank: RankTrace, event: Event, start: float) -> Json:
     category = kind_of(event) if event.lane == COMPUTE else event.lane
     title = event.name if event.lane == COMPUTE else f"{event.name} {event.step}"
     about = {"step": event.step, "split": event.split, "micro_batch": event.micro_batch, "block": event.block}
@@ -101,8 +101,8 @@ def meetings(ranks: list[RankTrace]) -> Iterator[tuple[RankTrace, Event, RankTra
                     yield ranks[stage], send, rank, event
 
 
-def _arrows(ranks: list[RankTrace], start: float) -> Iterator[dict[str, Any]]:
-    def end(rank: RankTrace, event: Event, at: float) -> dict[str, Any]:
+def _arrows(ranks: list[RankTrace], start: float) -> Iterator[Json]:
+    def end(rank: RankTrace, event: Event, at: float) -> Json:
         return {"pid": rank.header.stage, "tid": _thread(rank, event.lane), "ts": _microseconds(at - start)}
 
     for sender, send, receiver, receive in meetings(ranks):

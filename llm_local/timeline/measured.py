@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from llm_local.files import Json
 from llm_local.trace import (
     COMPUTE,
     FOLDER,
@@ -190,7 +190,7 @@ def _read_rank(path: Path) -> RankTrace:
     return RankTrace(header, tuple(sorted(moved, key=lambda e: e.start)), max(c["error_seconds"] for c in readings))
 
 
-def _read_header(record: dict[str, Any]) -> tuple[TraceHeader, dict[str, float]]:
+def _read_header(record: Json) -> tuple[TraceHeader, dict[str, float]]:
     if record.pop("llm_local_trace") != FORMAT:
         raise ValueError("written by another version")
     clock = record.pop("clock")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_local.screen import pyplot_without_screen
 from llm_local.timeline.measured import (
     BACKWARD,
     FORWARD,
@@ -55,10 +56,7 @@ class Panel:
 
 def draw_timeline(panels: Sequence[Panel], title: str, output: Path) -> None:
     """Writes the picture, in the format that the file's name ends in: a row for each rank, time from left to right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pyplot_without_screen()
 
     shown = [panel.rows[:MOST_ROWS] for panel in panels]
     heights = [len(rows) + 0.9 for rows in shown]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -63,8 +63,7 @@ class Head:
             return
         if config.local.lora_rank is not None and not head.is_models_own:
             return  # it trains, and the embedding does not
-        output: Any = head.model.get_output_embeddings()
-        embedding: Any = body.model.get_input_embeddings()
+        output, embedding = head.output_matrix, body.embedding
         # files that hold two different ones are believed before the config, as transformers does it
         if not config.model.model_name_or_path or torch.equal(output.weight, embedding.weight):
             output.weight = embedding.weight

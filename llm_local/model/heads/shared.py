@@ -12,8 +12,6 @@ that the model class has: that of a LayerNorm, and the output matrix's own (Phi,
 
 from __future__ import annotations
 
-from typing import Any
-
 import deepspeed
 import torch
 from torch import nn
@@ -44,7 +42,7 @@ def make_read_only(head: Slice) -> None:
 
     Raises SliceError where the model's head is not linear up to that matrix: its temperature could not be exported.
     """
-    output: Any = head.model.get_output_embeddings()
+    output = head.output_matrix
     matrix = output.weight.detach()
     # a power of two: both ways have the same bits, whatever comes behind the matrix
     normed = torch.randn(1, 8, matrix.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -65,20 +63,17 @@ def make_read_only(head: Slice) -> None:
 
 def install(head: Slice, matrix: torch.Tensor) -> None:
     """Lets the head read `matrix`, (V, D), from now on."""
-    output: Any = head.model.get_output_embeddings()
-    output.__dict__["weight"] = matrix
+    head.output_matrix.__dict__["weight"] = matrix
 
 
 def installed(head: Slice) -> torch.Tensor:
     """What the head reads, (V, D)."""
-    output: Any = head.model.get_output_embeddings()
-    return output.weight
+    return head.output_matrix.weight
 
 
 def matrix_name(head: Slice) -> str:
     """The output matrix's name in the model: 'lm_head.weight'."""
-    output: Any = head.model.get_output_embeddings()
-    return next(f"{name}.weight" for name, module in head.model.named_modules() if module is output)
+    return next(f"{name}.weight" for name, module in head.model.named_modules() if module is head.output_matrix)
 
 
 class Shared(Head):
