@@ -25,8 +25,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 _REPAIR = "make room there or change its permissions, and start again"
 
-Json: TypeAlias = dict[str, Any]  # an object of JSON: a record, a state, a manifest, a config
-
 
 class Unwritten(RuntimeError):
     """A file could not be written; the message says all there is to say of it. is_gone: it or its folder was not there

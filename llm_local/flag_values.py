@@ -10,7 +10,7 @@ from llm_local.program import program
 from llm_local.trainer_flags import NOT_TAKEN
 
 
-def unknown_name(kind: str, name: Any) -> str:
+def unknown_name(kind: str, name: object) -> str:
     """What is said of one that there is not, and what to do instead."""
     plain = str(name).lstrip("-").partition("=")[0]
     instead = NOT_TAKEN[plain].instead if plain in NOT_TAKEN else f"see {program('pretrain.py')} --help"

@@ -172,7 +172,7 @@ class TestParse:
 
     def test_the_error_counts_and_lists(self):
         assert str(ConfigError(["a is bad"])) == "the configuration has 1 problem:\n  - a is bad"
-        assert str(ConfigError(["a", "b"])) == "the configuration has 2 problems:\n  - a\n  - b"
+        assert str(ConfigError(["a", "b", "a"])) == "the configuration has 2 problems:\n  - a\n  - b"
 
 
 CHANGES = {

@@ -183,5 +183,5 @@ def _entry_problems(entry: Any) -> list[str]:
     return problems
 
 
-def _is_weight(value: Any) -> bool:
+def _is_weight(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

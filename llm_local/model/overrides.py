@@ -57,7 +57,7 @@ def overridden(config: PretrainedConfig, values: dict[str, Any], overrides: str)
     return made
 
 
-def is_per_layer(name: str, value: Any, num_layers: int) -> bool:
+def is_per_layer(name: str, value: object, num_layers: int) -> bool:
     """Whether a config's value is a list with an entry for each layer."""
     is_list = isinstance(value, (list, tuple)) and len(value) == num_layers
     return is_list and name != "architectures" and not name.endswith("_token_id")

@@ -53,6 +53,6 @@ def check_token_ids(config: PretrainedConfig, chosen: Collection[str], is_new: b
             )
 
 
-def _is_outside(value: Any, size: int) -> bool:
+def _is_outside(value: object, size: int) -> bool:
     ids = value if isinstance(value, list) else [value]
     return any(isinstance(each, int) and each >= size for each in ids)

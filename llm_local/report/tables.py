@@ -250,7 +250,7 @@ def _flags(runs: Sequence[RunData]) -> Table:
     return Table("flags", "Flags that differ between the runs", ("flag", *(r.name for r in runs)), rows, (), 99)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return NONE if value is None else str(value)
 
 

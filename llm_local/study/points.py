@@ -116,7 +116,7 @@ def _file_problems(content: Any) -> list[str]:
     return problems
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
