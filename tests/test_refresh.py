@@ -60,7 +60,7 @@ def stage_of_one_block(world: Any, is_last: bool) -> Any:
     """As much of a block as a Refresher looks at."""
     weight = torch.nn.Parameter(torch.zeros(V, D)) if is_last else torch.zeros(V, D)
     output = SimpleNamespace(weight=weight)
-    head = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: output))
+    head = SimpleNamespace(output_matrix=output)
     return SimpleNamespace(head=head, kind=SimpleNamespace(shares_matrix=not is_last))
 
 
@@ -70,7 +70,7 @@ def relay(every: int, max_steps: int, resume_at: int) -> Any:
     stage, is_last = world.place.stage, world.place.is_last_stage
     links = Links.join(world, "fp32", 4, back_dtype=None, refresh_dtype="fp32")
     block = stage_of_one_block(world, is_last)
-    output = block.head.model.get_output_embeddings()
+    output = block.head.output_matrix
     timetable = Timetable(every, max_steps)
     refresher = Refresher([block], timetable, world, links, "fp32", world.timeout_seconds)
     state = None
