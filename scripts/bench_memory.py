@@ -22,7 +22,8 @@ EXPECTED = """
 MB of a rank: what the start expected; the most bytes that tensors took at a time, from before the stage was made to the
 end of 3 steps, counted by torch's profiler; the most resident memory, less what the process took before. Of the rank
 that took most. A Llama of 8 layers of width 512 and 16,384 tokens; fp32 and 4 rows of 256 tokens where nothing else is
-said.
+said. Tensors that gloo's threads free are counted until another one has their place, so that a count may be above what
+was resident.
 """
 ALIVE = """
 ## Activations and the number of stages
@@ -35,6 +36,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 16384}
 ALONE: dict[str, Any] = {"num_stages": 1}  # the ranks are replicas
 ZERO = {stage: str(ROOT / f"configs/ds/zero{stage}.json") for stage in (1, 2, 3)}
 OFFLOAD = {stage: str(ROOT / f"configs/ds/zero{stage}_offload.json") for stage in (2, 3)}
+LAYERS, ROWS = {"tensor_parallel_size": 2}, {"sequence_parallel_size": 2}
 # two ranks each, where the name says no other number
 LAYOUTS: dict[str, dict[str, Any]] = {
     "2 stages": {},
@@ -79,15 +81,83 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "deepspeed": ZERO[2],
         "gradient_accumulation_steps": 2,
     },
+    "2 ranks divide layers": {**ALONE, **LAYERS},
+    "2 ranks divide layers, bf16, ZeRO-1, 16 rows": {
+        **ALONE,
+        **LAYERS,
+        "bf16": True,
+        "deepspeed": ZERO[1],
+        "per_device_train_batch_size": 16,
+    },
+    "2 ranks divide layers, 32 rows, checkpointing": {
+        **ALONE,
+        **LAYERS,
+        "per_device_train_batch_size": 32,
+        "gradient_checkpointing": True,
+    },
+    "2 ranks divide layers, 2 blocks, decoder heads, 2 micro-batches of 8 rows": {
+        **ALONE,
+        **LAYERS,
+        "layers_per_block": 4,
+        "head": "decoder",
+        "head_layers": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 8,
+    },
+    "2 ranks divide layers, backpropagation, 8 rows": {
+        **ALONE,
+        **LAYERS,
+        "method": "backprop",
+        "per_device_train_batch_size": 8,
+    },
+    "2 stages of 2 ranks that divide layers, 8 rows": {**LAYERS, "per_device_train_batch_size": 8},
+    "2 replicas of 2 ranks that divide layers, bf16, ZeRO-2": {**ALONE, **LAYERS, "bf16": True, "deepspeed": ZERO[2]},
+    "2 ranks divide rows": {**ALONE, **ROWS},
+    "2 ranks divide rows, bf16, ZeRO-2, 16 rows": {
+        **ALONE,
+        **ROWS,
+        "bf16": True,
+        "deepspeed": ZERO[2],
+        "per_device_train_batch_size": 16,
+    },
+    "2 ranks divide rows, ZeRO-3, 16 rows": {
+        **ALONE,
+        **ROWS,
+        "deepspeed": ZERO[3],
+        "per_device_train_batch_size": 16,
+    },
+    "2 ranks divide rows, 32 rows, checkpointing": {
+        **ALONE,
+        **ROWS,
+        "per_device_train_batch_size": 32,
+        "gradient_checkpointing": True,
+    },
+    "2 ranks divide rows, backpropagation, 8 rows": {
+        **ALONE,
+        **ROWS,
+        "method": "backprop",
+        "per_device_train_batch_size": 8,
+    },
+    "2 stages of 2 ranks that divide rows, shared head, 8 rows": {
+        **ROWS,
+        "head": "shared",
+        "per_device_train_batch_size": 8,
+    },
+    "2 replicas of 2 ranks that divide rows, ZeRO-1": {**ALONE, **ROWS, "deepspeed": ZERO[1]},
 }
+
+
+def flags_of(name: str) -> tuple[int, dict[str, Any]]:
+    """Of a layout: how many ranks, and its flags."""
+    shared = {**bench_model(**WIDE, num_hidden_layers=8), "seq_length": 256, "per_device_train_batch_size": 4}
+    ranks = 1 if name.startswith("1 rank") else 4 if " of 2 ranks" in name else 2
+    return ranks, {"num_stages": 2, **shared, **LAYOUTS[name]}
 
 
 def peaks(name: str, steps: int) -> list[dict[str, Any]]:
     """What each rank of a layout measured."""
-    shared = {**bench_model(**WIDE, num_hidden_layers=8), "seq_length": 256, "per_device_train_batch_size": 4}
-    return run_case(
-        Case(name, 1 if name.startswith("1 rank") else 2, "peak", "local", {**shared, **LAYOUTS[name]}, steps)
-    )
+    ranks, flags = flags_of(name)
+    return run_case(Case(name, ranks, "peak", "local", {**flags, "num_stages": min(ranks, flags["num_stages"])}, steps))
 
 
 def saved_bytes(system: str, stages: int) -> list[int]:

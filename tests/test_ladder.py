@@ -32,7 +32,7 @@ data: tokenizer_training streams prepared run_data image_sets sets feed
 ds_config ds_problems tensor_problems sequence_problems reporting block_engine results engine backprop
 checkpoint: manifest shards catalog line saver loader
 export: masters model_folder adapter stages parts model_card sample reading
-memory: activations sizes engine parts stage
+memory: engine division activations sizes parts stage
 metrics bars progress evaluation setup
 timeline: measured chrome_trace replay picture
 checks: devices epochs profile tiny trial tensor_trial sequence_trial exit_check class_problems tokenizer_check

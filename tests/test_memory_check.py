@@ -12,10 +12,14 @@ from transformers import AutoConfig
 
 from llm_local.checks.memory_check import MemoryCheck, Room
 from llm_local.checks.preflight import preflight
+from llm_local.checks.sequence_trial import undividable
 from llm_local.config import Config, ConfigError
 from llm_local.cut import plan_partition
-from llm_local.memory.sizes import read_model
+from llm_local.memory.division import Division
+from llm_local.memory.sizes import ModelSizes, read_model, read_shares
 from llm_local.room import host_room
+from llm_local.sequence_problems import sequence_problems
+from llm_local.tensor_problems import tensor_problems
 
 GB = 1e9
 
@@ -23,8 +27,16 @@ GB = 1e9
 def check_of(model: Path, room: Room, world_size: int = 2) -> MemoryCheck:
     base = Config()
     config = replace(base.model, config_name=str(model))
-    anatomy, sizes = read_model(config, 1024, "fp32")
-    return MemoryCheck(AutoConfig.from_pretrained(model), anatomy, sizes, world_size, room, lambda config: [])
+    anatomy = read_model(config)[0]
+    made = AutoConfig.from_pretrained(model)
+
+    def sizes_of(division: Division) -> ModelSizes:
+        return read_shares(config, 1024, "fp32", (division,))[1][0]
+
+    def others(run: Config) -> list[str]:
+        return tensor_problems(run) + sequence_problems(run)
+
+    return MemoryCheck(made, anatomy, sizes_of, world_size, room, others, lambda run: undividable(run, made, anatomy))
 
 
 def config_of(rows: int, num_stages: int) -> Config:
@@ -57,6 +69,28 @@ def test_a_run_that_cannot_fit_names_what_takes_most_and_the_nearest_that_fits(
     assert problems[0].startswith("a rank of stage 0 needs ")
     assert f"and this host has {left * 2:.1f} GB left for 2 ranks, {left:.1f} GB each; " in problems[0]
     assert problems[0].endswith(repair)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_stages", "zero", "repair"),
+    [(4, 2, 2, "tensor_parallel_size=2 would fit"), (16, 8, 3, "sequence_parallel_size=2 would fit")],
+)
+def test_ranks_that_divide_layers_or_rows_may_be_the_nearest_that_fits(
+    model: Path, world_size: int, num_stages: int, zero: int, repair: str
+):
+    """ZeRO-3 does not go with divided layers; and of 8 layers there are no more stages than 8."""
+    config = config_of(3, num_stages)
+    config = replace(config, deepspeed_json={"zero_optimization": {"stage": zero}})
+    checkpointing = replace(config, train=replace(config.train, gradient_checkpointing=True))
+    check = check_of(model, Room(1e12, world_size), world_size)
+    name = repair.partition("=")[0]
+    divided = replace(checkpointing, local=replace(checkpointing.local, **{name: 2}))
+    needed = [sum(m.whole for m in check.of(c, plan_partition(c, check.anatomy))) for c in (checkpointing, divided)]
+    assert needed[1] < needed[0] / 1.11
+    ranks = world_size // num_stages
+    room = Room(needed[1] * ranks * 1.01, world_size)
+    problems, _ = problems_of(replace(check, room=room), checkpointing)
+    assert problems[0].endswith(f"; {repair}")
 
 
 def test_within_a_tenth_it_is_a_warning_and_with_room_it_is_nothing(model: Path):

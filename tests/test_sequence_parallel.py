@@ -295,9 +295,9 @@ def test_four_ranks_hold_a_quarter_each():
     assert most < 0.35 * whole
 
 
-def test_a_rank_is_expected_to_need_less(trainer: Trainer):
+def test_a_rank_is_expected_to_need_half_and_what_it_exchanges(trainer: Trainer):
     flags = {"seq_length": 64, "per_device_train_batch_size": 64}
     whole, parts = (
         preflight(parse(trainer.flags("run", **flags, sequence_parallel_size=size)), size).memory[0] for size in (1, 2)
     )
-    assert parts.activations == pytest.approx(whole.activations / 2, rel=0.05)
+    assert 0.5 <= parts.activations / whole.activations < 0.56

@@ -12,6 +12,7 @@ from llm_local.config import Config, ConfigError
 from llm_local.cut import plan_partition
 from llm_local.device import local_device, memory_bytes
 from llm_local.ds_config import load_json, zero_stage
+from llm_local.memory.division import Division
 from llm_local.memory.sizes import ModelSizes
 from llm_local.memory.stage import Memory, run_memory
 from llm_local.model.anatomy import Anatomy
@@ -43,18 +44,21 @@ def room_of(ranks: int) -> Room:
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """Of runs of a model, all on the same ranks. other_problems: of flags, for other reasons."""
+    """Of runs of a model, all on the same ranks. sizes_of: a rank's share of it; other_problems: of flags, for other
+    reasons; division_problems: of the model, with these flags."""
 
     model_config: PretrainedConfig
     anatomy: Anatomy
-    sizes: ModelSizes
+    sizes_of: Callable[[Division], ModelSizes]
     world_size: int
     room: Room
     other_problems: Callable[[Config], Sequence[str]]
+    division_problems: Callable[[Config], Sequence[str]]
 
     def of(self, config: Config, partition: Partition) -> tuple[Memory, ...]:
         """What a rank of each stage needs."""
-        return run_memory(config, self.model_config, self.sizes, partition, self.world_size, self.room.gpu)
+        sizes = self.sizes_of(Division.of(config))
+        return run_memory(config, self.model_config, sizes, partition, self.world_size, self.room.gpu)
 
     def problems(self, config: Config, memory: Sequence[Memory]) -> tuple[list[str], list[str]]:
         """What cannot fit, with what would; and what may not."""
@@ -87,34 +91,42 @@ class MemoryCheck:
 
     def _repair(self, config: Config) -> str:
         """The nearest run that fits, with one change or, beside it, those that come before."""
-        for changes in (self._single(config), self._growing(config)):
-            for names, made in changes:
-                if self._fits(made):
-                    return f"{' and '.join(names)} would fit"
+        for names, made in (*self._single(config), *self._together(config)):
+            if self._fits(config, made):
+                return f"{' and '.join(names)} would fit"
         return "no flags make it fit: use a smaller model, shorter rows, or more devices"
 
-    def _fits(self, config: Config) -> bool:
+    def _fits(self, given: Config, config: Config) -> bool:
         try:
             if self.other_problems(config):
                 return False
             memory = self.of(config, plan_partition(config, self.anatomy))
         except (ValueError, ConfigError):
             return False
-        return max(self._shares(config, memory))[0] <= 1.0
+        if max(self._shares(config, memory))[0] > 1.0:
+            return False
+        return Division.of(config) == Division.of(given) or not self.division_problems(config)
 
     def _single(self, config: Config) -> Iterator[tuple[list[str], Config]]:
-        for kind in _CHANGES:
+        for kind in (*_CHANGES, MemoryCheck._other_ranks):
             for name, made in kind(self, config):
                 yield [name], made
 
-    def _growing(self, config: Config) -> Iterator[tuple[list[str], Config]]:
-        """With the last change of each kind, one kind after the other."""
+    def _together(self, config: Config) -> Iterator[tuple[list[str], Config]]:
+        """With the last change of each kind, one kind after the other; at last with other ranks beside, which may not
+        go with the last."""
+        growing: list[tuple[list[str], Config]] = []
         names: list[str] = []
         for kind in _CHANGES:
-            for name, made in [*kind(self, config)][-1:]:
-                names.append(name)
-                config = made
-                yield names, config
+            changes = [*kind(self, config)]
+            growing += [([*names, name], made) for name, made in changes]
+            if changes:
+                name, config = changes[-1]
+                names = [*names, name]
+        yield from growing
+        for names, made in growing:
+            for name, other in self._other_ranks(made):
+                yield [*names, name], other
 
     def _fewer_rows(self, config: Config) -> Iterator[tuple[str, Config]]:
         """At a time; of a step there are as many."""
@@ -137,12 +149,26 @@ class MemoryCheck:
             made = replace(config, deepspeed_json={**json, "zero_optimization": zero})
             yield f"zero_optimization.stage={stage} (deepspeed=configs/ds/zero{stage}.json)", made
 
-    def _more_stages(self, config: Config) -> Iterator[tuple[str, Config]]:
-        for count in range(config.local.num_stages + 1, self.world_size + 1):
-            if self.world_size % count == 0 and config.local.stage_replicas is None and not config.is_job:
-                local = replace(config.local, num_stages=count, stage_layers=None)
-                yield f"num_stages={count}", replace(config, local=local)
+    def _other_ranks(self, config: Config) -> Iterator[tuple[str, Config]]:
+        """More stages; replicas of more ranks, which divide layers or rows; and both."""
+        local, own, ranks = config.local, Division.of(config), self.world_size
+        if local.stage_replicas is not None or config.is_job:
+            return
+        sizes = [size for size in range(2, ranks + 1) if ranks % size == 0]
+        divisions = [Division(layers=size) for size in sizes] + [Division(rows=size) for size in sizes]
+        larger = [each for each in divisions if each.layers >= own.layers and each.rows >= own.rows and each != own]
+        for division in (own, *larger):
+            for count in range(local.num_stages, ranks + 1):
+                values = {
+                    "num_stages": count,
+                    "tensor_parallel_size": division.layers,
+                    "sequence_parallel_size": division.rows,
+                }
+                changes = {name: value for name, value in values.items() if value != getattr(local, name)}
+                if changes and ranks % (count * division.ranks) == 0:
+                    made = replace(config, local=replace(local, **changes, stage_layers=None))
+                    yield " and ".join(f"{name}={value}" for name, value in changes.items()), made
 
 
-# nearest first: what changes nothing but time, then what needs other replicas
-_CHANGES = (MemoryCheck._fewer_rows, MemoryCheck._checkpointing, MemoryCheck._higher_zero, MemoryCheck._more_stages)
+# nearest first: what changes nothing but time; what needs other replicas comes after all
+_CHANGES = (MemoryCheck._fewer_rows, MemoryCheck._checkpointing, MemoryCheck._higher_zero)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
@@ -18,8 +19,7 @@ from llm_local.checks.exit_check import exit_warnings, refused_exits
 from llm_local.checks.memory_check import MemoryCheck, room_of
 from llm_local.checks.output_folder import output_problems, unwritable
 from llm_local.checks.profile import measure_costs
-from llm_local.checks.sequence_trial import dealing_problems
-from llm_local.checks.tensor_trial import division_problems
+from llm_local.checks.sequence_trial import undividable
 from llm_local.checks.tokenizer_check import tokenizer_warnings
 from llm_local.checks.trial import document_problems, router_problems
 from llm_local.checks.weight_problems import weight_problems
@@ -34,8 +34,9 @@ from llm_local.ds_config import load_json
 from llm_local.ds_problems import deepspeed_problems
 from llm_local.head_problems import cut_problems, head_warnings
 from llm_local.job_problems import surroundings_problems
+from llm_local.memory.division import Division
 from llm_local.memory.sizes import Measuring, ModelSizes
-from llm_local.model.anatomy import Anatomy, SliceError, attention_kernel, probe_and, text_config
+from llm_local.model.anatomy import Anatomy, SliceError, Trial, attention_kernel, probe_and, text_config
 from llm_local.model.classes import new_parameters, set_classes
 from llm_local.model.document_mask import DocumentMask
 from llm_local.model.gguf_cache import convert
@@ -44,9 +45,7 @@ from llm_local.model.lowrank import rank_problems
 from llm_local.model.model_config import load_model_config
 from llm_local.model.remote_code import read_code
 from llm_local.model.router_loss import wants_router_loss
-from llm_local.model.sequence_parallel import position_problems
 from llm_local.model.slices import try_slices
-from llm_local.model.tensor_parallel import plan_problems
 from llm_local.model.token_ids import set_token_ids
 from llm_local.partition import Partition
 from llm_local.problems import static_problems
@@ -91,13 +90,15 @@ def set_up(given: Config, world_size: int, local_world_size: int = 0) -> tuple[S
 def _in_memory(setup: Setup, found: _Model, world_size: int, local_world_size: int) -> Setup:
     """With the bytes that the run needs. Raises ConfigError where they are not there."""
     model_config, anatomy, _ = found.whole()
-    assert found.sizes is not None
 
     def other_problems(config: Config) -> list[str]:
         return _flag_problems(config, world_size) + _support_problems(config, model_config)
 
-    room = room_of(local_world_size)
-    check = MemoryCheck(model_config, anatomy, found.sizes, world_size, room, other_problems)
+    def of_division(config: Config) -> list[str]:
+        return undividable(config, model_config, anatomy)
+
+    room, sizes_of = room_of(local_world_size), partial(found.sizes_of, setup.config)
+    check = MemoryCheck(model_config, anatomy, sizes_of, world_size, room, other_problems, of_division)
     memory = check.of(setup.config, setup.partition)
     problems, warnings = check.problems(setup.config, memory)
     if problems and not setup.config.train.ignore_memory_check:
@@ -166,7 +167,8 @@ class _Model:
         self.anatomy: Anatomy | None = None
         self.partition: Partition | None = None
         self.warnings: tuple[str, ...] = ()
-        self.sizes: ModelSizes | None = None
+        self.sizes: dict[Division, ModelSizes] = {}
+        self.row_shape: tuple[int, ...] | None = None
         self._processing: ProcessingClass | None = None
 
     def processing_class(self, config: Config) -> ProcessingClass:
@@ -209,13 +211,7 @@ class _Model:
         problems += self._length_problems(config, anatomy) + _support_problems(config, model_config)
         config = self.sized(config)
         problems += class_problems(config, model_config, anatomy)
-        if (ranks := config.local.tensor_parallel_size) > 1:
-            trusted = config.model.trust_remote_code
-            unfit = plan_problems(model_config, anatomy, ranks, trust_remote_code=trusted)
-            problems += unfit or division_problems(config, model_config, anatomy)
-        if (ranks := config.local.sequence_parallel_size) > 1:
-            unfit = [*position_problems(model_config, attention_kernel(config.model, model_config), ranks)]
-            problems += unfit or dealing_problems(config, model_config, anatomy)
+        problems += undividable(config, model_config, anatomy)
         if config.data.document_mask:
             problems += document_problems(config, model_config, anatomy)
         if wants_router_loss(model_config):
@@ -244,9 +240,8 @@ class _Model:
         elif config.model.model_name_or_path is None:
             with suppress(ConfigError):  # of the tokenizer, which _length_problems has
                 set_token_ids(self.config, special_tokens(config, self.tokenizer(config)))
-        kernel = attention_kernel(config.model, self.config)
-        measuring = Measuring(config.rank_positions, config.precision, kernel, then=try_slices)
-        self.anatomy, self.sizes = probe_and(measuring, self.config, config.model, shape)
+        self.row_shape, own = shape, Division.of(config)
+        self.anatomy, self.sizes[own] = self._measure(config, own, then=try_slices)
         convert(config)
         pretrained_generation(config)
         return self.config, self.anatomy
@@ -264,6 +259,19 @@ class _Model:
         if length in (default, anatomy.num_tokens):
             return []
         return [f"seq_length={length}: the model makes {anatomy.num_tokens} tokens of an image; leave it out"]
+
+    def sizes_of(self, config: Config, division: Division) -> ModelSizes:
+        """Of a rank's share of the model."""
+        if division not in self.sizes:
+            self.sizes[division] = self._measure(config, division)[1]
+        return self.sizes[division]
+
+    def _measure(self, config: Config, division: Division, then: Trial | None = None) -> tuple[Anatomy, ModelSizes]:
+        assert self.config is not None
+        kernel = attention_kernel(config.model, self.config)
+        measuring = Measuring(config.data.seq_length, config.precision, kernel, (division,), then)
+        anatomy, (sizes,) = probe_and(measuring, self.config, config.model, self.row_shape)
+        return anatomy, sizes
 
 
 def _attention_problem(wanted: str | None, cause: BaseException | None) -> str:

@@ -1,4 +1,5 @@
-"""A small model whose rows threads divide, which shows before the start whether its type can be trained so."""
+"""A small model whose rows threads divide, which shows before the start whether its type can be trained so; and all
+that is wrong with a model whose layers or rows are to be divided."""
 
 from __future__ import annotations
 
@@ -9,13 +10,29 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llm_local.checks.tensor_trial import ThreadRanks, in_threads, relative
+from llm_local.checks.tensor_trial import ThreadRanks, division_problems, in_threads, relative
 from llm_local.checks.trial import EXACT, named, small_model, trial_rows
 from llm_local.config import Config
-from llm_local.model.anatomy import Anatomy, text_config
-from llm_local.model.sequence_parallel import exchange_heads
+from llm_local.model.anatomy import Anatomy, attention_kernel, text_config
+from llm_local.model.sequence_parallel import exchange_heads, position_problems
+from llm_local.model.tensor_parallel import plan_problems
 
 _POSITIONS = 6  # of a rank
+
+
+def undividable(config: Config, model_config: PretrainedConfig, anatomy: Anatomy, is_tried: bool = True) -> list[str]:
+    """Why the model's layers, or its rows, cannot be divided as the flags say. is_tried: in small, too, which shows
+    alike for all numbers of ranks."""
+    problems, local = [], config.local
+    if local.tensor_parallel_size > 1:
+        trusted = config.model.trust_remote_code
+        unfit = plan_problems(model_config, anatomy, local.tensor_parallel_size, trust_remote_code=trusted)
+        problems += unfit or (division_problems(config, model_config, anatomy) if is_tried else [])
+    if local.sequence_parallel_size > 1:
+        kernel = attention_kernel(config.model, model_config)
+        unfit = [*position_problems(model_config, kernel, local.sequence_parallel_size)]
+        problems += unfit or (dealing_problems(config, model_config, anatomy) if is_tried else [])
+    return problems
 
 
 def dealing_problems(config: Config, model_config: PretrainedConfig, anatomy: Anatomy) -> list[str]:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from llm_local.adapters.hf_internals import can_choose_experts_kernel, rows_as_they_stand
 from llm_local.adapters.torch_internals import TensorBytes, parameters_of
 from llm_local.device import DTYPES
+from llm_local.memory.division import NOTHING, WHOLE, Division, Listener, Told, as_divided
 from llm_local.model.anatomy import Anatomy
+from llm_local.model.sequence_parallel import exchange_heads
 from llm_local.tasks.task import Parts
 
 EAGER = "eager"
@@ -23,15 +25,18 @@ ANY_KERNEL = "sdpa"  # keeps what the others do that compute no scores
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a row, of the length and in the precision that it was counted for.
+    """Bytes of a row on a rank, of the length and in the precision that it was counted for.
 
     kept: of a layer, from its forward pass to its backward pass. working: beside, while that runs. around: kept of what
-    stands before the layers, as embeddings, angles and masks.
+    stands before the layers, as embeddings, angles and masks. ahead, back: what a rank tells those that divide the
+    layer, or the row, in both passes.
     """
 
     kept: float
     working: float
     around: float
+    ahead: Told = NOTHING
+    back: Told = NOTHING
 
 
 class _Enough(Exception):
@@ -39,18 +44,26 @@ class _Enough(Exception):
 
 
 def count_activations(
-    model: PreTrainedModel, anatomy: Anatomy, inputs: Parts, precision: str, kernel: str | None
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    inputs: Parts,
+    precision: str,
+    kernel: str | None,
+    division: Division = WHOLE,
 ) -> Activations | None:
     """Of one row of inputs through the model's second layer, or its only one; the model is one of fake tensors, and is
-    left as it is. None where they cannot tell: experts' kernels need numbers, and a class may do what fake tensors
-    cannot."""
+    left as it is. division: of its layers, or of the row, of which inputs are a rank's part. None where they cannot
+    tell: experts' kernels need numbers, and a class may do what fake tensors cannot."""
     if can_choose_experts_kernel(model):
         return None
-    was_training = model.training
+    was_training, listener = model.training, Listener(division.ranks)
     try:
         model.set_attn_implementation(EAGER if kernel == EAGER else ANY_KERNEL)
-        with _in_precision(model, precision), rows_as_they_stand():
-            return _count(model.train(), anatomy, inputs)
+        share = as_divided(model, division, listener)
+        if division.rows > 1:
+            exchange_heads(share, listener)
+        with _in_precision(share, precision), rows_as_they_stand():
+            return _count(share.train(), anatomy, inputs, listener)
     except Exception:  # of whatever kind: a size can be estimated without
         return None
     finally:
@@ -76,15 +89,17 @@ def _in_precision(model: nn.Module, precision: str) -> Iterator[None]:
             holder.update(parameters)
 
 
-def _count(model: nn.Module, anatomy: Anatomy, inputs: Parts) -> Activations:
+def _count(model: nn.Module, anatomy: Anatomy, inputs: Parts, listener: Listener) -> Activations:
     layers: Any = model.get_submodule(anatomy.layers)
     index = min(1, len(layers) - 1)
     layer, has_next = layers[index], index + 1 < len(layers)
     taken: list[int] = []
+    told: list[Told] = []
     left: list[torch.Tensor] = []
 
     def enter(*_: Any) -> None:
         taken.append(count.now)
+        told.append(listener.told)
         if left:
             raise _Enough
 
@@ -108,7 +123,8 @@ def _count(model: nn.Module, anatomy: Anatomy, inputs: Parts) -> Activations:
     finally:
         for handle in handles:
             handle.remove()
-    return Activations(taken[-1] - taken[-2], working, taken[0])
+    ahead, back = told[-1] - told[-2], listener.told - told[-1]
+    return Activations(taken[-1] - taken[-2], working, taken[0], ahead, back)
 
 
 def _forget(parameter: torch.Tensor) -> None:

@@ -42,11 +42,13 @@ def layer_activations(sizes: ModelSizes, seq_length: int, precision: str, keeps_
     Korthikanti et al.: 34·h for a feed-forward width of 4·h, 16·h of it between the two matrices, where a gated layer
     keeps four tensors of its width. Of the other 18·h masks of dropout are 2·h, and the norms of transformers' classes,
     in float32, keep 8·h more: 24·h is what a Llama keeps. Activation functions written out in Python (GPT-2's), and
-    norms of queries and keys, keep more. keeps_scores: 5·a·T more, where attention is not a fused kernel.
+    norms of queries and keys, keep more. keeps_scores: 5·a·T more, where attention is not a fused kernel. Ranks that
+    divide a layer each have its inputs and norms whole, 16·h.
     """
     between = (8 if sizes.is_gated else 4) * sizes.feed_forward_width
     scores = 5 * sizes.num_attention_heads * seq_length if keeps_scores else 0
-    return (24 * sizes.hidden_size + between + scores) * BYTES[precision] / 2
+    around = (16 + 8 / sizes.division.layers) * sizes.hidden_size
+    return (around + between + scores) * BYTES[precision] / 2
 
 
 def block_activations(sizes: ModelSizes, num_layers: float, config: Config) -> tuple[float, float, float]:
@@ -90,11 +92,22 @@ def loss_memory(sizes: ModelSizes, config: Config, is_trained: bool, gpu_bytes: 
     """
     each, local = BYTES[config.precision], config.local
     scored = config.train.per_device_train_batch_size * config.data.seq_length * config.task.scored_share(config.data)
-    rows = min(rows_at_a_time(sizes.vocab_size, gpu_bytes), scored * local.head_token_fraction)
+    seen = scored * local.head_token_fraction
+    rows = min(rows_at_a_time(sizes.vocab_size, gpu_bytes), seen)
+    logits, matrix = 4.0 * rows * sizes.vocab_size, each * sizes.head_parameters
+    if sizes.division.layers > 1:
+        return _loss_of_parts(logits, each * seen * sizes.hidden_size, matrix, seen > rows), float(matrix)
     copied = 0 if gpu_bytes or each == 4 else 4
     scratch = copied + is_trained * (4 if gpu_bytes else 3 * copied)
-    logits = 4 * rows * sizes.vocab_size + (each + copied) * scored * sizes.hidden_size
-    return logits + scratch * sizes.head_parameters, float(each * sizes.head_parameters * is_trained)
+    logits += (each + copied) * scored * sizes.hidden_size
+    return logits + scratch * sizes.head_parameters, float(matrix * is_trained)
+
+
+def _loss_of_parts(logits: float, states: float, matrix: float, goes_on: bool) -> float:
+    """The same of a rank's part of the vocabulary, beside the matrix's gradient, as model/loss.py has it: four times
+    the logits while the softmax goes back, or twice, when the gradients of matrix and states are made; beside that of
+    the matrix by the rows before, if it goes on, and what the ranks have summed of the states'."""
+    return max(4 * logits, 2 * logits + matrix + states) + matrix * goes_on + states - matrix
 
 
 def wire_bytes(sizes: ModelSizes, wire_dtype: str) -> int:

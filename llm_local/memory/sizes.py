@@ -13,6 +13,8 @@ from llm_local.config import ConfigError
 from llm_local.export.stages import trim_config
 from llm_local.flags import ModelArguments
 from llm_local.memory.activations import EAGER, Activations, count_activations
+from llm_local.memory.division import NOTHING, WHOLE, Division, Listener, Told, as_divided, told_by_plan
+from llm_local.memory.engine import BYTES
 from llm_local.model.anatomy import Anatomy, SliceError, Trial, attention_kernel, experts_of, probe_and, text_config
 from llm_local.model.levels import longest_level, num_layers_of
 from llm_local.model.model_config import load_model_config
@@ -26,11 +28,13 @@ _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The numbers of a model. Parameters are all that there are; active ones take part in a product with each token.
+    """The numbers of a model, or of a rank's share of one that several divide between them. Parameters are all that
+    there are; active ones take part in a product with each token.
 
     feed_forward_width: hidden units that a token passes, of all its experts; is_gated: with a second matrix beside.
     layer_matrices: rows and columns of the matrices of a layer. keeps_scores: attention is not a fused kernel.
-    activations: of a row, of the length and in the precision that was asked for, where they could be counted.
+    activations: of a row, of the length and in the precision that was asked for, where they could be counted. ahead,
+    back: what a rank tells the others for a row in a layer's forward pass, and in its backward pass.
     """
 
     num_layers: int
@@ -49,25 +53,9 @@ class ModelSizes:
     model_type: str = ""
     keeps_scores: bool = False
     activations: Activations | None = None
-
-    def divided(self, ranks: int, length: int) -> ModelSizes:
-        """Of each of some ranks that divide the layers, the output matrix and the embedding between them. What norms
-        keep is whole on each. length: of the rows whose activations were counted."""
-        if ranks == 1:
-            return self
-        whole = 2 * NORM * self.hidden_size * length
-        counted = self.activations
-        if counted is not None:
-            kept = min(whole, counted.kept) + max(0.0, counted.kept - whole) / ranks
-            counted = replace(counted, kept=kept)
-        return replace(
-            self,
-            vocab_size=self.vocab_size // ranks,
-            layer_parameters=self.layer_parameters // ranks,
-            head_parameters=self.head_parameters // ranks,
-            embedding_parameters=self.embedding_parameters // ranks,
-            activations=counted,
-        )
+    division: Division = WHOLE
+    ahead: Told = NOTHING
+    back: Told = NOTHING
 
     @property
     def num_parameters(self) -> int:
@@ -78,17 +66,25 @@ class ModelSizes:
 def read_model(model: ModelArguments, seq_length: int = 0, precision: str = "bf16") -> tuple[Anatomy, ModelSizes]:
     """How the model is put together, and its numbers; with a length of rows also what these take. Raises ConfigError
     for a config that is none, says no sizes, or is of a model that cannot be cut."""
+    anatomy, (sizes,) = read_shares(model, seq_length, precision, (WHOLE,))
+    return anatomy, sizes
+
+
+def read_shares(
+    model: ModelArguments, seq_length: int, precision: str, divisions: tuple[Division, ...]
+) -> tuple[Anatomy, tuple[ModelSizes, ...]]:
+    """The same with the numbers of a rank's share in each of the divisions."""
     config, task = load_model_config(model), TASKS[model.task]
     _require_sizes(model, config)
     num_layers = num_layers_of(task.part_of(config))
-    measuring = Measuring(seq_length, precision, attention_kernel(model, config))
+    measuring = Measuring(seq_length, precision, attention_kernel(model, config), divisions)
     try:
         small = trim_config(config, min(num_layers, MOST_LAYERS), task)
         anywhere = replace(model, attn_implementation=EAGER)  # the kernel may be on the machines that are planned for
-        anatomy, sizes = probe_and(measuring, small, anywhere)
+        anatomy, found = probe_and(measuring, small, anywhere)
     except SliceError as error:
         raise ConfigError([str(error)]) from error
-    return replace(anatomy, num_layers=num_layers), replace(sizes, num_layers=num_layers)
+    return replace(anatomy, num_layers=num_layers), tuple(replace(sizes, num_layers=num_layers) for sizes in found)
 
 
 def _require_sizes(model: ModelArguments, config: PretrainedConfig) -> None:
@@ -116,33 +112,28 @@ _OLD = {
 
 @dataclass(frozen=True)
 class Measuring:
-    """A trial of a watched model, which has its sizes. seq_length: of the rows whose activations are counted, if it is
-    not 0. then: what else is done to it."""
+    """A trial of a watched model, which has its sizes, a rank's in each of the divisions. seq_length: of the rows whose
+    activations are counted, if it is not 0. then: what else is done to it."""
 
     seq_length: int
     precision: str
     kernel: str | None
+    divisions: tuple[Division, ...] = (WHOLE,)
     then: Trial | None = None
 
-    def __call__(self, model: PreTrainedModel, anatomy: Anatomy) -> ModelSizes:
-        sizes = _measure(model, anatomy, self)
+    def __call__(self, model: PreTrainedModel, anatomy: Anatomy) -> tuple[ModelSizes, ...]:
+        whole = _measure(model, anatomy, self)
+        found = tuple(_with_activations(_share(whole, model, anatomy, d), model, anatomy, self) for d in self.divisions)
         if self.then is not None:
             self.then(model, anatomy)
-        return sizes
+        return found
 
 
 def _measure(model: PreTrainedModel, anatomy: Anatomy, wanted: Measuring) -> ModelSizes:
     text: Any = TASKS[anatomy.task].part_of(model.config)
-    layers = model.get_submodule(anatomy.layers)
-    whole = sum(p.numel() for p in layers.parameters())
-    head = anatomy.head_parameters
-    if not head:  # the matrix is the embedding
-        head = sum(p.numel() for p in model.get_input_embeddings().parameters())
-    outside = sum(p.numel() for p in model.parameters()) - whole  # a tied matrix is counted once
-    width, is_gated = _feed_forward(layers.get_submodule(str(anatomy.num_layers - 1)), anatomy.hidden_size, text)
-    row = torch.zeros(1, *anatomy.row_shape) if anatomy.row_shape else torch.full((1, wanted.seq_length), 3)
-    inputs = {TASKS[anatomy.task].main_input: row}
-    precise = (wanted.precision, wanted.kernel)
+    head, outside, whole = _parameters(model, anatomy)
+    layers: Any = model.get_submodule(anatomy.layers)
+    width, is_gated = _feed_forward(layers[anatomy.num_layers - 1], anatomy.hidden_size, text)
     return ModelSizes(
         num_layers=anatomy.num_layers,
         hidden_size=anatomy.hidden_size,
@@ -159,8 +150,59 @@ def _measure(model: PreTrainedModel, anatomy: Anatomy, wanted: Measuring) -> Mod
         layer_matrices=anatomy.layer_matrices,
         model_type=model.config.model_type,
         keeps_scores=wanted.kernel == EAGER,
-        activations=count_activations(model, anatomy, inputs, *precise) if wanted.seq_length else None,
     )
+
+
+def _parameters(model: PreTrainedModel, anatomy: Anatomy, share: PreTrainedModel | None = None) -> tuple[int, int, int]:
+    """Of the head, of all but the layers, and of these; share: what a rank has of the model."""
+    held = share or model
+    layers = sum(p.numel() for p in held.get_submodule(anatomy.layers).parameters())
+    outside = sum(p.numel() for p in held.parameters()) - layers  # a tied matrix is counted once
+    head = anatomy.head_parameters
+    if not head:  # the matrix is the embedding
+        return sum(p.numel() for p in held.get_input_embeddings().parameters()), outside, layers
+    matrices = [each.get_output_embeddings() for each in (model, held)]
+    whole, part = (0 if matrix is None else sum(p.numel() for p in matrix.parameters()) for matrix in matrices)
+    return head - whole + part, outside, layers
+
+
+def _share(whole: ModelSizes, model: PreTrainedModel, anatomy: Anatomy, division: Division) -> ModelSizes:
+    """Parameters of a rank. Of a model that so many ranks cannot divide, as if they could."""
+    ranks, made = division.layers, replace(whole, division=division)
+    if ranks == 1:
+        return made
+    try:
+        head, outside, layers = _parameters(model, anatomy, as_divided(model, division, Listener(ranks)))
+    except Exception:  # of whatever kind: others say what is wrong with the number
+        parts = (whole.head_parameters, whole.embedding_parameters, whole.layer_parameters * anatomy.num_layers)
+        head, embedding, layers = (part // ranks for part in parts)
+        outside = embedding + (0 if anatomy.tied else head)
+    each = round(layers / anatomy.num_layers)
+    return replace(
+        made,
+        vocab_size=whole.vocab_size * head // whole.head_parameters,
+        layer_parameters=each,
+        active_layer_parameters=round(whole.active_layer_parameters * each / whole.layer_parameters),
+        head_parameters=head,
+        embedding_parameters=outside - (0 if anatomy.tied else head),
+        feed_forward_width=whole.feed_forward_width // ranks,
+        num_attention_heads=whole.num_attention_heads // ranks,
+    )
+
+
+def _with_activations(sizes: ModelSizes, model: PreTrainedModel, anatomy: Anatomy, wanted: Measuring) -> ModelSizes:
+    """And what is told in a layer's passes."""
+    if not wanted.seq_length:
+        return sizes
+    length, division = wanted.seq_length // sizes.division.rows, sizes.division
+    row = torch.zeros(1, *anatomy.row_shape) if anatomy.row_shape else torch.full((1, length), 3)
+    inputs = {TASKS[anatomy.task].main_input: row}
+    if division.rows > 1:
+        inputs["position_ids"] = torch.arange(length).expand(1, -1)
+    counted = count_activations(model, anatomy, inputs, wanted.precision, wanted.kernel, division)
+    row_bytes = length * sizes.hidden_size * BYTES[wanted.precision]
+    told = told_by_plan(model, anatomy, division, row_bytes) if counted is None else (counted.ahead, counted.back)
+    return replace(sizes, activations=counted, ahead=told[0], back=told[1])
 
 
 def _feed_forward(layer: nn.Module, hidden_size: int, text: Any) -> tuple[int, bool]:

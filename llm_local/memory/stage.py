@@ -31,6 +31,7 @@ from llm_local.partition import Partition
 from llm_local.replicas import of_stage, replicas_of
 
 _SAVED = 12  # bytes of a parameter in a checkpoint: its float32 weight, and Adam's moments
+_MADE = 4  # of a new parameter, whatever the precision
 _MOVED = 8  # of the replicas' meeting: what they have moved, and the weights or the step that it is made of
 
 
@@ -151,7 +152,9 @@ def _links(replicas: Sequence[int], stage: int, other: int) -> int:
 
 
 def memory_of(load: Load, config: Config, sizes: ModelSizes, zero: Zero, num_ranks: int, gpu_bytes: float) -> Memory:
-    """The most that a rank needs at a time. num_ranks: that an engine spans; gpu_bytes: of the device, 0 on a CPU."""
+    """The most that a rank needs at a time. num_ranks: that an engine spans, which have the same part of the model;
+    gpu_bytes: of the device, 0 on a CPU."""
+    config = replace(config, data=replace(config.data, seq_length=config.rank_positions))
     accumulates = load.micro_batches > 1
     largest = sizes.head_parameters if load.has_loss else 0
     shared = (config.precision, zero, num_ranks, accumulates, largest)
@@ -161,6 +164,9 @@ def memory_of(load: Load, config: Config, sizes: ModelSizes, zero: Zero, num_ran
     gradients = [engine.gradients + engine.buffer * (zero.stage == 1) for engine in engines]
     at_step = max(e.gradients + e.step - mine for e, mine in zip(engines, gradients, strict=True))
     found = [replace(standing, gradients=standing.gradients + sum(gradients) + at_step)]
+    if sizes.division.layers > 1 and not gpu_bytes:  # the last block is made whole before it is divided
+        *others, last = load.parameters.engines
+        found.append(Memory(_MADE * (sum(others) + sizes.division.layers * last), 0.0, 0.0, 0.0, 0.0, 0.0))
     if config.local.replica_sync_steps:
         found.append(replace(standing, outer=standing.outer + _MOVED * load.parameters.trained))
     kept, around, working = block_activations(sizes, load.kept, config)
@@ -200,14 +206,11 @@ def _standing(
 def run_memory(
     config: Config, model_config: Any, sizes: ModelSizes, partition: Partition, world_size: int, gpu_bytes: float
 ) -> tuple[Memory, ...]:
-    """Of a rank of each stage of a run."""
+    """Of a rank of each stage of a run. sizes: of a rank's share of the model."""
     replicas, found = replicas_of(config, world_size), []
-    config = replace(config, data=replace(config.data, seq_length=config.rank_positions))
-    sizes = sizes.divided(config.local.tensor_parallel_size, config.data.seq_length)
     for stage, count in enumerate(replicas):
         ranks = config.engine_ranks(count)
         zero = Zero.of(resolve(of_stage(config, replicas, stage), ranks, model_config))
         load = load_of(config, sizes, partition, replicas, stage)
-        ranks *= max(1, config.local.sequence_parallel_size)
-        found.append(memory_of(load, config, sizes, zero, ranks, gpu_bytes))
+        found.append(memory_of(load, config, sizes, zero, ranks * sizes.division.rows, gpu_bytes))
     return tuple(found)

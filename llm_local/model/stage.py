@@ -115,9 +115,9 @@ def build_blocks(
 ) -> list[Block]:
     """The blocks of one stage, in order. ranks, sequence: between which each block, or each row, is divided, if it is.
     Raises SliceError where the class leaves weights of a new model unset."""
-    numbers = plan.partition.stages[stage]
-    blocks = [build_block(plan, index) for index in range(numbers.start, numbers.stop)]
-    for block in blocks:
+    numbers, blocks = plan.partition.stages[stage], []
+    for index in range(numbers.start, numbers.stop):  # one whole block at a time, where ranks divide them
+        block = build_block(plan, index)
         parts = [block.body, block.head] if block.has_head else [block.body]
         if not plan.config.model.model_name_or_path:
             for part in parts:
@@ -127,4 +127,5 @@ def build_blocks(
         if sequence is not None:
             for part in parts:
                 exchange_heads(part.model, sequence)
+        blocks.append(block)
     return blocks

@@ -269,6 +269,15 @@ def _planned(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
             yield name, style, things[name]
 
 
+def sums_of_a_layer(model: PreTrainedModel, layers: str) -> tuple[int, int]:
+    """How often the ranks sum hidden states in a layer's forward pass, and gradients of them in its backward pass, by
+    the plan alone; layers: the name of their list."""
+    planned = [(name, style) for name, style, thing in _planned(model) if isinstance(thing, nn.Module)]
+    styles = [style for name, style in planned if name.startswith(f"{layers}.")]
+    ahead, back = (*_SPLITS, "rowwise", _EXPERTS), (*_GATHERS, "colwise", _EXPERTS)
+    return sum(style in ahead for style in styles), sum(style in back for style in styles)
+
+
 def _is_known(style: str, thing: Any) -> bool:
     if isinstance(thing, nn.Parameter):
         return thing.dim() == 3 and style in ("packed_colwise", "rowwise")
