@@ -44,7 +44,7 @@ training_arguments callbacks run start train trainer
 offline_export
 coverage: model_type run report
 study: points comparison runs
-plan: times machine stages layouts splits failing report search
+plan: times machine stages layouts divisions splits failing report search
 bench: saved_bytes plain peers task measures worker figures cases calibration relay hosts curves largest
 bench: mfu gpu_runs gpu_bundle gpu_speed gpu_steps gpu_day gpu_page
 commands: configs quickstart pretrain prepare_data inspect_data train_tokenizer plan export assemble generate predict

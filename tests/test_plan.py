@@ -27,8 +27,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("plan")
 
 
+WHOLE = ("--tensor_parallel_size", "1", "--sequence_parallel_size", "1")  # nobody divides layers or rows
+
+
 def run(script: ModuleType, model: Path, *flags: str) -> int:
-    return script.main(["--model", str(model), "--devices", "8", "--seq_length", "512", *flags])
+    return script.main(["--model", str(model), "--devices", "8", "--seq_length", "512", *WHOLE, *flags])
 
 
 def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -60,7 +63,7 @@ def test_a_plan_in_words_and_numbers(script: ModuleType, model: Path, tmp_path: 
 def test_a_plan_for_images(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, size: str):
     path, task = tmp_path / "model.json", "image-classification"
     path.write_text(json.dumps(tiny_config(kind, task).to_dict()))
-    given = ["--model", str(path), "--devices", "2", "--task", task, "--json", str(tmp_path / "plan.json")]
+    given = ["--model", str(path), "--devices", "2", "--task", task, "--json", str(tmp_path / "plan.json"), *WHOLE]
     assert script.main(given) == 0
     said = capsys.readouterr().out
     assert f"{size}, classes 2" in said
@@ -81,6 +84,33 @@ def test_what_is_left_where_stages_fail(script: ModuleType, model: Path, tmp_pat
     assert all(each["as_jobs"] > each["in_one_launch"] for each in found if each["as_jobs"] is not None)
     assert run(script, model, "--mtbf_hours", "0") == 2
     assert "--mtbf-hours 0 must be more than 0" in capsys.readouterr().err
+
+
+def test_devices_may_divide_layers_or_rows(
+    script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Of a host with fast links, whose devices have too little memory for a whole layer, and slow links between."""
+    out = tmp_path / "plan.json"
+    machine = ["--model", str(model), "--devices", "4", "--devices-per-host", "2", "--seq_length", "1024"]
+    small = [*machine, "--memory-gb", "1.1", "--per_device_train_batch_size", "1", "--top", "20", "--json", str(out)]
+    assert script.main(small) == 0
+    found = json.loads(out.read_text())["local"]
+    sizes = {(each["tensor_parallel_size"], each["sequence_parallel_size"]) for each in found}
+    assert {(2, 1), (1, 2)} <= sizes
+    assert all(min(size) == 1 for size in sizes)
+    for each in found:
+        ranks = each["tensor_parallel_size"] * each["sequence_parallel_size"]
+        assert each["num_stages"] * each["num_replicas"] * ranks == 4
+        assert each["zero"] < 3 or each["tensor_parallel_size"] == 1
+        assert each["zero"] > 0 or each["tensor_parallel_size"] == 1, "in bf16 it clips by a norm that misses parts"
+        assert each["head"] == "linear" or each["tensor_parallel_size"] == 1
+    assert script.main([*small, "--tensor_parallel_size", "2", "--num_stages", "2"]) == 0
+    said, plan = capsys.readouterr().out, json.loads(out.read_text())
+    assert {each["tensor_parallel_size"] for each in plan["local"]} == {2}
+    assert "chunked, 2 stages x 1 x 2 ranks a layer, ZeRO 1, linear heads" in said
+    assert "--num_stages 2 --tensor_parallel_size 2 " in plan["local"][0]["flags"]
+    assert plan["local"][0]["flags"].endswith("--deepspeed configs/ds/zero1.json")
+    assert {each["tensor_parallel_size"] for each in plan["backpropagation"] if each["num_stages"] > 1} <= {1}
 
 
 def test_a_fast_network_is_for_data_parallelism_and_a_slow_one_is_not(
@@ -117,8 +147,22 @@ def test_a_thousand_stages(script: ModuleType, tmp_path: Path, capsys: pytest.Ca
         ("--seq_length 4096", "--seq_length 4096 is longer than the model's 2048 positions"),
         ("--stage_layers 4,4", "--stage_layers is set by the plan"),
         ("--freeze_stages 0", "--freeze_stages: a plan is of models that are trained whole; leave it out"),
-        ("--tensor_parallel_size 2", "--tensor_parallel_size 2: no layout that divides layers is ranked yet"),
-        ("--sequence_parallel_size 2", "--sequence_parallel_size 2: no layout that divides rows is ranked yet"),
+        ("--tensor_parallel_size 3", "--tensor_parallel_size 3 does not divide the 8 devices; use one of 1, 2, 4, 8"),
+        ("--sequence_parallel_size 0", "--sequence_parallel_size 0 does not divide the 8 devices; use one of 1, 2"),
+        ("--tensor_parallel_size 2 --sequence_parallel_size 4", "devices divide layers or rows; leave one out"),
+        (
+            "--tensor_parallel_size 2 --num_stages 8",
+            "--num_stages 8 does not divide the 4 groups of 2 devices",
+        ),
+        ("--tensor_parallel_size 2 --stage_replicas 4,2,2", "4,2,2 x 2 are 16 devices, --devices is 8"),
+        (
+            "--sequence_parallel_size 2 --document_mask true",
+            "sequence_parallel_size=2: no rank sees where",
+        ),
+        (
+            "--devices 16 --tensor_parallel_size 16",
+            "tensor_parallel_size=16 does not divide num_attention_heads=8",
+        ),
         ("--head decoder", "head=decoder needs private layers"),
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0 must be greater than 0"),
         ("--bogus 1", "unknown argument '--bogus'"),

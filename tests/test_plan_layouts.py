@@ -10,7 +10,8 @@ import pytest
 from planning import planner_of
 
 from llm_local.costs import Setting, Shape, count_flops, count_passes
-from llm_local.memory.sizes import ModelSizes
+from llm_local.memory.division import Division, Told
+from llm_local.memory.sizes import ModelSizes, read_shares
 from llm_local.partition import Span
 from llm_local.plan.layouts import Outcome, Planner, fastest
 from llm_local.plan.machine import Machine
@@ -55,6 +56,51 @@ def test_only_links_that_leave_a_host_are_slow_and_are_shared():
 def test_a_ring_sends_all_but_one_part(replicas: int, seconds: float):
     machine = replace(MACHINE, devices_per_host=4)
     assert machine.gather_seconds(1e9, replicas) == pytest.approx(seconds)
+
+
+def test_devices_of_a_replica_tell_each_other_over_what_they_span():
+    machine = replace(MACHINE, devices_per_host=4)
+    inside, between = 8 / 800e9, 8 / 100e9
+    four, eight = machine.group(range(4), Division(layers=4)), machine.group(range(8), Division(layers=8))
+    assert (four.num_replicas, four.data_ranks, four.replica_hosts, eight.replica_hosts) == (1, 1, 1, 2)
+    assert machine.told_seconds(Told(3e9, 3), four) == pytest.approx(0.75 * 3e9 * inside)
+    assert machine.told_seconds(Told(3e9, 3), eight) == pytest.approx(7 / 8 * 3e9 * between + 3 * 2e-5)
+    rows = machine.group(range(8), Division(rows=8))
+    assert (rows.num_replicas, rows.data_ranks, rows.num_hosts) == (1, 8, 2)
+    # each of a host's four devices has four parts of eight for the other host
+    assert machine.told_seconds(Told(3e9, 3), rows) == pytest.approx(4 * 4 / 8 * 3e9 * between + 3 * 1e-5)
+    assert machine.told_seconds(Told(), four) == 0
+
+
+def test_the_first_device_of_divided_layers_sends_and_of_divided_rows_each():
+    machine = replace(MACHINE, devices_per_host=4)
+    assert machine.boundary(1, 0, Division(layers=4)) == Link(1e-5, 8 / 100e9)
+    assert machine.boundary(1, 0, Division(rows=4)) == Link(1e-5, 4 * 8 / 100e9)
+    assert machine.boundary((2, 1), 0, Division(rows=2)) == Link(1e-5, 2 * 2 * 8 / 100e9)
+
+
+@pytest.mark.parametrize(("layers", "rows", "sums_or_exchanges"), [(2, 1, 14), (1, 2, 8)])
+def test_a_step_of_divided_layers_or_rows_is_its_parts_and_what_they_tell(
+    planner: Planner, layers: int, rows: int, sums_or_exchanges: int
+):
+    """Of two devices, whose links are slow enough to count: in a layer 7 sums of hidden states or 8 exchanges of them,
+    of divided layers also one of embeddings and one behind the head, which is computed once more."""
+    division, length = Division(layers, rows), 1024
+    anatomy, (share,) = read_shares(planner.config.model, length, "bf16", (division,))
+    two = replace(made(planner, devices=2, devices_per_host=2, local_link_gbps=10), rows=4, shares={division: share})
+    zero = 1 if layers > 1 else 0
+    found = two.evaluate(Candidate("data_parallel", 1, 1, zero, "", (), layers, rows))
+    assert (found.micro_batches, found.rows) == (1, 4)
+    shape = Shape(1024, length, planner.sizes.layer_parameters, planner.sizes.head_parameters)
+    flops = count_flops(shape, Setting((Span(0, 8),))).backprop * 4 * length
+    again = 2 * planner.sizes.head_parameters * 4 * length * (layers > 1)
+    states = 4 * length // rows * 1024 * 2
+    told = (8 * sums_or_exchanges + 4 * (layers > 1)) * states / 2 * 8 / 10e9
+    reduced = 2 * share.num_parameters * 2 * (rows - 1) / rows * 8 / 10e9
+    beside = (2 / 3 * flops) / 1e14 / 2 + told / 2 * (rows > 1)
+    optimizer = 30 * share.num_parameters / 1e12 + max(0.0, reduced / 2 - beside) + reduced / 2
+    assert found.step_seconds == pytest.approx((flops + again) / 1e14 / 2 + told + optimizer, rel=0.001)
+    assert anatomy.num_layers == 8
 
 
 def test_passes_of_a_block_add_up_to_its_flops():

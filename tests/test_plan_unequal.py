@@ -215,7 +215,8 @@ def test_evaluations_are_shared_by_unequal_replicas_too(planner: Planner):
 
 
 def run(model: Path, *given: str) -> int:
-    return command.main(["--model", str(model), "--seq_length", "512", "--devices", "6", *given])
+    whole = ["--tensor_parallel_size", "1", "--sequence_parallel_size", "1"]  # nobody divides layers or rows
+    return command.main(["--model", str(model), "--seq_length", "512", "--devices", "6", *whole, *given])
 
 
 def test_an_unequal_plan_in_words_and_numbers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,4 +1,5 @@
-"""Ranks the layouts of a model on a machine, by simulation: stages x replicas x ZeRO stage x head, nothing is trained.
+"""Ranks the layouts of a model on a machine, by simulation: stages x replicas x devices that divide layers or rows x
+ZeRO stage x head; nothing is trained.
 
 llm-local plan --model CONFIG.json --devices 64 --memory-gb 80 --link-gbps 25 [--seq_length 2048 ...]
 
@@ -62,6 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="replicas of each stage, as 4,2,1; any: such splits are searched, too (any where devices differ)",
     )
+    for name, what_of in (("tensor_parallel_size", "layer"), ("sequence_parallel_size", "row")):
+        about = f"devices that divide each {what_of} (all numbers that the model allows)"
+        what.add_argument(f"--{name}", nargs="+", type=int, help=about)
     what.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3], choices=range(4), help="ZeRO stages (all)")
     what.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of training (bf16)")
     faults = p.add_argument_group("failures")
@@ -130,7 +134,8 @@ def main(arguments: list[str]) -> int:
     try:
         given, rest = make_parser().parse_known_args(arguments)
         planner = make_planner(given, rest)
-        choices = Choices(given.method, given.head, given.num_stages, given.zero, given.stage_replicas)
+        sizes = (given.tensor_parallel_size, given.sequence_parallel_size)
+        choices = Choices(given.method, given.head, given.num_stages, given.zero, given.stage_replicas, *sizes)
         plan = search(planner, choices, given.top)
         write(given, planner, plan)
     except (ConfigError, OSError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llm_local.config import Config
 from llm_local.flags import SAVE_STEPS
+from llm_local.memory.division import WHOLE
 from llm_local.plan.layouts import Outcome
 from llm_local.simulator.failures import Failures, as_jobs, in_one_launch
 
@@ -38,7 +39,7 @@ def _share(config: Config, outcome: Outcome, mean_seconds: float, restart_second
     step_bytes = outcome.tokens * outcome.forward_bytes / min(outcome.layout.replicas[:-1], default=1)
     log_steps = int(min(capacity / step_bytes, MOST_LOGGED * save_steps)) if step_bytes else MOST_LOGGED * save_steps
     failures = Failures(mean_seconds, restart_seconds, save_steps, log_steps)
-    lives_alone = is_local and stages > 1 and log_steps > save_steps
+    lives_alone = is_local and stages > 1 and log_steps > save_steps and outcome.layout.division == WHOLE
     alone = as_jobs([seconds] * stages, failures) if lives_alone else None
     return Share(str(outcome.layout), stages, alone, in_one_launch(seconds, stages, failures))
 

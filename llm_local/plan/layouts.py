@@ -6,11 +6,12 @@ simulated, where that takes no more than seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from llm_local.config import Config
+from llm_local.memory.division import WHOLE, Division
 from llm_local.memory.sizes import ModelSizes
 from llm_local.memory.stage import Memory
 from llm_local.methods.method import PLAIN_ZERO, local_methods
@@ -19,6 +20,8 @@ from llm_local.plan.machine import Machine
 from llm_local.plan.stages import PEER_METHODS, Candidate, Stages
 from llm_local.plan.times import Pipe, Prediction, predict
 from llm_local.registry import METHODS
+from llm_local.sequence_problems import sequence_problems
+from llm_local.tensor_problems import tensor_problems
 
 Replicas: TypeAlias = tuple[int, ...]  # of each stage
 
@@ -75,31 +78,53 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Planner:
-    """config: the flags of the runs to compare, of which a layout sets its own. rows: of a step, over all replicas."""
+    """config: the flags of the runs to compare, of which a layout sets its own. rows: of a step, over all replicas.
+    shares: the numbers of a device's share of the model, by who divides it."""
 
     anatomy: Anatomy
     sizes: ModelSizes
     machine: Machine
     config: Config
     rows: int
+    shares: Mapping[Division, ModelSizes] = field(default_factory=dict)
 
     def layouts(
-        self, methods: Sequence[str], heads: Sequence[str], stages: Sequence[int | Replicas], zero: Sequence[int]
+        self,
+        methods: Sequence[str],
+        heads: Sequence[str],
+        stages: Sequence[int | Replicas],
+        zero: Sequence[int],
+        division: Division = WHOLE,
     ) -> Iterator[Candidate]:
-        """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, and one block is
-        backpropagation. stages: their number, of equally many replicas, or the replicas of each."""
+        """Those that differ, and that DeepSpeed runs: one replica has nothing to shard, one block is backpropagation,
+        and pipelines of that divide neither layers nor rows. stages: their number, of equally many replicas, or the
+        replicas of each."""
+        replicas = self.machine.devices // division.ranks  # of one stage
         for method in methods:
             is_local = method in local_methods()
             is_one_block = is_local and METHODS[method].block_layers(self.config.local) is None
             for given in [1] if method == "data_parallel" else stages:
-                each = (self.machine.devices // given,) * given if isinstance(given, int) else given
+                each = (replicas // given,) * given if isinstance(given, int) else given
                 if len(each) == 1 and (is_one_block or method in PEER_METHODS[1:]):
                     continue
-                unequal, most = each if len(set(each)) > 1 else (), max(each)
-                shards = [stage for stage in zero if stage <= self._most_zero(method)]
-                for stage in shards if most > 1 else shards[:1]:
-                    for head in heads if is_local else ("",):
-                        yield Candidate(method, len(each), most, stage, head, unequal)
+                if sum(each) != replicas or (method in PEER_METHODS[1:] and division != WHOLE):
+                    continue
+                for head in heads if is_local else ("",):
+                    shards = self._shards(method, head, zero, division)
+                    for stage in shards if max(each) * division.rows > 1 else shards[:1]:
+                        unequal, sizes = each if len(set(each)) > 1 else (), (division.layers, division.rows)
+                        yield Candidate(method, len(each), max(each), stage, head, unequal, *sizes)
+
+    def _shards(self, method: str, head: str, zero: Sequence[int], division: Division) -> list[int]:
+        """The ZeRO stages with which the method runs, and its model can be divided so."""
+        found, sizes = [], (division.layers, division.rows)
+        for stage in (stage for stage in zero if stage <= self._most_zero(method)):
+            config = Candidate(method, 1, 1, stage, head, (), *sizes).flags(self.config)
+            config = replace(config, deepspeed_json={"zero_optimization": {"stage": stage}})
+            problems = config.method.problems(config.local) + tensor_problems(config) + sequence_problems(config)
+            if division == WHOLE or not problems:
+                found.append(stage)
+        return found
 
     def _most_zero(self, method: str) -> int:
         """As ds_problems.py has it."""
@@ -149,7 +174,8 @@ class Planner:
         )
         config = layout.flags(replace(self.config, train=train))
         try:
-            stages = Stages(layout, config, self.anatomy, self.sizes, self.machine)
+            share = self.shares.get(layout.division, self.sizes)
+            stages = Stages(layout, config, self.anatomy, self.sizes, share, self.machine)
         except ValueError as error:
             return replace(made, problem=str(error))
         memory, (ahead, back) = stages.memory(), stages.traffic()

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import lcm
 from typing import TypeAlias
 
+from llm_local.memory.division import WHOLE, Division, Told
 from llm_local.plan.times import Link
 
 Each: TypeAlias = "float | tuple[float, ...]"  # of all devices, or of each in turn where they differ
@@ -16,14 +17,24 @@ Each: TypeAlias = "float | tuple[float, ...]"  # of all devices, or of each in t
 
 @dataclass(frozen=True)
 class Group:
-    """The devices of a stage, one a replica. Each has the same share of a step and waits for the others at its end, so
-    the slowest and the smallest count."""
+    """The devices of a stage, one a replica, or as many as divide its layers or rows. Each has the same share of a step
+    and waits for the others at its end, so the slowest and the smallest count.
+
+    num_hosts: that devices with the same part of the model are on; replica_hosts: those of a replica, at most.
+    """
 
     num_replicas: int
     num_hosts: int
     memory_bytes: float
     flops: float
     memory_bytes_per_second: float
+    division: Division = WHOLE
+    replica_hosts: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Devices with the same part of the model."""
+        return self.num_replicas * self.division.rows
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,12 @@ class Machine:
             return [rank // self.devices_per_host for rank in range(self.devices)]
         return [host for host, count in enumerate(self.devices_per_host) for _ in range(count)]
 
-    def group(self, ranks: range) -> Group:
-        hosts = self._hosts[ranks.start : ranks.stop]
-        least = (_least(each, ranks) for each in (self.memory_bytes, self.flops, self.memory_bytes_per_second))
-        return Group(len(ranks), len(set(hosts)), *least)
+    def group(self, ranks: range, division: Division = WHOLE) -> Group:
+        hosts, size = self._hosts[ranks.start : ranks.stop], division.ranks
+        memory, flops, rate = (_least(e, ranks) for e in (self.memory_bytes, self.flops, self.memory_bytes_per_second))
+        alike = max(len({*hosts[part :: division.layers]}) for part in range(division.layers))
+        replicas = max((len({*hosts[first : first + size]}) for first in range(0, len(hosts), size)), default=0)
+        return Group(len(ranks) // size, alike, memory, flops, rate, division, replicas)
 
     def alike(self) -> list[range]:
         """The devices, in runs of equal ones."""
@@ -65,25 +78,30 @@ class Machine:
         kinds = (self.memory_bytes, self.flops, self.memory_bytes_per_second)
         return tuple(_least(each, range(rank, rank + 1)) for each in kinds)
 
-    def boundary(self, num_replicas: int | Sequence[int], stage: int) -> Link:
+    def boundary(self, num_replicas: int | Sequence[int], stage: int, division: Division = WHOLE) -> Link:
         """From the replicas of a stage to those of the next, which deal the micro-batches among them; num_replicas: of
-        all stages, or of each. Of several pairs that send or receive on a host at once, each has a part."""
+        all stages, or of each. Of several pairs that send or receive on a host at once, each has a part: where rows are
+        divided each device sends its own positions, of a replica whose layers are the first sends all."""
         if isinstance(num_replicas, int):
             start, mine, theirs = stage * num_replicas, num_replicas, num_replicas
         else:
             start, mine, theirs = sum(num_replicas[:stage]), *num_replicas[stage : stage + 2]
-        pairs = [(start + g % mine, start + mine + g % theirs) for g in range(lcm(mine, theirs))]
+        replicas = [(start + g % mine, start + mine + g % theirs) for g in range(lcm(mine, theirs))]
+        size = division.ranks
+        pairs = [(a * size + own, b * size + own) for a, b in replicas for own in range(division.rows)]
         hosts = [(self._hosts[a], self._hosts[b]) for a, b in pairs]
         crossing = [(a, b) for a, b in hosts if a != b]
         if not crossing:
             return Link(0.0, _most_at_one(pairs) * _seconds_per_byte(self.local_link_gbps))
         return Link(self.link_latency_seconds, _most_at_one(crossing) * _seconds_per_byte(self.link_gbps))
 
-    def gather_seconds(self, num_bytes: float, num_replicas: int, num_hosts: int | None = None) -> float:
+    def gather_seconds(
+        self, num_bytes: float, num_replicas: int, num_hosts: int | None = None, rings: int = 1
+    ) -> float:
         """An all-gather, or reduce-scatter, of so many bytes by a ring; an all-reduce is one of each.
 
         Every device sends (R - 1)/R of the bytes, and a ring leaves each host once (Patarasu and Yuan 2009).
-        num_hosts: that the replicas are on; None: as those of the first stage.
+        num_hosts: that the replicas are on; None: as those of the first stage. rings: that leave a host at a time.
         """
         if num_replicas == 1:
             return 0.0
@@ -91,8 +109,21 @@ class Machine:
         hosts = num_hosts or self.group(range(num_replicas)).num_hosts
         if hosts == 1:
             return moved * _seconds_per_byte(self.local_link_gbps)
-        slowest = max(_seconds_per_byte(self.link_gbps), _seconds_per_byte(self.local_link_gbps))
+        slowest = max(rings * _seconds_per_byte(self.link_gbps), _seconds_per_byte(self.local_link_gbps))
         return moved * slowest + hosts * self.link_latency_seconds
+
+    def told_seconds(self, told: Told, group: Group) -> float:
+        """Of what the devices of a replica tell each other. An exchange sends a part to each of the others, so that of
+        n devices on each of several hosts all but n of the parts of all n go over its network."""
+        ranks, hosts = group.division.ranks, group.replica_hosts
+        if ranks == 1 or not told.times:
+            return 0.0
+        each = told.num_bytes / told.times
+        if group.division.layers > 1 or hosts == 1:
+            return told.times * self.gather_seconds(each, ranks, hosts)
+        here = -(-ranks // hosts)
+        crossing = here * (ranks - here) / ranks * each * _seconds_per_byte(self.link_gbps)
+        return told.times * (crossing + self.link_latency_seconds)
 
 
 def hosts_of(devices: int, devices_per_host: Sequence[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from math import lcm
 from typing import Any
 
 from llm_local.costs import head_in_layers
+from llm_local.plan.divisions import FLAGS
 from llm_local.plan.layouts import Outcome, Planner
 from llm_local.plan.machine import Machine
 from llm_local.plan.stages import Candidate
@@ -148,6 +149,7 @@ def flags(planner: Planner, outcome: Outcome) -> str:
     found = {"method": layout.method, "head": layout.head, "num_stages": layout.num_stages}
     if layout.stage_replicas:
         found["stage_replicas"] = ",".join(map(str, each))
+    found |= {name: size for name in FLAGS if (size := getattr(layout, name)) > 1}
     if not outcome.is_even:  # else as the run itself cuts
         found["stage_layers"] = ",".join(map(str, outcome.stage_layers))
     found |= {"per_device_train_batch_size": outcome.rows, "gradient_accumulation_steps": outcome.micro_batches}
@@ -155,7 +157,8 @@ def flags(planner: Planner, outcome: Outcome) -> str:
     if batches % fitting:  # replicas share those of an evaluation, too
         found["eval_batches"] = -(-batches // fitting) * fitting
     found |= {"gradient_checkpointing": "true"} if outcome.recomputes else {}
-    found |= {"deepspeed": f"configs/ds/zero{layout.zero}.json"} if max(each) > 1 else {}
+    is_sharded = layout.zero > 0 or max(each) * layout.division.rows > 1
+    found |= {"deepspeed": f"configs/ds/zero{layout.zero}.json"} if is_sharded else {}
     return " ".join(f"--{name} {value}" for name, value in found.items())
 
 
