@@ -361,7 +361,7 @@ def test_a_pipeline_that_torch_has_not_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("bench_*.py")))
 def test_the_results_are_there(name: str):
     """Each benchmark's page and figures, but of what has not been measured."""
-    if name in ("bench_mfu", "bench_time_to_loss"):
+    if name in ("bench_division", "bench_mfu", "bench_time_to_loss"):
         pytest.skip("not measured yet")
     folder = SCRIPTS.parent / "docs/bench"
     assert json.loads((folder / f"{name.removeprefix('bench_')}.json").read_text())["machine"]
