@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llm_local.imports import quick_imports
+
 if TYPE_CHECKING:
     from llm_local.config import Config as Config
     from llm_local.config import ConfigError as ConfigError
@@ -58,7 +60,9 @@ def __getattr__(name: str) -> Any:
     """Imported when it is asked for: a command that needs only flags does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with quick_imports():
+        home = import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

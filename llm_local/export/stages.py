@@ -80,7 +80,7 @@ def collect(
     adapter: dict[str, torch.Tensor] = {}
     for part in bodies:
         tensors = _cast(part, _state(part, keep, masters), dtype)
-        adapter |= adapter_of(part, tensors)
+        adapter |= adapter_of(tensors)
         tensors = merged(part, tensors)
         before = () if part.is_first else tuple(f"{name}." for name in part.anatomy.before)
         after = tuple(f"{name}." for name in part.anatomy.after)

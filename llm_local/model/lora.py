@@ -189,7 +189,7 @@ def merged(part: Slice, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {original_name(name): tensor for name, tensor in tensors.items()}
 
 
-def adapter_of(part: Slice, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapter_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The factors among a slice's tensors, by the names of PEFT's files."""
     ends = (_A, _B)
     return {f"base_model.model.{n.replace(f'.{_NAME}.', '.')}": t for n, t in tensors.items() if n.endswith(ends)}
