@@ -49,7 +49,11 @@ def prepare(
     touched. A process has one run; after a ConfigError it may try again. From here on signals are the run's.
     """
     watchdog = first_watchdog()
-    run = begin(with_objects(config, model, tokenizer, train_dataset, eval_dataset), watchdog, callbacks)
+    try:
+        run = begin(with_objects(config, model, tokenizer, train_dataset, eval_dataset), watchdog, callbacks)
+    finally:
+        if not has_begun():
+            watchdog.call_off()
     atexit.register(_close_at_exit, run, watchdog)
     return run
 

@@ -71,6 +71,9 @@ def main(arguments: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) ->
                 _say(error)
             return 1
         _fail(watchdog, error)
+    finally:
+        if not has_begun():
+            watchdog.call_off()
     return 0
 
 

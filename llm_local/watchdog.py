@@ -112,6 +112,7 @@ class Watchdog:
         self._seconds = 0.0
         self._ending = threading.Lock()
         self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -119,8 +120,21 @@ class Watchdog:
     def start(self) -> None:
         """Watches the launcher. Signals end the process silently for now: rank 0 says what is wrong at the start."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        self._thread.start()
         watch_over()
+
+    @property
+    def lives(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread.is_alive()
+
+    def call_off(self) -> None:
+        """There is no run: nothing is watched any more."""
+        self._stopped.set()
+        os.write(self._wake_write, b"\0")
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def watch(self, me: Peer, linked: Iterable[int], peers: list[Peer], store: Any, seconds: float) -> None:
         """From here on peers are watched, and signals are explained; call it from the main thread.
@@ -249,7 +263,9 @@ class Watchdog:
             self.fail(reason, cause or self.explain(SIGTERM_SECONDS), 128 + number)
 
     def _signal_within(self, seconds: float) -> int | None:
-        if select.select([self._wake_read], [], [], seconds)[0]:
+        news = select.poll()  # select takes no file above 1023
+        news.register(self._wake_read, select.POLLIN)
+        if news.poll(1000 * seconds):
             numbers = os.read(self._wake_read, 64)
             return next((n for n in (signal.SIGINT, *SIGNALS) if n in numbers), None)
         return None

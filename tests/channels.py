@@ -166,7 +166,7 @@ def part(*channels: Channel) -> None:
     for channel in channels:
         channel.part()
     for channel in channels:
-        assert channel._parted.wait(SECONDS), "never apart"  # in which it would have lingered
+        assert channel.parted.wait(SECONDS), "never apart"  # in which it would have lingered
 
 
 class Relay:

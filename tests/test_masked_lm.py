@@ -203,7 +203,7 @@ def test_a_tokenizer_without_a_mask_is_refused_and_a_new_one_has_it(tmp_path: Pa
 def test_it_learns_and_what_its_export_says(trainer: Trainer, capsys: pytest.CaptureFixture[str]):
     settings = {"num_stages": 2, "max_steps": 12, "learning_rate": 1e-2, "head": "decoder", "head_layers": 1}
     settings |= {"config_name": trainer.model(MODERNBERT), "deepspeed": CONFIGS / "ds" / "zero3.json"}
-    output = trainer.run("run", 2, save_steps=12, **settings)
+    output = trainer.run("run", 2, per_device_train_batch_size=4, save_steps=12, **settings)
     losses = [[record["loss"] for record in records(output, stage)] for stage in (0, 1)]
     assert all(found[-1] < found[0] - 0.1 for found in losses)
     evaluated = records(output, 1, "eval")[-1]

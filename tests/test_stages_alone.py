@@ -153,7 +153,7 @@ def test_a_torn_log_is_made_again_though_few_checkpoints_are_kept(trainer: Train
         until_saved(folders[1], up)
         stopped = status(folders[1], 1)["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        until(lambda: status(folders[0], 0).get("step", 0) >= 75, SECONDS, lambda: up.text)
+        until(lambda: status(folders[0], 0).get("step", 0) >= 55, SECONDS, lambda: up.text)
         kill_rank(folders[0], 0)
         for path in folders[0].glob("log/*/*.packets"):
             os.truncate(path, 0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import socket
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +32,9 @@ from llm_local.place import Place
 from llm_local.rank import _make_feed
 from llm_local.rendezvous import open_store
 from llm_local.setup import Setup
+from llm_local.start import prepare
 from llm_local.train import REFUSED, main
+from llm_local.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +115,39 @@ class TestDataThatIsRefused:
     def test_a_hub_that_cannot_be_reached(self, refused, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         assert "dataset_name=owner/name cannot be loaded (" in refused(train_file=None, dataset_name="owner/name")
+
+
+def test_a_start_that_is_refused_leaves_no_thread_and_no_open_file(trainer: Trainer):
+    """A program may try again, and again."""
+
+    def left() -> tuple[list[str], int]:
+        return [thread.name for thread in threading.enumerate()], len(os.listdir("/proc/self/fd"))
+
+    assert main(trainer.flags("run", seq_length=0)) == REFUSED
+    before = left()
+    assert main(trainer.flags("run", seq_length=0)) == REFUSED
+    with pytest.raises(ConfigError):
+        prepare(parse(trainer.flags("run", seq_length=0)))
+    assert left() == before
+
+
+def _watches_in_a_crowd() -> tuple[bool, bool]:
+    """Whether a watchdog lives where many files are open, and whether it has ended once it is called off."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for _ in range(1100):
+        os.dup(0)
+    watchdog = Watchdog(0)
+    watchdog.start()
+    time.sleep(0.5)
+    lives = watchdog.lives
+    watchdog.call_off()
+    return lives, not watchdog.lives
+
+
+@pytest.mark.processes
+def test_a_watchdog_lives_where_more_files_are_open_than_select_takes():
+    assert run_ranks(_watches_in_a_crowd, 1) == [(True, True)]
 
 
 def test_a_defect_of_the_start_shows_its_traceback(trainer: Trainer, capsys: pytest.CaptureFixture[str]):

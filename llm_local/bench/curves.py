@@ -24,7 +24,7 @@ def train(folder: Path, ranks: int, flags: Mapping[str, Any]) -> None:
     command = [*torchrun(ranks), "scripts/pretrain.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BenchmarkError(f"{folder.name} failed:\n{done.stderr[-2000:]}")
+        raise BenchmarkError(f"{folder.name} failed:\n{done.stderr[-4000:]}")
 
 
 def evaluations(folder: Path) -> list[tuple[int, float]]:

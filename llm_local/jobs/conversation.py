@@ -45,17 +45,17 @@ class Conversation:
         self._standing, self._is_welcome = mine.standing, False
         self._cursor = 0 if other.wants is None else other.wants
         self._peer_taken, self._peer_window = other.taken, other.window
-        self._parser = parse(side._limits.packet_bytes, _room)
+        self._parser = parse(side.limits.packet_bytes, _room)
         self._reading = memoryview(next(self._parser))
         self._writing: deque[memoryview] = deque()
         self._now = self._heard = time.monotonic()
         self._beaten = 0.0
-        if side._log is not None:
-            side._log.trim(other.durable)
+        if side.log is not None:
+            side.log.trim(other.durable)
         if other.finished:
             self._finished()
         if other.farewell:
-            side._peer_knows.set()
+            side.peer_knows.set()
 
     def go_on(self) -> None:
         """Until it is over. Raises OSError or Garbled where it breaks."""
@@ -63,20 +63,20 @@ class Conversation:
             self._go_on()
         finally:
             if self._said_gone:  # who closes before the other end has read that may take it back
-                self._side._parted.set()
+                self._side.parted.set()
 
     def _go_on(self) -> None:
         side, connection = self._side, self._connection
         connection.setblocking(False)
         waits = select.poll()  # select takes no file above 1023
         waits.register(connection)
-        waits.register(side._wake_read, select.POLLIN)
-        while not side._is_over:
+        waits.register(side.wake_read, select.POLLIN)
+        while not side.is_over:
             self._now = time.monotonic()
             self._read()
-            if self._now - self._heard > side._limits.silence_seconds:
-                raise TimeoutError(f"no sign of life for {side._limits.silence_seconds:g} s")
-            if (met := side._way.visitor()) and side._changes(met, self._now - self._heard):
+            if self._now - self._heard > side.limits.silence_seconds:
+                raise TimeoutError(f"no sign of life for {side.limits.silence_seconds:g} s")
+            if (met := side.way.visitor()) and side.changes(met, self._now - self._heard):
                 raise ConnectionAbortedError("the other end has come again")
             is_stuck = self._write()
             if self._connection.pending():
@@ -84,7 +84,7 @@ class Conversation:
             waits.modify(connection, select.POLLIN | (select.POLLOUT if is_stuck else 0))
             waits.poll(1000 * BEAT_SECONDS)
             with suppress(BlockingIOError):
-                side._wake_read.recv(4096)
+                side.wake_read.recv(4096)
 
     def _read(self) -> None:
         left = _READ_AT_A_TIME
@@ -125,25 +125,25 @@ class Conversation:
     def _next_frame(self) -> Sequence[Any]:
         """What is to be said next, the news before the packets; nothing where there is none."""
         side = self._side
-        if self._said_taken != side._taken:
-            self._said_taken = side._taken
+        if self._said_taken != side.taken:
+            self._said_taken = side.taken
             return [header(TAKEN, self._said_taken)]
-        if self._said_durable != side._durable:
-            self._said_durable = side._durable
+        if self._said_durable != side.durable:
+            self._said_durable = side.durable
             return [header(DURABLE, self._said_durable)]
-        if side._is_finished and not self._said_finish:
+        if side.is_finished and not self._said_finish:
             self._said_finish = True
             return [header(FINISHED)]
-        if side._peer_finished.is_set() and not self._said_farewell:
+        if side.peer_finished.is_set() and not self._said_farewell:
             self._said_farewell = True
             return [header(FAREWELL)]
-        if side._is_parting and side._is_finished and not self._said_gone:
+        if side.is_parting and side.is_finished and not self._said_gone:
             self._said_gone = True
             return [header(GONE)]
         if self._now - self._beaten >= BEAT_SECONDS:
             self._beaten = self._now
             return [with_text(BEAT, side.beat())]
-        log = side._log
+        log = side.log
         if log is None or self._cursor >= min(log.next, self._peer_taken + self._peer_window):
             return []
         packet = log.read(self._cursor)
@@ -154,38 +154,38 @@ class Conversation:
         side = self._side
         if frame.kind == REFUSAL:  # by the end that comes, which is the second to know
             refusal = Refusal.of(frame)
-            side._disagree(refusal.reason, refusal.standing, self._standing)
+            side.disagree(refusal.reason, refusal.standing, self._standing)
             raise ConnectionAbortedError(refusal.reason)
         if not self._is_welcome:
             self._is_welcome = True
-            side._welcomed()
+            side.welcomed()
         if frame.kind == PACKET:
-            room = side._taken + side._window
-            if frame.number != side._received or frame.number >= room:
-                raise Garbled(f"packet {frame.number}, where {side._received} was due and there is room up to {room}")
-            side._received += 1
-            side._ready.put(torch.from_numpy(frame.body))
+            room = side.taken + side.window
+            if frame.number != side.received or frame.number >= room:
+                raise Garbled(f"packet {frame.number}, where {side.received} was due and there is room up to {room}")
+            side.received += 1
+            side.ready.put(torch.from_numpy(frame.body))
         elif frame.kind in (TAKEN, DURABLE) and frame.number > self._cursor:
             raise Garbled(f"news of {frame.number} packets, of which {self._cursor} were sent")
         elif frame.kind == TAKEN:
             self._peer_taken = frame.number
-        elif frame.kind == DURABLE and side._log is not None:
-            side._log.trim(frame.number)
+        elif frame.kind == DURABLE and side.log is not None:
+            side.log.trim(frame.number)
         elif frame.kind == BEAT:
             side.neighbour = frame.content
         elif frame.kind == FINISHED:
             self._finished()
         elif frame.kind == FAREWELL:
-            side._peer_knows.set()
+            side.peer_knows.set()
         elif frame.kind == GONE:
-            side._parted.set()
+            side.parted.set()
         elif frame.kind == HELLO:
             raise Garbled("a second hello")
 
     def _finished(self) -> None:
-        if not self._side._peer_finished.is_set():
+        if not self._side.peer_finished.is_set():
             self._side.finished()
-            self._side._peer_finished.set()
+            self._side.peer_finished.set()
 
 
 def _room(num_bytes: int) -> Any:

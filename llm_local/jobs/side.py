@@ -41,9 +41,11 @@ class Side:
     """One end. log: what it sends, if it does; terms: whom it takes for the other end; way: where that comes from.
 
     first: the number of the first packet that it has not; durable: of the first that it may want again, if that is
-    another one. To be set before the start: beat: what the other end is to know of this job; finished: called, once,
-    when it needs nothing any more; goes_back: whether the next life of this end goes back to before a packet, which
-    the other end wants again.
+    another one. received, taken: packets of the other end that have come, and that have been used.
+
+    To be set before the start: beat: what the other end is to know of this job; finished: called, once, when it needs
+    nothing any more; goes_back: whether the next life of this end goes back to before a packet, which the other end
+    wants again.
     """
 
     def __init__(
@@ -56,27 +58,27 @@ class Side:
         self.beat: Callable[[], Json] = dict
         self.finished: Callable[[], None] = lambda: None
         self.goes_back: Callable[[int], bool] = lambda number: False
-        self._way = way
-        self._terms = terms
-        self._log = log
-        self._limits = limits
-        self._received = self._taken = first
-        self._durable = first if durable is None else durable
-        self._window = terms.mine.window
-        self._ready: Queue[torch.Tensor] = Queue()
+        self.way = way
+        self.terms = terms
+        self.log = log
+        self.limits = limits
+        self.received = self.taken = first
+        self.durable = first if durable is None else durable
+        self.window = terms.mine.window
+        self.ready: Queue[torch.Tensor] = Queue()
         self._failure: Exception | None = None
         self._mine = terms.mine  # as it was said last
         self._present = terms.mine  # the other end, once there was one
         self._is_connected, self._away_since = False, time.monotonic()
-        self._is_finished = self._is_welcome = False
-        self._peer_finished, self._peer_knows = threading.Event(), threading.Event()
-        self._is_parting, self._parted = False, threading.Event()
+        self.is_finished = self.is_welcome = False
+        self.peer_finished, self.peer_knows = threading.Event(), threading.Event()
+        self.is_parting, self.parted = False, threading.Event()
         self._has_trained = False
         self._next: tuple[ssl.SSLSocket, Frame] | None = None
         self._said: dict[str, float] = {}
-        self._stopped = threading.Event()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
+        self.stopped = threading.Event()
+        self.wake_read, self._wake_write = socket.socketpair()
+        self.wake_read.setblocking(False)
         self._wake_write.setblocking(False)
 
     @property
@@ -84,20 +86,20 @@ class Side:
         return self._is_connected
 
     @property
-    def _is_over(self) -> bool:
-        return self._stopped.is_set() or self._parted.is_set() or self._failure is not None
+    def is_over(self) -> bool:
+        return self.stopped.is_set() or self.parted.is_set() or self._failure is not None
 
     def wake(self) -> None:
         with suppress(OSError):  # it is full of the same news
             self._wake_write.send(b"\0")
 
-    def _welcomed(self) -> None:
+    def welcomed(self) -> None:
         """The other end agrees, too."""
-        self._is_welcome = True
+        self.is_welcome = True
         self.trouble = ""
         self._said.clear()
 
-    def _changes(self, met: tuple[ssl.SSLSocket, Frame], silent_seconds: float) -> bool:
+    def changes(self, met: tuple[ssl.SSLSocket, Frame], silent_seconds: float) -> bool:
         """Whether who has come now takes the place of the present one, whose connection may have gone without a sign.
         Another one, while that is heard, is refused."""
         connection, first = met
@@ -112,16 +114,16 @@ class Side:
         connection.close()
         return False
 
-    def _disagree(self, reason: str, theirs: int, mine: int) -> None:
+    def disagree(self, reason: str, theirs: int, mine: int) -> None:
         """Who trains goes on, and waits for the right one; who has just come ends."""
         if mine > theirs or mine == TRAINING:
             self.trouble = reason
-            self._say(reason, f"{self.name}: {reason}; this stage goes on")
+            self.say(reason, f"{self.name}: {reason}; this stage goes on")
             time.sleep(BEAT_SECONDS)
         else:
             self._failure = LostPeer(f"{self.name}: {reason}")
 
-    def _say(self, what: str, line: str) -> None:
+    def say(self, what: str, line: str) -> None:
         """Once a minute."""
         now = time.monotonic()
         if now - self._said.get(what, -_SAY_AGAIN_SECONDS) >= _SAY_AGAIN_SECONDS:
