@@ -12,6 +12,7 @@ The names below are what can be relied on; everything else may change.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,11 @@ def __getattr__(name: str) -> Any:
     """Imported when it is asked for: a command that needs only flags does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with quick_imports():
-        home = import_module(f"{__name__}.{_HOMES[name]}")
-    return getattr(home, name)
+    home = f"{__name__}.{_HOMES[name]}"
+    if home not in sys.modules:  # else each use of a name would keep a program's own garbage from being found
+        with quick_imports():
+            import_module(home)
+    return getattr(sys.modules[home], name)
 
 
 def __dir__() -> list[str]:

@@ -21,6 +21,7 @@ from launching import by_hand
 from ranks import run_ranks
 from transformers import AutoTokenizer
 
+import llm_local as ll
 from llm_local.checks.preflight import preflight
 from llm_local.commands import pretrain
 from llm_local.config import ConfigError, parse
@@ -77,6 +78,14 @@ def _command() -> tuple[int, bool]:
 
 
 @pytest.mark.processes
+def test_a_name_of_the_library_that_is_used_again_keeps_no_garbage():
+    assert ll.prepare is prepare
+    kept = gc.get_freeze_count()
+    garbage = [object()]
+    assert ll.prepare is prepare
+    assert gc.get_freeze_count() == kept, garbage
+
+
 def test_garbage_is_collected_once_all_is_imported():
     assert run_ranks(_command, 1) == [(REFUSED, True)]
 
