@@ -159,11 +159,7 @@ class MemoryCheck:
         larger = [each for each in divisions if each.layers >= own.layers and each.rows >= own.rows and each != own]
         for division in (own, *larger):
             for count in range(local.num_stages, ranks + 1):
-                values = {
-                    "num_stages": count,
-                    "tensor_parallel_size": division.layers,
-                    "sequence_parallel_size": division.rows,
-                }
+                values = {"num_stages": count, **division.flags}
                 changes = {name: value for name, value in values.items() if value != getattr(local, name)}
                 if changes and ranks % (count * division.ranks) == 0:
                     made = replace(config, local=replace(local, **changes, stage_layers=None))

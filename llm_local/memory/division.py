@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,15 @@ class Division:
     def of(config: Config) -> Division:
         """Of a run."""
         return Division(max(1, config.local.tensor_parallel_size), max(1, config.local.sequence_parallel_size))
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """Of a run."""
+        return {"tensor_parallel_size": self.layers, "sequence_parallel_size": self.rows}
+
+    def in_flags(self, config: Config) -> Config:
+        """The run with this division."""
+        return replace(config, local=replace(config.local, **self.flags))
 
     @property
     def ranks(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llm_local.checks.sequence_trial import undividable
-from llm_local.config import Config, ConfigError
+from llm_local.config import ConfigError
 from llm_local.export.stages import trim_config
 from llm_local.memory.division import WHOLE, Division
 from llm_local.memory.sizes import MOST_LAYERS
@@ -17,7 +17,7 @@ from llm_local.registry import TASKS
 from llm_local.sequence_problems import sequence_problems
 from llm_local.tensor_problems import tensor_problems
 
-FLAGS = ("tensor_parallel_size", "sequence_parallel_size")
+FLAGS = tuple(WHOLE.flags)
 
 
 def asked_for(layers: Sequence[int] | None, rows: Sequence[int] | None) -> list[Division]:
@@ -54,7 +54,7 @@ def _allowed(planner: Planner, others: Sequence[Division]) -> Iterator[Division]
 def _problems(planner: Planner, division: Division, is_tried: bool = True) -> list[str]:
     if division == WHOLE:
         return []
-    config = with_division(planner.config, division)
+    config = division.in_flags(planner.config)
     zero = {"zero_optimization": {"stage": 1}}  # other stages, and heads, are left out one by one
     static = replace(config, local=replace(config.local, method="chunked", head="linear"), deepspeed_json=zero)
     found = tensor_problems(static) + sequence_problems(static)
@@ -64,10 +64,3 @@ def _problems(planner: Planner, division: Division, is_tried: bool = True) -> li
     layers = min(MOST_LAYERS, num_layers_of(task.part_of(model_config)))
     small = trim_config(model_config, layers, task), replace(planner.anatomy, num_layers=layers)
     return undividable(config, *small, is_tried)
-
-
-def with_division(config: Config, division: Division) -> Config:
-    """The flags of a run."""
-    return replace(
-        config, local=replace(config.local, **dict(zip(FLAGS, (division.layers, division.rows), strict=True)))
-    )

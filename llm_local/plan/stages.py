@@ -77,9 +77,7 @@ class Candidate:
             local = replace(config.local, method=self.method, head=self.head, num_stages=self.num_stages)
             if not HEADS[self.head].takes_private_layers:
                 local = replace(local, head_layers=0, head_layers_schedule=None, head_rank=None)
-        sizes = {"tensor_parallel_size": self.tensor_parallel_size}
-        sizes |= {"sequence_parallel_size": self.sequence_parallel_size}
-        return replace(config, local=replace(local, **sizes))
+        return self.division.in_flags(replace(config, local=local))
 
 
 class Stages:
@@ -102,8 +100,7 @@ class Stages:
         speeds = [group.num_replicas * group.flops for group in self.groups]
         self.is_even = len(set(speeds)) == 1
         # the cut does not depend on the training, nor on who divides layers or rows, so that all of these share one
-        local = replace(config.local, tensor_parallel_size=1, sequence_parallel_size=1)
-        alike = replace(config, train=type(config.train)(), local=local)
+        alike = WHOLE.in_flags(replace(config, train=type(config.train)()))
         self.partition = _cut(alike, anatomy, () if self.is_even else (*speeds,) * layout.num_chunks)
         if layout.is_local and (problems := cut_problems(config, self.partition)):
             raise ValueError("; ".join(problems))
